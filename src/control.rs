@@ -1,0 +1,186 @@
+//! Lines on a socket, as both sides read and write them: on the control link, and at the head of a
+//! tunnel.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::Instant;
+
+use crate::protocol::{Line, LineError, MAX_LINE, SILENCE};
+
+/// Reads lines, and keeps what came behind them.
+pub struct Lines<R> {
+    from: R,
+    buffer: [u8; MAX_LINE],
+    filled: usize,
+}
+
+impl<R: Read> Lines<R> {
+    /// Lines out of `from`.
+    pub fn new(from: R) -> Self {
+        Self {
+            from,
+            buffer: [0; MAX_LINE],
+            filled: 0,
+        }
+    }
+
+    /// The next line. `UnexpectedEof` at the end, `InvalidData` for a line that is not one; a read
+    /// time-out of the source means that the other side is dead.
+    pub fn next_line(&mut self) -> io::Result<Line> {
+        loop {
+            if let Some(line) = self.take()? {
+                return Ok(line);
+            }
+            self.fill()?;
+        }
+    }
+
+    /// The next line, if all of it is there in time: otherwise `TimedOut`, however slowly its
+    /// bytes drip. `socket` is the one below the source.
+    pub fn next_line_by(&mut self, deadline: Instant, socket: &TcpStream) -> io::Result<Line> {
+        loop {
+            if let Some(line) = self.take()? {
+                return Ok(line);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            socket.set_read_timeout(Some(left))?;
+            self.fill()?;
+        }
+    }
+
+    /// What was read behind the last line: it belongs to whoever reads on.
+    pub fn rest(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+
+    fn take(&mut self) -> io::Result<Option<Line>> {
+        let filled = &self.buffer[..self.filled];
+        let Some(end) = filled.iter().position(|byte| *byte == b'\n') else {
+            if self.filled == MAX_LINE {
+                return Err(invalid(LineError::Overlong));
+            }
+            return Ok(None);
+        };
+        let line = Line::parse(&filled[..end]).map_err(invalid)?;
+        self.buffer.copy_within(end + 1..self.filled, 0);
+        self.filled -= end + 1;
+        Ok(Some(line))
+    }
+
+    fn fill(&mut self) -> io::Result<()> {
+        loop {
+            match self.from.read(&mut self.buffer[self.filled..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    self.filled += count;
+                    return Ok(());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn invalid(error: LineError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// Writes a line in one piece.
+pub fn send(mut to: impl Write, line: &Line) -> io::Result<()> {
+    to.write_all(line.to_string().as_bytes())
+}
+
+/// True if an error says that a read or write time-out of a socket has passed.
+pub fn timed_out(error: &io::Error) -> bool {
+    // Unix calls it the first, Windows the second.
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+/// Why a control link ended, in a person's words.
+pub fn why_ended(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "it closed the connection".to_owned(),
+        io::ErrorKind::InvalidData => format!("it sent {error}"),
+        _ if timed_out(error) => format!("it was silent for {} s", SILENCE.as_secs()),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::time::Duration;
+
+    /// Hands out at most `piece` bytes at a time.
+    struct Pieces<'a>(&'a [u8], usize);
+
+    impl Read for Pieces<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let most = self.1.min(buffer.len());
+            self.0.read(&mut buffer[..most])
+        }
+    }
+
+    #[test]
+    fn lines_are_found_however_they_are_split() {
+        let bytes = b"hi\nwhat is this\nnew visitor=127.0.0.1:9\nGET /";
+        for piece in 1..=bytes.len() {
+            let mut lines = Lines::new(Pieces(bytes, piece));
+            assert_eq!(lines.next_line().unwrap(), Line::Hi);
+            assert_eq!(lines.next_line().unwrap(), Line::Unknown);
+            let visitor = Some("127.0.0.1:9".parse().unwrap());
+            assert_eq!(lines.next_line().unwrap(), Line::New { visitor });
+            let behind = [lines.rest(), lines.from.0].concat();
+            assert_eq!(behind, b"GET /");
+            let error = lines.next_line().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn the_longest_line_is_256_bytes() {
+        let mut longest = vec![b'x'; MAX_LINE - 1];
+        longest.extend_from_slice(b"\nhi\n");
+        for piece in [1, 255, 256, 300] {
+            let mut lines = Lines::new(Pieces(&longest, piece));
+            assert_eq!(lines.next_line().unwrap(), Line::Unknown);
+            assert_eq!(lines.next_line().unwrap(), Line::Hi);
+        }
+        longest.insert(0, b'x');
+        for piece in [1, 255, 256, 300] {
+            let error = Lines::new(Pieces(&longest, piece)).next_line().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+            assert!(why_ended(&error).contains("more than 256 bytes"));
+        }
+    }
+
+    #[test]
+    fn dripping_bytes_do_not_stretch_the_deadline() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (near, _) = listener.accept().unwrap();
+        let dripping = std::thread::spawn(move || {
+            // Until the reader has gone away.
+            while far.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let start = Instant::now();
+        let mut lines = Lines::new(&near);
+        let error = lines
+            .next_line_by(start + Duration::from_millis(200), &near)
+            .unwrap_err();
+        assert!(timed_out(&error), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(2));
+        drop(near);
+        dripping.join().unwrap();
+    }
+}

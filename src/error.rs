@@ -1,0 +1,75 @@
+//! What can go wrong before a tunnel runs, in words that a person can act on.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+
+use crate::net::Address;
+
+/// Why a program or a [`Server`](crate::Server) did not start. What goes wrong later is logged and
+/// tried again.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// The command line makes no sense; the text names the option.
+    Usage(String),
+    /// The host of an option's address has no address.
+    Resolve(&'static str, Address, io::Error),
+    /// An option's address could not be listened on.
+    Listen(&'static str, SocketAddr, io::Error),
+    /// The option would open a port without any proof of identity to other hosts.
+    NotLoopback(&'static str, SocketAddr),
+    /// The system refused one of the threads that the program consists of.
+    Thread(io::Error),
+}
+
+impl Error {
+    /// The exit code of a program that ends with this error: 2 where the options are to blame, 1
+    /// where the machine is.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) | Error::NotLoopback(..) => 2,
+            Error::Resolve(..) | Error::Listen(..) | Error::Thread(_) => 1,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Usage(what) => write!(f, "{what}"),
+            Error::Resolve(option, address, _) => {
+                write!(f, "{option}: could not find the host of {address}")
+            }
+            Error::Listen(option, address, error) => {
+                write!(f, "{option}: could not listen on {address}")?;
+                match error.kind() {
+                    io::ErrorKind::AddrInUse => write!(f, " (give another port with {option})"),
+                    io::ErrorKind::AddrNotAvailable => write!(f, " (not an address of this host)"),
+                    io::ErrorKind::PermissionDenied => {
+                        write!(f, " (ports below 1024 need a privilege)")
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Error::NotLoopback(option, address) => write!(
+                f,
+                "{option}: {address} is not a loopback address, and whoever reaches that port can \
+                 become the client or read along. Keep it on 127.0.0.1 and let the client come \
+                 through ssh or a VPN, or add --insecure if the network in between is trusted"
+            ),
+            Error::Thread(_) => write!(f, "could not start a thread"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Usage(_) | Error::NotLoopback(..) => None,
+            Error::Resolve(_, _, error) | Error::Listen(_, _, error) | Error::Thread(error) => {
+                Some(error)
+            }
+        }
+    }
+}

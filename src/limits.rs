@@ -1,0 +1,268 @@
+//! What bounds a stranger: how many visitors there are, how many connections have yet to prove
+//! that they are a client, and how many log lines they cause.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+/// Connections of one port that have not proved themselves yet: each has a thread.
+pub const MAX_UNPROVED: usize = 64;
+
+/// When there are too many, the oldest goes, but not before it has had this long: a client on this
+/// host needs microseconds, and a burst of its tunnels must not push its own out.
+const UNPROVED_GRACE: Duration = Duration::from_millis(50);
+
+/// A fixed number of places for visitors; who finds none waits.
+pub struct Slots {
+    state: Mutex<SlotState>,
+    changed: Condvar,
+}
+
+struct SlotState {
+    free: usize,
+    open: bool,
+}
+
+impl Slots {
+    /// As many places as that, all free.
+    pub fn new(count: usize) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(SlotState {
+                free: count,
+                open: true,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Takes a place, and waits for one if need be. None once closed.
+    pub fn take(self: &Arc<Self>) -> Option<Slot> {
+        let mut state = self.state.lock();
+        self.changed
+            .wait_while(&mut state, |state| state.free == 0 && state.open);
+        if !state.open {
+            return None;
+        }
+        state.free -= 1;
+        Some(Slot(self.clone()))
+    }
+
+    /// Ends every wait for a place.
+    pub fn close(&self) {
+        self.state.lock().open = false;
+        self.changed.notify_all();
+    }
+}
+
+/// A place; free again when dropped.
+pub struct Slot(Arc<Slots>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.state.lock().free += 1;
+        self.0.changed.notify_one();
+    }
+}
+
+/// The connections of a port that have not proved themselves yet.
+pub struct Lobby {
+    unproved: Mutex<VecDeque<Unproved>>,
+    left: Condvar,
+}
+
+struct Unproved {
+    socket: Arc<TcpStream>,
+    since: Instant,
+}
+
+impl Lobby {
+    /// An empty lobby.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            unproved: Mutex::new(VecDeque::new()),
+            left: Condvar::new(),
+        })
+    }
+
+    /// Lets a connection in. In a full lobby that shuts the oldest one down, whose thread then
+    /// reads the end; at worst it waits for as long as that one may stay in any case, 50 ms.
+    pub fn enter(self: &Arc<Self>, socket: &Arc<TcpStream>) -> Place {
+        let mut unproved = self.unproved.lock();
+        while unproved.len() >= MAX_UNPROVED {
+            let Some(goes) = unproved.front().map(|oldest| oldest.since + UNPROVED_GRACE) else {
+                break;
+            };
+            if self.left.wait_until(&mut unproved, goes).timed_out()
+                && let Some(oldest) = unproved.pop_front()
+            {
+                let _ = oldest.socket.shutdown(Shutdown::Both);
+            }
+        }
+        unproved.push_back(Unproved {
+            socket: socket.clone(),
+            since: Instant::now(),
+        });
+        Place {
+            lobby: self.clone(),
+            socket: socket.clone(),
+        }
+    }
+
+    /// Shuts down every connection in the lobby.
+    pub fn clear(&self) {
+        for unproved in self.unproved.lock().drain(..) {
+            let _ = unproved.socket.shutdown(Shutdown::Both);
+        }
+        self.left.notify_all();
+    }
+}
+
+/// A connection's place in the lobby, left when dropped.
+pub struct Place {
+    lobby: Arc<Lobby>,
+    socket: Arc<TcpStream>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut unproved = self.lobby.unproved.lock();
+        unproved.retain(|it| !Arc::ptr_eq(&it.socket, &self.socket));
+        self.lobby.left.notify_one();
+    }
+}
+
+/// At most so many log lines of one kind a second; those beyond are counted.
+pub struct LogLimit {
+    a_second: u32,
+    state: Mutex<LogState>,
+}
+
+struct LogState {
+    second: Instant,
+    said: u32,
+    left_out: u64,
+}
+
+impl LogLimit {
+    /// At most this many lines a second.
+    pub fn new(a_second: u32) -> Self {
+        Self {
+            a_second,
+            state: Mutex::new(LogState {
+                second: Instant::now(),
+                said: 0,
+                left_out: 0,
+            }),
+        }
+    }
+
+    /// Calls `say` if this second has a line left. What it is given prints as nothing, or as the
+    /// number of lines that were left out before this one: put it at the end of the line.
+    pub fn say(&self, say: impl FnOnce(LeftOut)) {
+        if let Some(left_out) = self.take(Instant::now()) {
+            say(left_out);
+        }
+    }
+
+    fn take(&self, now: Instant) -> Option<LeftOut> {
+        let mut state = self.state.lock();
+        if now.saturating_duration_since(state.second) >= Duration::from_secs(1) {
+            state.second = now;
+            state.said = 0;
+        }
+        if state.said == self.a_second {
+            state.left_out += 1;
+            return None;
+        }
+        state.said += 1;
+        Some(LeftOut(std::mem::take(&mut state.left_out)))
+    }
+}
+
+/// How many lines were left out before this one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct LeftOut(u64);
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " (and {count} more like this before, not logged)"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::thread;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn a_slot_is_waited_for_and_comes_back() {
+        let slots = Slots::new(1);
+        let slot = slots.take().unwrap();
+        let waiting = thread::spawn({
+            let slots = slots.clone();
+            move || slots.take().is_some()
+        });
+        drop(slot);
+        assert!(waiting.join().unwrap());
+        let _slot = slots.take().unwrap();
+        let waiting = thread::spawn({
+            let slots = slots.clone();
+            move || slots.take().is_some()
+        });
+        slots.close();
+        assert!(!waiting.join().unwrap());
+    }
+
+    #[test]
+    fn a_full_lobby_sends_the_oldest_away() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connect = || {
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            near.set_read_timeout(Some(DEADLINE)).unwrap();
+            (near, Arc::new(listener.accept().unwrap().0))
+        };
+        let lobby = Lobby::new();
+        let (mut oldest, socket) = connect();
+        let start = Instant::now();
+        let _oldest_place = lobby.enter(&socket);
+        let others: Vec<_> = (1..MAX_UNPROVED)
+            .map(|_| {
+                let (near, socket) = connect();
+                (near, lobby.enter(&socket))
+            })
+            .collect();
+        let (_near, socket) = connect();
+        let _place = lobby.enter(&socket);
+        assert!(start.elapsed() >= UNPROVED_GRACE);
+        assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
+        assert_eq!(lobby.unproved.lock().len(), MAX_UNPROVED);
+        drop(others);
+        assert_eq!(lobby.unproved.lock().len(), 1);
+    }
+
+    #[test]
+    fn log_lines_are_limited_and_counted() {
+        let limit = LogLimit::new(2);
+        let start = Instant::now();
+        assert_eq!(limit.take(start), Some(LeftOut(0)));
+        assert_eq!(limit.take(start), Some(LeftOut(0)));
+        assert_eq!(limit.take(start), None);
+        assert_eq!(limit.take(start), None);
+        let later = start + Duration::from_secs(2);
+        assert_eq!(limit.take(later), Some(LeftOut(2)));
+        assert_eq!(limit.take(later), Some(LeftOut(0)));
+        assert_eq!(LeftOut(0).to_string(), "");
+        assert!(LeftOut(2).to_string().contains("2 more"));
+    }
+}

@@ -1,0 +1,513 @@
+//! The command lines of both programs: words in, options out. No I/O.
+
+use std::ffi::OsString;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use getopts::Matches;
+use log::LevelFilter;
+
+use crate::error::Error;
+use crate::net::{Address, parse_host};
+use crate::protocol::MAX_POOL;
+
+/// The original's ports: visitors, tunnels, the control link, and its example of a local service.
+const PUBLIC_PORT: u16 = 8007;
+const TUNNEL_PORT: u16 = 8008;
+const CONTROL_PORT: u16 = 8009;
+const LOCAL_PORT: u16 = 8000;
+
+const LOOPBACK: &str = "127.0.0.1";
+
+/// The original's 5 s.
+const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Two descriptors each on the server, and few hosts let a program have more than ten thousand.
+const MAX_CONNS: usize = 4096;
+
+/// Long enough for a reply that takes its time, short enough that a forgotten half is not for ever.
+const LINGER: Duration = Duration::from_secs(600);
+
+/// A page of a browser fetches six things at a time; two more for the next visitor.
+const POOL: usize = 8;
+
+/// A year; more is a slip of the finger.
+const MAX_SECS: u64 = 366 * 24 * 60 * 60;
+
+/// What a [`Server`](crate::Server) is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Where visitors come to.
+    pub public: Address,
+    /// Where the client's tunnels come to; a loopback address unless `insecure`.
+    pub tunnel: Address,
+    /// Where the client's control link comes to; a loopback address unless `insecure`.
+    pub control: Address,
+    /// How long a visitor waits for a tunnel before it is closed.
+    pub pair_timeout: Duration,
+    /// The most visitors at a time; further ones wait in the kernel's backlog.
+    pub max_conns: usize,
+    /// How long a direction may stand still once the other one has ended; then both are aborted.
+    pub linger: Duration,
+    /// Open the tunnel and control ports to other hosts, although nothing protects them.
+    pub insecure: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            public: Address::new(LOOPBACK, PUBLIC_PORT),
+            tunnel: Address::new(LOOPBACK, TUNNEL_PORT),
+            control: Address::new(LOOPBACK, CONTROL_PORT),
+            pair_timeout: PAIR_TIMEOUT,
+            max_conns: MAX_CONNS,
+            linger: LINGER,
+            insecure: false,
+        }
+    }
+}
+
+/// What a [`Client`](crate::Client) is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientOptions {
+    /// The server's host: a name or an address without a port.
+    pub server: String,
+    /// The server's control port.
+    pub control_port: u16,
+    /// The server's tunnel port.
+    pub tunnel_port: u16,
+    /// The local service.
+    pub local: Address,
+    /// How many idle tunnels to keep ready; the server grants at most 64. 0: dial on demand.
+    pub pool: usize,
+    /// How long a direction may stand still once the other one has ended; then both are aborted.
+    pub linger: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self {
+            server: LOOPBACK.to_owned(),
+            control_port: CONTROL_PORT,
+            tunnel_port: TUNNEL_PORT,
+            local: Address::new(LOOPBACK, LOCAL_PORT),
+            pool: POOL,
+            linger: LINGER,
+        }
+    }
+}
+
+/// What a command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command<O> {
+    /// Run, and log from this level on.
+    Run(O, LevelFilter),
+    /// Print this text and end.
+    Print(String),
+}
+
+/// Reads the words behind `tpserver`.
+pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<ServerOptions>, Error> {
+    let mut grammar = grammar();
+    grammar
+        .optopt("b", "bind", "host of all three ports (127.0.0.1)", "HOST")
+        .optopt(
+            "p",
+            "public",
+            "where visitors come to (127.0.0.1:8007)",
+            "HOST:PORT",
+        )
+        .optopt(
+            "t",
+            "tunnel",
+            "where the client's tunnels come to (127.0.0.1:8008)",
+            "HOST:PORT",
+        )
+        .optopt(
+            "c",
+            "control",
+            "where the client's control link comes to (127.0.0.1:8009)",
+            "HOST:PORT",
+        )
+        .optopt(
+            "w",
+            "pair-timeout",
+            "close a visitor that got no tunnel after this long (5)",
+            "SECS",
+        )
+        .optopt(
+            "m",
+            "max-conns",
+            "visitors at a time; more wait their turn (4096)",
+            "N",
+        )
+        .optflag(
+            "i",
+            "insecure",
+            "let other hosts reach the tunnel and control ports, which nothing protects: whoever \
+             reaches them can become the client or read along",
+        );
+    let given = match parse(&grammar, words, "tpserver", SERVER_HELP)? {
+        Parsed::Given(given) => given,
+        Parsed::Print(text) => return Ok(Command::Print(text)),
+    };
+
+    let mut options = ServerOptions::default();
+    if let Some(host) = value(&given, "bind", bind_host)? {
+        for address in [
+            &mut options.public,
+            &mut options.tunnel,
+            &mut options.control,
+        ] {
+            address.host.clone_from(&host);
+        }
+    }
+    set(&mut options.public, &given, "public", address)?;
+    set(&mut options.tunnel, &given, "tunnel", address)?;
+    set(&mut options.control, &given, "control", address)?;
+    set(&mut options.pair_timeout, &given, "pair-timeout", seconds)?;
+    set(&mut options.max_conns, &given, "max-conns", |text| {
+        number(text, 1..=1_000_000)
+    })?;
+    set(&mut options.linger, &given, "linger", seconds)?;
+    options.insecure = given.opt_present("insecure");
+    Ok(Command::Run(options, level(&given)?))
+}
+
+/// Reads the words behind `tpclient`.
+pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<ClientOptions>, Error> {
+    let mut grammar = grammar();
+    grammar
+        .optopt(
+            "s",
+            "server",
+            "host that tpserver runs on (127.0.0.1)",
+            "HOST",
+        )
+        .optopt("c", "control-port", "its control port (8009)", "PORT")
+        .optopt("t", "tunnel-port", "its tunnel port (8008)", "PORT")
+        .optopt(
+            "l",
+            "local",
+            "the service that visitors are to reach (127.0.0.1:8000)",
+            "HOST:PORT",
+        )
+        .optopt(
+            "p",
+            "pool",
+            "idle tunnels kept ready, so that no visitor waits for one; the server grants up to \
+             64, 0 dials on demand (8)",
+            "N",
+        );
+    let given = match parse(&grammar, words, "tpclient", CLIENT_HELP)? {
+        Parsed::Given(given) => given,
+        Parsed::Print(text) => return Ok(Command::Print(text)),
+    };
+
+    let mut options = ClientOptions::default();
+    set(&mut options.server, &given, "server", bind_host)?;
+    set(&mut options.control_port, &given, "control-port", port)?;
+    set(&mut options.tunnel_port, &given, "tunnel-port", port)?;
+    set(&mut options.local, &given, "local", |text| {
+        match address(text) {
+            Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
+            other => other,
+        }
+    })?;
+    set(&mut options.pool, &given, "pool", |text| {
+        number(text, 0..=1_000_000)
+    })?;
+    set(&mut options.linger, &given, "linger", seconds)?;
+    Ok(Command::Run(options, level(&given)?))
+}
+
+const SERVER_HELP: &str = "
+Examples:
+  Try it on one machine (start tpclient and `python3 -m http.server` beside it):
+    tpserver
+    curl 127.0.0.1:8007
+
+  A public web port; the client comes through ssh, so its two ports stay on loopback
+  (in the LAN: ssh -N -L 8008:127.0.0.1:8008 -L 8009:127.0.0.1:8009 HOST, and tpclient):
+    tpserver --public '[::]:80'
+
+Environment:
+  RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
+";
+
+const CLIENT_HELP: &str = "
+Examples:
+  Try it on one machine (start tpserver and `python3 -m http.server` beside it):
+    tpclient
+    curl 127.0.0.1:8007
+
+  Offer the sshd of another host in the LAN:
+    tpclient --server tunnel.example.org --local 192.0.2.7:22
+
+Environment:
+  RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
+";
+
+fn grammar() -> getopts::Options {
+    let mut grammar = getopts::Options::new();
+    grammar
+        .optopt(
+            "L",
+            "linger",
+            "abort a connection that one end has finished and that then moves no byte for this \
+             long (600)",
+            "SECS",
+        )
+        .optflag("v", "verbose", "log more")
+        .optflag("q", "quiet", "log errors only")
+        .optflag("h", "help", "print this and exit")
+        .optflag("V", "version", "print the version and exit");
+    grammar
+}
+
+enum Parsed {
+    Given(Matches),
+    Print(String),
+}
+
+fn parse(
+    grammar: &getopts::Options,
+    words: impl IntoIterator<Item = OsString>,
+    program: &str,
+    examples: &str,
+) -> Result<Parsed, Error> {
+    let given = grammar
+        .parse(words)
+        .map_err(|error| usage(error.to_string()))?;
+    if given.opt_present("help") {
+        let brief = format!("Usage: {program} [OPTION]...");
+        return Ok(Parsed::Print(grammar.usage(&brief) + examples));
+    }
+    if given.opt_present("version") {
+        let version = env!("CARGO_PKG_VERSION");
+        return Ok(Parsed::Print(format!("{program} {version}\n")));
+    }
+    match given.free.first() {
+        Some(word) => Err(usage(format!("unexpected word '{word}'"))),
+        None => Ok(Parsed::Given(given)),
+    }
+}
+
+fn usage(what: String) -> Error {
+    Error::Usage(format!("{what} (see --help)"))
+}
+
+/// Replaces a default by the option's value, if it is given.
+fn set<T>(
+    default: &mut T,
+    given: &Matches,
+    option: &str,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<(), Error> {
+    if let Some(value) = value(given, option, read)? {
+        *default = value;
+    }
+    Ok(())
+}
+
+fn value<T>(
+    given: &Matches,
+    option: &str,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, Error> {
+    given
+        .opt_str(option)
+        .map(|text| read(&text).map_err(|why| usage(format!("--{option} '{text}': {why}"))))
+        .transpose()
+}
+
+fn address(text: &str) -> Result<Address, String> {
+    text.parse().map_err(str::to_owned)
+}
+
+/// A host without a port; brackets around an IPv6 address are forgiven.
+fn bind_host(text: &str) -> Result<String, String> {
+    let inside = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
+    Ok(parse_host(inside.unwrap_or(text))?)
+}
+
+fn number<T>(text: &str, range: RangeInclusive<T>) -> Result<T, String>
+where
+    T: Copy + PartialOrd + std::fmt::Display + std::str::FromStr,
+{
+    match text.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(format!(
+            "a whole number from {} to {} is needed",
+            range.start(),
+            range.end()
+        )),
+    }
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    number(text, 1..=u16::MAX)
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    number(text, 1..=MAX_SECS).map(Duration::from_secs)
+}
+
+fn level(given: &Matches) -> Result<LevelFilter, Error> {
+    match (given.opt_present("verbose"), given.opt_present("quiet")) {
+        (true, true) => Err(usage("-v and -q exclude each other".to_owned())),
+        (true, false) => Ok(LevelFilter::Debug),
+        (false, true) => Ok(LevelFilter::Error),
+        (false, false) => Ok(LevelFilter::Info),
+    }
+}
+
+// The help text names it.
+const _: () = assert!(MAX_POOL == 64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split_whitespace().map(OsString::from).collect()
+    }
+
+    fn server_options(line: &str) -> ServerOptions {
+        match server(words(line)).unwrap() {
+            Command::Run(options, _) => options,
+            Command::Print(text) => panic!("prints {text}"),
+        }
+    }
+
+    fn client_options(line: &str) -> ClientOptions {
+        match client(words(line)).unwrap() {
+            Command::Run(options, _) => options,
+            Command::Print(text) => panic!("prints {text}"),
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_the_originals_ports() {
+        let server = server_options("");
+        assert_eq!(server, ServerOptions::default());
+        assert_eq!(server.public.to_string(), "127.0.0.1:8007");
+        assert_eq!(server.tunnel.to_string(), "127.0.0.1:8008");
+        assert_eq!(server.control.to_string(), "127.0.0.1:8009");
+        let client = client_options("");
+        assert_eq!(client, ClientOptions::default());
+        assert_eq!(client.local.to_string(), "127.0.0.1:8000");
+    }
+
+    #[test]
+    fn every_option_is_taken_in_both_spellings() {
+        let expected = ServerOptions {
+            public: Address::new("::", 80),
+            tunnel: Address::new("localhost", 81),
+            control: Address::new("192.0.2.1", 82),
+            pair_timeout: Duration::from_secs(7),
+            max_conns: 9,
+            linger: Duration::from_secs(11),
+            insecure: true,
+        };
+        for line in [
+            "--public [::]:80 --tunnel localhost:81 --control 192.0.2.1:82 --pair-timeout 7 \
+             --max-conns 9 --linger 11 --insecure",
+            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i",
+        ] {
+            assert_eq!(server_options(line), expected);
+        }
+        let expected = ClientOptions {
+            server: "::1".to_owned(),
+            control_port: 1,
+            tunnel_port: 2,
+            local: Address::new("db", 3),
+            pool: 0,
+            linger: Duration::from_secs(11),
+        };
+        for line in [
+            "--server ::1 --control-port 1 --tunnel-port 2 --local db:3 --pool 0 --linger 11",
+            "-s [::1] -c 1 -t 2 -l db:3 -p 0 -L 11",
+        ] {
+            assert_eq!(client_options(line), expected);
+        }
+    }
+
+    #[test]
+    fn bind_is_the_host_of_what_is_not_given() {
+        let options = server_options("--tunnel 192.0.2.1:1 --bind ::");
+        assert_eq!(options.public.to_string(), "[::]:8007");
+        assert_eq!(options.tunnel.to_string(), "192.0.2.1:1");
+        assert_eq!(options.control.to_string(), "[::]:8009");
+    }
+
+    #[test]
+    fn the_level_follows_v_and_q() {
+        for (line, level) in [
+            ("", LevelFilter::Info),
+            ("-v", LevelFilter::Debug),
+            ("--verbose", LevelFilter::Debug),
+            ("-q", LevelFilter::Error),
+            ("--quiet", LevelFilter::Error),
+        ] {
+            let expected = Command::Run(ClientOptions::default(), level);
+            assert_eq!(client(words(line)).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn bad_words_are_refused_by_name() {
+        for (line, named) in [
+            ("--nonsense", "nonsense"),
+            ("--public", "public"),
+            ("--public 8007", "--public '8007'"),
+            ("--public host:99999", "--public 'host:99999'"),
+            ("--bind a/b", "--bind 'a/b'"),
+            ("--max-conns 0", "--max-conns '0'"),
+            ("--max-conns many", "--max-conns 'many'"),
+            ("--pair-timeout 0", "--pair-timeout '0'"),
+            ("--linger 1.5", "--linger '1.5'"),
+            ("--linger 99999999999999999999", "--linger"),
+            ("-v -q", "-v and -q"),
+            ("one two", "'one'"),
+        ] {
+            let error = server(words(line)).unwrap_err().to_string();
+            assert!(error.contains(named), "{line}: {error}");
+            assert!(error.contains("--help"), "{line}: {error}");
+        }
+        for (line, named) in [
+            ("--pool -1", "pool"),
+            ("--pool=-1", "--pool '-1'"),
+            ("--control-port 0", "--control-port '0'"),
+            ("--local 127.0.0.1:0", "--local '127.0.0.1:0'"),
+            ("--server host:80", "--server 'host:80'"),
+        ] {
+            let error = client(words(line)).unwrap_err().to_string();
+            assert!(error.contains(named), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_help_shows_every_default() {
+        let Ok(Command::Print(help)) = server(words("-h")) else {
+            panic!("no help");
+        };
+        for shown in [
+            "8007",
+            "8008",
+            "8009",
+            "(5)",
+            "(4096)",
+            "(600)",
+            "127.0.0.1",
+        ] {
+            assert!(help.contains(shown), "{shown}");
+        }
+        let Ok(Command::Print(help)) = client(words("--help")) else {
+            panic!("no help");
+        };
+        for shown in ["8009", "8008", "127.0.0.1:8000", "(8)", "(600)"] {
+            assert!(help.contains(shown), "{shown}");
+        }
+    }
+}

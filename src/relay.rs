@@ -1,0 +1,366 @@
+//! The relay: two sockets joined, each direction copied by a thread of its own.
+//!
+//! End of input is passed on as a write shutdown, an error as an abort of both sockets, so that a
+//! cut stream is never taken for a whole one.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use log::info;
+use parking_lot::{Condvar, Mutex};
+
+use crate::control::timed_out;
+use crate::limits::{LogLimit, Slot};
+use crate::net;
+
+/// A direction begins with a small buffer: most connections never fill it, and to touch memory for
+/// the first time costs more than to copy it.
+const FIRST_BUFFER: usize = 8 * 1024;
+
+/// A direction that fills its buffer gets one four times as large, up to this.
+const LARGEST_BUFFER: usize = 256 * 1024;
+
+/// A socket's time-out cannot be zero.
+const SHORTEST_LINGER: Duration = Duration::from_millis(1);
+
+/// Visitors' lines in a log, at most that many a second: the log of a busy hour stays readable,
+/// and a flood of visitors does not become a flood of lines.
+const VISITOR_LINES: u32 = 100;
+
+/// The pairs that are joined now.
+pub struct Pairs {
+    state: Mutex<PairsState>,
+    changed: Condvar,
+    log: LogLimit,
+}
+
+struct PairsState {
+    joined: HashMap<u64, Weak<Pair>>,
+    next_key: u64,
+    end_by: Option<Instant>,
+}
+
+impl Pairs {
+    /// None yet.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(PairsState {
+                joined: HashMap::new(),
+                next_key: 0,
+                end_by: None,
+            }),
+            changed: Condvar::new(),
+            log: LogLimit::new(VISITOR_LINES),
+        })
+    }
+
+    /// Joins two sockets: `left` is the one nearer to the visitor. Nothing is copied before
+    /// [`Pair::copy`] is called, once for each direction, each on a thread of its own.
+    pub fn join(
+        self: &Arc<Self>,
+        visitor: Visitor,
+        left: End,
+        right: End,
+        linger: Duration,
+    ) -> Arc<Pair> {
+        let mut state = self.state.lock();
+        let key = state.next_key;
+        state.next_key += 1;
+        let pair = Arc::new(Pair {
+            left,
+            right,
+            linger: linger.max(SHORTEST_LINGER),
+            started: Instant::now(),
+            progress: Mutex::new(Progress::default()),
+            visitor,
+            joined: Joined {
+                key,
+                pairs: self.clone(),
+            },
+        });
+        state.joined.insert(key, Arc::downgrade(&pair));
+        pair
+    }
+
+    /// Pairs that are still joined after this time are to be aborted then. A later instant than
+    /// the one already set changes nothing.
+    pub fn end_after(&self, time: Duration) {
+        let mut state = self.state.lock();
+        let instant = Instant::now().checked_add(time);
+        state.end_by = [state.end_by, instant].into_iter().flatten().min();
+        self.changed.notify_all();
+    }
+
+    /// Waits until no pair is joined any more; see [`Pairs::end_after`].
+    pub fn wait(&self) {
+        let mut state = self.state.lock();
+        while !state.joined.is_empty() {
+            match state.end_by {
+                Some(end_by) if end_by <= Instant::now() => {
+                    let cut: Vec<_> = state.joined.drain().collect();
+                    drop(state);
+                    for pair in cut.iter().filter_map(|(_, pair)| pair.upgrade()) {
+                        pair.abort("cut off by the stop");
+                    }
+                    return;
+                }
+                Some(end_by) => {
+                    self.changed.wait_until(&mut state, end_by);
+                }
+                None => self.changed.wait(&mut state),
+            }
+        }
+    }
+}
+
+/// Who is served by a pair.
+pub struct Visitor {
+    address: Option<SocketAddr>,
+    _slot: Option<Slot>,
+}
+
+impl Visitor {
+    /// A visitor from `address`, which the client of an original server is not told. `slot` is its
+    /// place on the server, given back when the pair has ended.
+    pub fn new(address: Option<SocketAddr>, slot: Option<Slot>) -> Self {
+        Self {
+            address,
+            _slot: slot,
+        }
+    }
+}
+
+impl fmt::Display for Visitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => write!(f, "visitor {address}"),
+            None => write!(f, "a visitor"),
+        }
+    }
+}
+
+/// One of the two sockets of a pair.
+pub struct End {
+    /// What the log calls it.
+    pub name: &'static str,
+    /// The socket.
+    pub socket: Arc<TcpStream>,
+}
+
+/// A direction of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the visitor to the local service.
+    Up,
+    /// From the local service to the visitor.
+    Down,
+}
+
+/// Two joined sockets. They are closed when the last thread lets go of the pair, which sends FIN
+/// where none was sent before.
+pub struct Pair {
+    left: End,
+    right: End,
+    linger: Duration,
+    started: Instant,
+    progress: Mutex<Progress>,
+    /// Behind the sockets: its slot is free, and the pair forgotten, when they are closed.
+    visitor: Visitor,
+    joined: Joined,
+}
+
+/// A pair's place among all that are joined.
+struct Joined {
+    key: u64,
+    pairs: Arc<Pairs>,
+}
+
+#[derive(Default)]
+struct Progress {
+    up: u64,
+    down: u64,
+    /// When the first direction ended.
+    half_closed: Option<Instant>,
+    /// What went wrong first.
+    aborted: Option<String>,
+}
+
+impl Pair {
+    /// Copies one direction until it ends, `first` before everything else.
+    pub fn copy(&self, way: Way, first: &[u8]) {
+        // Dropped by a panic too: the other direction must not wait for this one for ever.
+        let mut ending = Ending {
+            pair: self,
+            way,
+            moved: 0,
+            outcome: Err("its thread panicked".to_owned()),
+        };
+        ending.outcome = self.carry(way, first, &mut ending.moved);
+    }
+
+    /// Aborts both sockets; both directions end at once.
+    pub fn abort(&self, why: impl Into<String>) {
+        let mut progress = self.progress.lock();
+        if progress.aborted.is_none() {
+            progress.aborted = Some(why.into());
+            net::abort(&self.left.socket);
+            net::abort(&self.right.socket);
+        }
+    }
+
+    fn ends(&self, way: Way) -> (&End, &End) {
+        match way {
+            Way::Up => (&self.left, &self.right),
+            Way::Down => (&self.right, &self.left),
+        }
+    }
+
+    fn carry(&self, way: Way, first: &[u8], moved: &mut u64) -> Result<(), String> {
+        let (from, to) = self.ends(way);
+        let reading = |error: io::Error| format!("reading from the {}: {error}", from.name);
+        let writing = |error: io::Error| format!("writing to the {}: {error}", to.name);
+        from.socket
+            .set_read_timeout(Some(self.linger))
+            .map_err(reading)?;
+        to.socket
+            .set_write_timeout(Some(self.linger))
+            .map_err(writing)?;
+
+        self.write(to, first, moved).map_err(writing)?;
+        // No memory for a buffer before there is something to put into it: a silent connection
+        // costs the stacks of its threads and no more.
+        self.read(from, |socket| socket.peek(&mut [0]))
+            .map_err(reading)?;
+        let mut buffer = vec![0; FIRST_BUFFER];
+        loop {
+            let count = self
+                .read(from, |mut socket| socket.read(&mut buffer))
+                .map_err(reading)?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.write(to, &buffer[..count], moved).map_err(writing)?;
+            if count == buffer.len() && count < LARGEST_BUFFER {
+                buffer = vec![0; (count * 4).min(LARGEST_BUFFER)];
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        from: &End,
+        mut read: impl FnMut(&TcpStream) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let set_timeout = |left| from.socket.set_read_timeout(Some(left));
+        self.wait(|| read(&from.socket), set_timeout)
+    }
+
+    fn write(&self, to: &End, mut bytes: &[u8], moved: &mut u64) -> io::Result<()> {
+        let set_timeout = |left| to.socket.set_write_timeout(Some(left));
+        while !bytes.is_empty() {
+            let count = self.wait(|| (&*to.socket).write(bytes), set_timeout)?;
+            *moved += count as u64;
+            bytes = &bytes[count..];
+        }
+        Ok(())
+    }
+
+    /// Repeats a transfer that runs into its socket's time-out, for as long as it may stand still:
+    /// for ever while both directions live, and for `linger` once the other one has ended.
+    fn wait(
+        &self,
+        mut transfer: impl FnMut() -> io::Result<usize>,
+        set_timeout: impl Fn(Duration) -> io::Result<()>,
+    ) -> io::Result<usize> {
+        let mut since = Instant::now();
+        loop {
+            match transfer() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if timed_out(&error) => {
+                    let half_closed = self.progress.lock().half_closed;
+                    since = half_closed.map_or_else(Instant::now, |ended| since.max(ended));
+                    let left = self.linger.saturating_sub(since.elapsed());
+                    if left.is_zero() {
+                        return Err(io::Error::new(
+                            io::ErrorKind::TimedOut,
+                            format!(
+                                "no byte in {:?} after the other end had finished",
+                                self.linger
+                            ),
+                        ));
+                    }
+                    set_timeout(left)?;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn ended(&self, way: Way, moved: u64, outcome: Result<(), String>) {
+        let mut progress = self.progress.lock();
+        match way {
+            Way::Up => progress.up = moved,
+            Way::Down => progress.down = moved,
+        }
+        let first = progress.half_closed.is_none();
+        progress.half_closed.get_or_insert_with(Instant::now);
+        drop(progress);
+        let outcome = match outcome {
+            // The direction that ends second has nothing to shut down: that both sockets are
+            // closed now says the same, and wakes nobody.
+            Ok(()) if first => self.pass_end_on(way),
+            outcome => outcome,
+        };
+        if let Err(why) = outcome {
+            self.abort(why);
+        }
+        if !first {
+            self.report();
+        }
+    }
+
+    fn pass_end_on(&self, way: Way) -> Result<(), String> {
+        let (_, to) = self.ends(way);
+        to.socket
+            .shutdown(Shutdown::Write)
+            .map_err(|error| format!("ending the {}: {error}", to.name))
+    }
+
+    fn report(&self) {
+        self.joined.pairs.log.say(|left_out| {
+            let progress = self.progress.lock();
+            let Progress { up, down, .. } = *progress;
+            let (visitor, seconds) = (&self.visitor, self.started.elapsed().as_secs_f64());
+            match &progress.aborted {
+                None => info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{left_out}"),
+                Some(why) => info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s, aborted: {why}{left_out}"),
+            }
+        });
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        self.pairs.state.lock().joined.remove(&self.key);
+        self.pairs.changed.notify_all();
+    }
+}
+
+/// Tells a pair that a direction has ended, in whichever way its thread comes to an end.
+struct Ending<'a> {
+    pair: &'a Pair,
+    way: Way,
+    moved: u64,
+    outcome: Result<(), String>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let outcome = std::mem::replace(&mut self.outcome, Ok(()));
+        self.pair.ended(self.way, self.moved, outcome);
+    }
+}

@@ -1,0 +1,737 @@
+//! The server, in the original's functions and in their order: the control link, the visitors, the
+//! tunnels, and the matcher that joins them.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use log::{debug, info, warn};
+use parking_lot::Mutex;
+
+use crate::conn_match::{ConnList, Placed};
+use crate::control::{Lines, send, timed_out, why_ended};
+use crate::error::Error;
+use crate::limits::{Lobby, LogLimit, Place, Slot, Slots};
+use crate::net;
+use crate::options::ServerOptions;
+use crate::protocol::{
+    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HEARTBEAT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE,
+    SessionId,
+};
+use crate::relay::{End, Pair, Pairs, Visitor, Way};
+use crate::stop::{Handle, Stop};
+use crate::workers::Workers;
+
+/// After a failed accept: short for a visitor, long for a processor.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
+
+/// What the release thread can sleep: never nothing, and within what an `Instant` can hold.
+const PAIR_TIMEOUTS: (Duration, Duration) = (
+    Duration::from_millis(10),
+    Duration::from_secs(366 * 24 * 60 * 60),
+);
+
+/// With `-v`, lines a second that strangers can cause.
+const DETAIL_LINES: u32 = 100;
+
+/// The half of the tunnel that runs on the host with the public address.
+///
+/// ```
+/// use tunnel_proxy::{Address, Server, ServerOptions};
+///
+/// let any = Address::new("127.0.0.1", 0);
+/// let server = Server::bind(ServerOptions {
+///     public: any.clone(),
+///     tunnel: any.clone(),
+///     control: any,
+///     ..ServerOptions::default()
+/// })?;
+/// println!("visitors come to {}", server.public_addr());
+/// let handle = server.handle();
+/// let running = std::thread::spawn(move || server.run());
+/// handle.stop(std::time::Duration::ZERO);
+/// running.join().unwrap()?;
+/// # Ok::<(), tunnel_proxy::Error>(())
+/// ```
+pub struct Server {
+    shared: Arc<Shared>,
+    conn_list_map_update: Receiver<()>,
+}
+
+struct Shared {
+    options: ServerOptions,
+    public: Listener,
+    tunnel: Listener,
+    control: Listener,
+    state: Mutex<State>,
+    /// "Look again": the list is the truth, so signals may merge, and a sender never waits.
+    conn_list_map_update: Sender<()>,
+    workers: Workers,
+    slots: Arc<Slots>,
+    /// Separate for the two ports: a flood of one is no trouble to the other.
+    unproved_links: Arc<Lobby>,
+    unproved_tunnels: Arc<Lobby>,
+    pairs: Arc<Pairs>,
+    stop: Stop,
+    logs: Logs,
+}
+
+struct Listener {
+    option: &'static str,
+    socket: TcpListener,
+    addr: SocketAddr,
+}
+
+/// What strangers can cause to be logged, each kind with a limit of its own.
+struct Logs {
+    accept_failed: LogLimit,
+    no_thread: LogLimit,
+    link_refused: LogLimit,
+    tunnel_refused: LogLimit,
+    client_came: LogLimit,
+    client_left: LogLimit,
+    timed_out: LogLimit,
+    /// All lines of level debug.
+    detail: LogLimit,
+}
+
+struct State {
+    /// The client that is live.
+    cache: Option<Session>,
+    conn_list_map: ConnList<Accept, Tunnel>,
+}
+
+struct Session {
+    id: SessionId,
+    client: SocketAddr,
+    proto: Proto,
+    to_client: Arc<ToClient>,
+    /// Wakes the thread that writes to the client; dropped, it ends that thread.
+    wake: Sender<()>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Proto {
+    /// Never said hello; its tunnels are raw bytes from the first one.
+    Original,
+    /// `tp/1`, with this many idle tunnels granted.
+    Tp1 { pool: usize },
+}
+
+/// What is still to be written to the client.
+#[derive(Default)]
+struct ToClient {
+    new: AtomicUsize,
+}
+
+/// A visitor's connection.
+struct Accept {
+    socket: TcpStream,
+    visitor: SocketAddr,
+    slot: Slot,
+}
+
+/// A tunnel of the live session.
+struct Tunnel {
+    socket: Arc<TcpStream>,
+    proto: Proto,
+}
+
+impl Server {
+    /// Opens all three listeners. Nothing is accepted before [`run`](Server::run), but visitors
+    /// and clients can connect from now on: the kernel keeps them until then.
+    ///
+    /// # Errors
+    /// A host without an address, an address that cannot be listened on, or a tunnel or control
+    /// port that other hosts could reach without `insecure`.
+    pub fn bind(mut options: ServerOptions) -> Result<Self, Error> {
+        let (shortest, longest) = PAIR_TIMEOUTS;
+        options.pair_timeout = options.pair_timeout.clamp(shortest, longest);
+        let control = Listener::open("--control", &options.control, options.insecure)?;
+        let tunnel = Listener::open("--tunnel", &options.tunnel, options.insecure)?;
+        let public = Listener::open("--public", &options.public, true)?;
+        // One signal says it all: "look again".
+        let (sender, receiver) = bounded(1);
+        let shared = Shared {
+            slots: Slots::new(options.max_conns),
+            options,
+            public,
+            tunnel,
+            control,
+            state: Mutex::new(State {
+                cache: None,
+                conn_list_map: ConnList::new(),
+            }),
+            conn_list_map_update: sender,
+            workers: Workers::new(),
+            unproved_links: Lobby::new(),
+            unproved_tunnels: Lobby::new(),
+            pairs: Pairs::new(),
+            stop: Stop::new(),
+            logs: Logs::new(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            conn_list_map_update: receiver,
+        })
+    }
+
+    /// Where visitors come to.
+    pub fn public_addr(&self) -> SocketAddr {
+        self.shared.public.addr
+    }
+
+    /// Where tunnels come to.
+    pub fn tunnel_addr(&self) -> SocketAddr {
+        self.shared.tunnel.addr
+    }
+
+    /// Where the control link comes to.
+    pub fn control_addr(&self) -> SocketAddr {
+        self.shared.control.addr
+    }
+
+    /// What stops this server.
+    pub fn handle(&self) -> Handle {
+        let shared = self.shared.clone();
+        Handle::new(move |drain| shared.stop(drain))
+    }
+
+    /// Serves until it is stopped through its [`handle`](Server::handle).
+    ///
+    /// # Errors
+    /// The system refuses one of the first four threads.
+    pub fn run(self) -> Result<(), Error> {
+        let shared = &self.shared;
+        for listener in [&shared.public, &shared.tunnel, &shared.control] {
+            info!("{} listens on {}", listener.option, listener.addr);
+        }
+        if shared.options.insecure {
+            warn!(
+                "--insecure: whoever reaches {} or {} can become the client or read along",
+                shared.tunnel.addr, shared.control.addr
+            );
+        }
+        thread::scope(|scope| {
+            let start = |name: &str, work: fn(&Arc<Shared>)| {
+                let thread = thread::Builder::new().name(name.to_owned());
+                match thread.spawn_scoped(scope, move || work(shared)) {
+                    Ok(_) => Ok(()),
+                    Err(error) => {
+                        shared.stop(Duration::ZERO);
+                        Err(Error::Thread(error))
+                    }
+                }
+            };
+            start("make_control", Shared::make_control)?;
+            start("make_accept", Shared::make_accept)?;
+            start("make_forward", Shared::make_forward)?;
+            start("release", Shared::release_conn_match)?;
+            shared.tcp_forward(&self.conn_list_map_update);
+            Ok(())
+        })?;
+        shared.pairs.wait();
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Listens for control links. Whether one becomes the client is decided on its own thread.
+    fn make_control(self: &Arc<Self>) {
+        while let Some((socket, from)) = self.accept(&self.control) {
+            let socket = Arc::new(socket);
+            let place = self.unproved_links.enter(&socket);
+            self.start("control", move |server| {
+                server.control(&socket, from, place)
+            });
+        }
+    }
+
+    /// One control link, from hello to bye.
+    fn control(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr, place: Place) {
+        let mut lines = Lines::new(&**socket);
+        let refuse = |why: &str| {
+            let refused = &self.logs.link_refused;
+            refused.say(|more| warn!("refused control link from {from}: {why}{more}"));
+        };
+        let proto = match read_hello(&mut lines, socket) {
+            Ok(proto) => proto,
+            Err(error) => return refuse(&why_ended(&error)),
+        };
+        drop(place);
+        let Some((id, to_client, woken)) = self.register(from, proto) else {
+            // To a client that never said hello the line means nothing, and does no harm.
+            let _ = send(&**socket, &Line::bye(BUSY));
+            return refuse("another client is live");
+        };
+        self.logs.client_came.say(|more| match proto {
+            Proto::Tp1 { pool } => {
+                info!(
+                    "client {from} came: session {}, pool {pool}{more}",
+                    id.short()
+                );
+            }
+            Proto::Original => info!("client {from} came, without hello{more}"),
+        });
+        let writer = {
+            let (server, socket) = (self.clone(), socket.clone());
+            move || server.control_writer(&socket, id, proto, &to_client, &woken)
+        };
+        if let Err(error) = self.workers.start("control_writer", writer) {
+            return self.client_left(id, &format!("there is no thread to write to it: {error}"));
+        }
+        self.client_left(id, &read_until_end(&mut lines));
+    }
+
+    /// Makes a client the one that is live, if none is. One that said hello takes the place of
+    /// one that did not.
+    fn register(
+        &self,
+        client: SocketAddr,
+        proto: Proto,
+    ) -> Option<(SessionId, Arc<ToClient>, Receiver<()>)> {
+        let id = SessionId::random().ok()?;
+        let mut state = self.state.lock();
+        let taken = match &state.cache {
+            Some(live) => live.proto != Proto::Original || proto == Proto::Original,
+            None => self.stop.stopped(),
+        };
+        if taken {
+            return None;
+        }
+        if let Some(replaced) = state.cache.take() {
+            info!(
+                "client {} gives way to {client}, which said hello",
+                replaced.client
+            );
+        }
+        let to_client = Arc::new(ToClient::default());
+        let (wake, woken) = bounded(1);
+        let session = Session {
+            id,
+            client,
+            proto,
+            to_client: to_client.clone(),
+            wake,
+        };
+        session.ask(state.conn_list_map.waiting());
+        state.cache = Some(session);
+        Some((id, to_client, woken))
+    }
+
+    /// Writes hello, heartbeats, and what [`send_message`](Self::send_message) asks for, until
+    /// the session is not the live one any more.
+    fn control_writer(
+        &self,
+        socket: &TcpStream,
+        id: SessionId,
+        proto: Proto,
+        to_client: &ToClient,
+        woken: &Receiver<()>,
+    ) {
+        let write = || -> io::Result<()> {
+            match proto {
+                Proto::Tp1 { pool } => {
+                    let (proto, session) = (PROTO, Some(id));
+                    send(
+                        socket,
+                        &Line::Hello {
+                            proto,
+                            pool,
+                            session,
+                        },
+                    )?;
+                }
+                Proto::Original => {
+                    net::end_when_unacknowledged(socket, SILENCE)?;
+                    send(socket, &Line::Hi)?;
+                }
+            }
+            let mut heartbeat = Instant::now() + HEARTBEAT;
+            loop {
+                match woken.recv_deadline(heartbeat) {
+                    Ok(()) => {
+                        let new = Line::New { visitor: None }.to_string();
+                        let count = to_client.new.swap(0, Ordering::Relaxed);
+                        io::Write::write_all(&mut &*socket, new.repeat(count).as_bytes())?;
+                    }
+                    Err(RecvTimeoutError::Timeout) => {
+                        send(socket, &Line::Hi)?;
+                        heartbeat += HEARTBEAT;
+                    }
+                    Err(RecvTimeoutError::Disconnected) if self.stop.stopped() => {
+                        return send(socket, &Line::bye(DRAINING));
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                }
+            }
+        };
+        if let Err(error) = write() {
+            self.client_left(id, &format!("writing to it: {error}"));
+        }
+        // Wakes the thread that reads.
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+
+    /// Ends a session, if it is still the live one, and closes its idle tunnels.
+    fn client_left(&self, id: SessionId, why: &str) {
+        let mut state = self.state.lock();
+        let Some(session) = state.cache.take_if(|live| live.id == id) else {
+            return;
+        };
+        let idle = state.conn_list_map.take_idle();
+        drop(state);
+        drop(idle);
+        let (left, client) = (&self.logs.client_left, session.client);
+        left.say(|more| info!("client {client} left: {why}{more}"));
+    }
+
+    /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog.
+    fn make_accept(self: &Arc<Self>) {
+        while let Some(slot) = self.slots.take() {
+            let Some((socket, visitor)) = self.accept(&self.public) else {
+                return;
+            };
+            self.detail(format_args!("visitor {visitor} came"));
+            let complete = self.add_conn_match_accept(Accept {
+                socket,
+                visitor,
+                slot,
+            });
+            if !complete {
+                self.send_message();
+            }
+        }
+    }
+
+    /// Puts a visitor into the list; true if there was an idle tunnel for it.
+    fn add_conn_match_accept(&self, accept: Accept) -> bool {
+        let healthy = |tunnel: &Tunnel| net::is_quiet(&tunnel.socket);
+        let mut state = self.state.lock();
+        let complete = state
+            .conn_list_map
+            .add_accept(accept, Instant::now(), healthy);
+        drop(state);
+        if complete {
+            self.update();
+        }
+        complete
+    }
+
+    /// Asks the client for one more tunnel, or says that no client is there.
+    fn send_message(&self) {
+        match &self.state.lock().cache {
+            Some(session) => session.ask(1),
+            None => self.detail(format_args!("no client is there to ask for a tunnel")),
+        }
+    }
+
+    /// Listens for tunnels. Each proves on its own thread which session it belongs to; those of an
+    /// original client cannot, and go straight to a visitor.
+    fn make_forward(self: &Arc<Self>) {
+        while let Some((socket, from)) = self.accept(&self.tunnel) {
+            let socket = Arc::new(socket);
+            let live = self.state.lock().cache.as_ref().map(|it| (it.id, it.proto));
+            match live {
+                Some((id, Proto::Original)) => self.config_conn_list_tunnel(socket, from, id),
+                Some((_, Proto::Tp1 { .. })) => {
+                    let place = self.unproved_tunnels.enter(&socket);
+                    self.start("tunnel", move |server| server.tunnel(socket, from, place));
+                }
+                None => self.refuse_tunnel(from, "no client is live"),
+            }
+        }
+    }
+
+    /// Reads the line with which a tunnel names its session.
+    fn tunnel(&self, socket: Arc<TcpStream>, from: SocketAddr, place: Place) {
+        let mut lines = Lines::new(&*socket);
+        let line = lines.next_line_by(Instant::now() + HANDSHAKE_TIMEOUT, &socket);
+        drop(place);
+        match line {
+            Ok(Line::Tunnel { session }) if lines.rest().is_empty() => {
+                self.config_conn_list_tunnel(socket, from, session);
+            }
+            Ok(_) => self.refuse_tunnel(from, "it did not name its session"),
+            Err(error) if timed_out(&error) => {
+                self.refuse_tunnel(from, "it did not name its session in time");
+            }
+            Err(error) => self.refuse_tunnel(from, &why_ended(&error)),
+        }
+    }
+
+    fn refuse_tunnel(&self, from: SocketAddr, why: &str) {
+        let refused = &self.logs.tunnel_refused;
+        refused.say(|more| warn!("refused tunnel from {from}: {why}{more}"));
+    }
+
+    /// Gives a tunnel of the live session to the visitor that has waited longest.
+    fn config_conn_list_tunnel(&self, socket: Arc<TcpStream>, from: SocketAddr, id: SessionId) {
+        // An idle tunnel is peeked at, which must not wait.
+        if let Err(error) = socket.set_nonblocking(true) {
+            return self.refuse_tunnel(from, &error.to_string());
+        }
+        let mut state = self.state.lock();
+        let Some(proto) = state
+            .cache
+            .as_ref()
+            .filter(|it| it.id == id)
+            .map(|it| it.proto)
+        else {
+            drop(state);
+            return self.refuse_tunnel(from, "its session is not the live one");
+        };
+        let pool = match proto {
+            Proto::Tp1 { pool } => pool,
+            Proto::Original => 0,
+        };
+        let placed = state
+            .conn_list_map
+            .add_tunnel(Tunnel { socket, proto }, pool);
+        drop(state);
+        match placed {
+            Placed::Matched => self.update(),
+            Placed::Idle => self.detail(format_args!("tunnel from {from} is idle")),
+            Placed::Superfluous(_) => self.detail(format_args!("closed a superfluous tunnel")),
+        }
+    }
+
+    /// Tells the matcher that a match has become complete.
+    fn update(&self) {
+        // Full: it has not looked since the last signal, so it will see this match too.
+        let _ = self.conn_list_map_update.try_send(());
+    }
+
+    /// The matcher: on each signal takes every complete match out of the list and joins it.
+    fn tcp_forward(self: &Arc<Self>, conn_list_map_update: &Receiver<()>) {
+        while let Ok(()) = conn_list_map_update.recv() {
+            if self.stop.stopped() {
+                return;
+            }
+            loop {
+                let matched = self.state.lock().conn_list_map.take_match();
+                let Some((accept, since, tunnel)) = matched else {
+                    break;
+                };
+                self.join_conn2(accept, since, tunnel);
+            }
+        }
+    }
+
+    /// Joins a visitor with its tunnel: tells the client first, which works while the two copy
+    /// threads start.
+    fn join_conn2(self: &Arc<Self>, accept: Accept, since: Instant, tunnel: Tunnel) {
+        let Accept {
+            socket,
+            visitor,
+            slot,
+        } = accept;
+        if let Err(error) = tunnel.greet(visitor) {
+            self.detail(format_args!(
+                "visitor {visitor}: its tunnel is dead: {error}"
+            ));
+            let accept = Accept {
+                socket,
+                visitor,
+                slot,
+            };
+            self.state.lock().conn_list_map.put_back(accept, since);
+            return self.send_message();
+        }
+        let pair = self.pairs.join(
+            Visitor::new(Some(visitor), Some(slot)),
+            End {
+                name: "visitor",
+                socket: Arc::new(socket),
+            },
+            End {
+                name: "tunnel",
+                socket: tunnel.socket,
+            },
+            self.options.linger,
+        );
+        self.copy("up", &pair, Way::Up);
+        self.copy("down", &pair, Way::Down);
+    }
+
+    fn copy(self: &Arc<Self>, name: &'static str, pair: &Arc<Pair>, way: Way) {
+        let copied = pair.clone();
+        let work = move |_: &Arc<Self>| copied.copy(way, &[]);
+        if !self.start(name, work) {
+            pair.abort("there is no thread for it");
+        }
+    }
+
+    /// Closes the visitors that waited longer than the pair timeout.
+    fn release_conn_match(self: &Arc<Self>) {
+        let timeout = self.options.pair_timeout;
+        let mut pause = timeout;
+        while self.stop.sleep(pause) {
+            let now = Instant::now();
+            let mut state = self.state.lock();
+            let expired = state.conn_list_map.take_expired(now, timeout);
+            let oldest = state.conn_list_map.oldest_waiting();
+            drop(state);
+            for Accept { visitor, .. } in &expired {
+                let log = &self.logs.timed_out;
+                log.say(|more| warn!("visitor {visitor}: no tunnel in {timeout:?}{more}"));
+            }
+            // Who comes from now on does not expire before a whole timeout has passed.
+            pause = oldest.map_or(timeout, |oldest| {
+                (oldest + timeout).saturating_duration_since(now)
+            });
+        }
+    }
+
+    /// The next connection of a listener; None once the server stops.
+    fn accept(&self, listener: &Listener) -> Option<(TcpStream, SocketAddr)> {
+        while !self.stop.stopped() {
+            let accepted = listener.socket.accept();
+            match accepted.and_then(|(socket, from)| Ok((net::tune(socket)?, from))) {
+                Ok(accepted) if !self.stop.stopped() => return Some(accepted),
+                Ok(_) => return None,
+                // Out of descriptors or memory, or the connection was reset in the backlog. All
+                // pass; to end, or to try again at once, would make them worse.
+                Err(error) => {
+                    if !self.stop.sleep(ACCEPT_PAUSE) {
+                        return None;
+                    }
+                    let (log, option) = (&self.logs.accept_failed, listener.option);
+                    log.say(|more| warn!("{option}: failed accept, trying again: {error}{more}"));
+                }
+            }
+        }
+        None
+    }
+
+    /// Runs a job on a worker; false if there is no thread for it, which closes its sockets.
+    fn start(
+        self: &Arc<Self>,
+        name: &'static str,
+        work: impl FnOnce(&Arc<Self>) + Send + 'static,
+    ) -> bool {
+        let server = self.clone();
+        let started = self.workers.start(name, move || work(&server));
+        if let Err(error) = &started {
+            let log = &self.logs.no_thread;
+            log.say(|more| warn!("closed a connection, no thread for {name}: {error}{more}"));
+        }
+        started.is_ok()
+    }
+
+    fn detail(&self, what: std::fmt::Arguments) {
+        self.logs.detail.say(|more| debug!("{what}{more}"));
+    }
+
+    /// See [`Handle::stop`].
+    fn stop(&self, drain: Duration) {
+        self.pairs.end_after(drain);
+        self.stop.stop();
+        for listener in [&self.public, &self.tunnel, &self.control] {
+            net::unblock(&listener.socket);
+        }
+        self.slots.close();
+        self.unproved_links.clear();
+        self.unproved_tunnels.clear();
+        // Without its session the link's writer says bye and ends; so does who waits for a match.
+        let mut state = self.state.lock();
+        let unjoined = (state.cache.take(), state.conn_list_map.clear());
+        drop(state);
+        drop(unjoined);
+        self.update();
+    }
+}
+
+impl Listener {
+    fn open(option: &'static str, address: &net::Address, anywhere: bool) -> Result<Self, Error> {
+        let socket = net::listen(option, address, anywhere)?;
+        let addr = socket
+            .local_addr()
+            .map_err(|error| Error::Resolve(option, address.clone(), error))?;
+        Ok(Self {
+            option,
+            socket,
+            addr,
+        })
+    }
+}
+
+impl Logs {
+    fn new() -> Self {
+        let once_a_second = || LogLimit::new(1);
+        Self {
+            accept_failed: once_a_second(),
+            no_thread: once_a_second(),
+            link_refused: once_a_second(),
+            tunnel_refused: once_a_second(),
+            client_came: once_a_second(),
+            client_left: once_a_second(),
+            timed_out: once_a_second(),
+            detail: LogLimit::new(DETAIL_LINES),
+        }
+    }
+}
+
+impl Session {
+    /// Has `new` written to the client this many times more.
+    fn ask(&self, count: usize) {
+        if count > 0 {
+            self.to_client.new.fetch_add(count, Ordering::Relaxed);
+            // Full: the writer has not looked since the last signal.
+            let _ = self.wake.try_send(());
+        }
+    }
+}
+
+impl Tunnel {
+    /// Tells the client whose bytes follow, and makes the tunnel ready for them.
+    fn greet(&self, visitor: SocketAddr) -> io::Result<()> {
+        self.socket.set_nonblocking(false)?;
+        match self.proto {
+            Proto::Original => Ok(()),
+            Proto::Tp1 { .. } => {
+                let visitor = Some(visitor);
+                send(&*self.socket, &Line::New { visitor })
+            }
+        }
+    }
+}
+
+/// Which protocol a new control link speaks; an error if it is no client at all.
+fn read_hello(lines: &mut Lines<&TcpStream>, socket: &TcpStream) -> io::Result<Proto> {
+    socket.set_write_timeout(Some(SILENCE))?;
+    match lines.next_line_by(Instant::now() + HELLO_TIMEOUT, socket) {
+        Ok(Line::Hello {
+            proto: PROTO..,
+            pool,
+            ..
+        }) => {
+            socket.set_read_timeout(Some(SILENCE))?;
+            let pool = pool.min(MAX_POOL);
+            Ok(Proto::Tp1 { pool })
+        }
+        Ok(_) => Err(io::Error::other("its first line is not a hello")),
+        Err(error) if timed_out(&error) && lines.rest().is_empty() => {
+            // It never writes, so its silence says nothing.
+            socket.set_read_timeout(None)?;
+            Ok(Proto::Original)
+        }
+        Err(error) if timed_out(&error) => Err(io::Error::other("its hello took too long")),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads a client's lines until there are no more; the answer is why.
+fn read_until_end(lines: &mut Lines<&TcpStream>) -> String {
+    loop {
+        match lines.next_line() {
+            Ok(Line::Bye { reason }) => return format!("it said bye, {}", reason.escape_debug()),
+            Ok(_) => {}
+            Err(error) => return why_ended(&error),
+        }
+    }
+}
