@@ -207,8 +207,12 @@ impl Server {
     /// The system refuses one of the first four threads.
     pub fn run(self) -> Result<(), Error> {
         let shared = &self.shared;
-        for listener in [&shared.public, &shared.tunnel, &shared.control] {
-            info!("{} listens on {}", listener.option, listener.addr);
+        for (listener, whom) in [
+            (&shared.public, "visitors"),
+            (&shared.tunnel, "tunnels"),
+            (&shared.control, "the control link"),
+        ] {
+            info!("listening on {} for {whom}", listener.addr);
         }
         if shared.options.insecure {
             warn!(

@@ -1,0 +1,148 @@
+//! What the programs hold on to: bounded while connections live, nothing after they have ended.
+//! The two programs run as processes of their own, so that `/proc` tells about them alone.
+#![cfg(target_os = "linux")]
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    Program, Service, assert_echo, connect, eventually, reset_on_close, send_pattern,
+};
+
+/// How many descriptors and threads both programs have.
+fn holdings(programs: [&Program; 2]) -> [usize; 4] {
+    let [server, client] = programs;
+    [
+        server.count("fd"),
+        server.count("task"),
+        client.count("fd"),
+        client.count("task"),
+    ]
+}
+
+/// Waits until the holdings have not changed for a while that no parked thread outlasts.
+fn settled(programs: [&Program; 2]) -> [usize; 4] {
+    let (mut last, mut since) = (holdings(programs), Instant::now());
+    eventually("descriptors and threads settle", || {
+        let now = holdings(programs);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        since.elapsed() > Duration::from_secs(6)
+    });
+    last
+}
+
+#[test]
+fn connections_that_have_ended_leave_nothing() {
+    let service = Service::echo();
+    let (server, addresses) = Program::server(&["-q"]);
+    let client = Program::client(addresses, service.addr, &["-q"]);
+    let programs = [&server, &client];
+    assert_echo(&connect(addresses[0]), "all is up");
+    let before = settled(programs);
+    let visitors: Vec<_> = (0..100).map(|_| connect(addresses[0])).collect();
+    for (number, visitor) in visitors.iter().enumerate() {
+        assert_echo(visitor, &format!("visitor {number}"));
+        // Every way to end is used.
+        match number % 3 {
+            0 => visitor.shutdown(std::net::Shutdown::Write).unwrap(),
+            1 => reset_on_close(visitor),
+            _ => {}
+        }
+    }
+    let during = holdings(programs);
+    assert!(during[0] >= before[0] + 100, "{during:?} after {before:?}");
+    drop(visitors);
+    let start = Instant::now();
+    eventually("all is as it was before", || holdings(programs) == before);
+    assert!(start.elapsed() < Duration::from_secs(15));
+}
+
+/// Memory is the processes' own share (PSS), before and while the visitor does not read.
+#[test]
+fn a_visitor_that_never_reads_does_not_fill_the_memory() {
+    const GIB: usize = 1024 * 1024 * 1024;
+    const PIECE: usize = 64 * 1024;
+    let sent = Arc::new(AtomicUsize::new(0));
+    let progress = sent.clone();
+    let service = Service::start(move |mut socket| {
+        let mut word = [0; 4];
+        socket.read_exact(&mut word).unwrap();
+        if &word == b"ping" {
+            return socket.write_all(b"pong").unwrap();
+        }
+        // Until the visitor has gone away, with most of it unread.
+        let piece = vec![7; PIECE];
+        while progress.load(Ordering::SeqCst) < GIB && socket.write_all(&piece).is_ok() {
+            progress.fetch_add(PIECE, Ordering::SeqCst);
+        }
+    });
+    let (server, addresses) = Program::server(&["-q"]);
+    let client = Program::client(addresses, service.addr, &["-q"]);
+    let ping = || {
+        let mut other = connect(addresses[0]);
+        other.write_all(b"ping").unwrap();
+        let mut answer = [0; 4];
+        other.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"pong");
+    };
+    ping();
+    let before = server.memory() + client.memory();
+    let mut visitor = connect(addresses[0]);
+    visitor.write_all(b"1GiB").unwrap();
+    let (mut last, mut since) = (0, Instant::now());
+    eventually("the service is held back", || {
+        let now = sent.load(Ordering::SeqCst);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        now > 0 && since.elapsed() > Duration::from_secs(1)
+    });
+    // What the kernel's buffers of three connections hold, and no more.
+    assert!(last < GIB / 8, "{last} bytes were taken from the service");
+    let grown = (server.memory() + client.memory()).saturating_sub(before);
+    assert!(grown < 4 * 1024, "{grown} KiB more");
+    let start = Instant::now();
+    ping();
+    assert!(start.elapsed() < Duration::from_secs(1), "others wait");
+}
+
+#[test]
+fn what_strangers_cause_is_logged_once_a_second() {
+    let (server, addresses) = Program::server(&["--pair-timeout", "1"]);
+    let start = Instant::now();
+    for _ in 0..300 {
+        for address in addresses {
+            let mut stranger = connect(address);
+            stranger.write_all(b"garbage\n").unwrap();
+        }
+    }
+    server.wait_for_line("no tunnel in 1s");
+    server.wait_for_line("refused control link");
+    server.wait_for_line("refused tunnel");
+    // Three kinds of lines, one of each a second at the most, and the three of the start.
+    let seconds = start.elapsed().as_secs() as usize + 1;
+    let lines = server.lines_with("").len();
+    assert!(lines <= 3 + 3 * seconds, "{lines} lines in {seconds} s");
+    // Later ones tell how many were left out.
+    eventually("the count of those left out", || {
+        let _ = connect(addresses[2]).write_all(b"garbage\n");
+        !server.lines_with("more like this before").is_empty()
+    });
+}
+
+#[test]
+fn both_programs_together_idle_below_four_mib() {
+    let service = Service::echo();
+    let (server, addresses) = Program::server(&[]);
+    let client = Program::client(addresses, service.addr, &[]);
+    let visitor = connect(addresses[0]);
+    assert_echo(&visitor, "up");
+    send_pattern(&visitor, 1, 1);
+    drop(visitor);
+    let kib = server.memory() + client.memory();
+    assert!(kib < 4 * 1024, "{kib} KiB");
+}

@@ -1,0 +1,224 @@
+//! How connections end: a proper end passes through as one, and nothing else does.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    DEADLINE, Program, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
+    assert_reset, client_options, closed_port, expect_pattern, reset_on_close, send_pattern,
+    server_options,
+};
+use tunnel_proxy::{ClientOptions, ServerOptions};
+
+const REPLY: usize = 8 * 1024 * 1024;
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+#[test]
+fn the_visitor_ends_first_and_still_gets_its_reply() {
+    let service = Service::start(|socket| {
+        expect_pattern(&socket, 1, 1000);
+        assert_ended(&socket);
+        send_pattern(&socket, 2, REPLY);
+    });
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    send_pattern(&visitor, 1, 1000);
+    visitor.shutdown(Shutdown::Write).unwrap();
+    expect_pattern(&visitor, 2, REPLY);
+    assert_ended(&visitor);
+}
+
+#[test]
+fn the_service_ends_first_and_still_gets_its_reply() {
+    let (done, result) = mpsc::channel();
+    let service = Service::start(move |socket| {
+        send_pattern(&socket, 1, 1000);
+        socket.shutdown(Shutdown::Write).unwrap();
+        expect_pattern(&socket, 2, REPLY);
+        assert_ended(&socket);
+        done.send(()).unwrap();
+    });
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    expect_pattern(&visitor, 1, 1000);
+    assert_ended(&visitor);
+    send_pattern(&visitor, 2, REPLY);
+    drop(visitor);
+    result.recv_timeout(DEADLINE).unwrap();
+}
+
+/// A service that hands its connections out, having said hello on each.
+fn handing_out() -> (Service, mpsc::Receiver<std::net::TcpStream>) {
+    let (sender, sockets) = mpsc::channel();
+    let service = Service::start(move |mut socket| {
+        socket.write_all(b"hello").unwrap();
+        sender.send(socket).unwrap();
+    });
+    (service, sockets)
+}
+
+fn read_hello(mut visitor: &std::net::TcpStream) {
+    let mut hello = [0; 5];
+    std::io::Read::read_exact(&mut visitor, &mut hello).unwrap();
+    assert_eq!(&hello, b"hello");
+}
+
+#[test]
+fn an_abort_by_the_visitor_reaches_the_service() {
+    let (service, sockets) = handing_out();
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    read_hello(&visitor);
+    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    reset_on_close(&visitor);
+    drop(visitor);
+    assert_reset(&served, AT_ONCE);
+}
+
+#[test]
+fn an_abort_by_the_service_reaches_the_visitor() {
+    let (service, sockets) = handing_out();
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    read_hello(&visitor);
+    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    reset_on_close(&served);
+    drop(served);
+    assert_reset(&visitor, AT_ONCE);
+}
+
+#[test]
+fn an_abort_after_a_half_close_is_still_an_abort() {
+    let (service, sockets) = handing_out();
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    read_hello(&visitor);
+    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    visitor.shutdown(Shutdown::Write).unwrap();
+    assert_ended(&served);
+    reset_on_close(&served);
+    drop(served);
+    assert_reset(&visitor, AT_ONCE);
+}
+
+#[test]
+fn an_abort_in_the_middle_of_a_stream_is_never_an_end() {
+    let (service, sockets) = handing_out();
+    let tunnel = Tunnel::start(service.addr, 8);
+    for _ in 0..20 {
+        let visitor = tunnel.visit();
+        read_hello(&visitor);
+        let served = sockets.recv_timeout(DEADLINE).unwrap();
+        let sending = thread::spawn(move || {
+            reset_on_close(&served);
+            send_pattern(&served, 1, 1_000_000);
+        });
+        assert_reset(&visitor, DEADLINE);
+        sending.join().unwrap();
+    }
+}
+
+#[test]
+fn a_local_service_that_refuses_closes_the_visitor() {
+    let refusing = closed_port();
+    let (_server, addresses) = Program::server(&[]);
+    let client = Program::client(addresses, refusing, &[]);
+    client.wait_for_line("pool 8");
+    let visitor = crate::support::connect(addresses[0]);
+    assert_reset(&visitor, AT_ONCE);
+    let line = client.wait_for_line("no local service");
+    assert!(line.contains(&refusing.to_string()), "{line}");
+    assert!(
+        line.contains(&visitor.local_addr().unwrap().to_string()),
+        "{line}"
+    );
+    assert!(line.contains("refused"), "{line}");
+}
+
+#[test]
+fn a_half_closed_pair_that_stands_still_is_aborted_at_linger() {
+    const LINGER: Duration = Duration::from_millis(1500);
+    let (service, sockets) = handing_out();
+    let server = RunningServer::start(ServerOptions {
+        linger: LINGER,
+        ..server_options()
+    });
+    let _client = RunningClient::start(client_options(&server, service.addr));
+    let visitor = server.visit();
+    read_hello(&visitor);
+    let mut served = sockets.recv_timeout(DEADLINE).unwrap();
+    let open = Instant::now();
+    while open.elapsed() < 2 * LINGER {
+        // With both directions open, silence is no reason.
+        thread::sleep(LINGER / 10);
+    }
+    visitor.shutdown(Shutdown::Write).unwrap();
+    assert_ended(&served);
+    // One that moves a byte now and then lives on.
+    for _ in 0..4 {
+        thread::sleep(LINGER / 2);
+        served.write_all(b"hello").unwrap();
+        read_hello(&visitor);
+    }
+    let still = Instant::now();
+    assert_reset(&visitor, DEADLINE);
+    let (least, most) = (LINGER * 9 / 10, LINGER + Duration::from_secs(3));
+    assert!(
+        (least..most).contains(&still.elapsed()),
+        "{:?}",
+        still.elapsed()
+    );
+    assert_reset(&served, AT_ONCE);
+}
+
+#[test]
+fn the_clients_linger_holds_as_well() {
+    const LINGER: Duration = Duration::from_millis(500);
+    let (service, sockets) = handing_out();
+    let server = RunningServer::start(server_options());
+    let _client = RunningClient::start(ClientOptions {
+        linger: LINGER,
+        ..client_options(&server, service.addr)
+    });
+    let visitor = server.visit();
+    read_hello(&visitor);
+    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    served.shutdown(Shutdown::Write).unwrap();
+    assert_ended(&visitor);
+    assert_reset(&served, LINGER + Duration::from_secs(3));
+}
+
+#[test]
+fn a_stop_drains_first_and_cuts_what_is_left() {
+    let service = Service::echo();
+    let mut tunnel = Tunnel::start(service.addr, 8);
+    let (ends, stays) = (tunnel.visit(), tunnel.visit());
+    assert_echo(&ends, "one");
+    assert_echo(&stays, "other");
+    tunnel.server.handle().stop(Duration::from_secs(3600));
+    // No new visitors, while those that are there go on.
+    let refused = || std::net::TcpStream::connect(tunnel.server.public).is_err();
+    crate::support::eventually("the public port is closed", refused);
+    assert_echo(&ends, "still one");
+    ends.shutdown(Shutdown::Write).unwrap();
+    assert_ended(&ends);
+    assert_echo(&stays, "still the other");
+    tunnel.server.handle().stop(Duration::ZERO);
+    assert_reset(&stays, AT_ONCE);
+    tunnel.server.wait_for_end();
+}
+
+#[test]
+fn a_client_that_stops_drains_as_well() {
+    let service = Service::echo();
+    let mut tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    assert_echo(&visitor, "before");
+    tunnel.client.handle().stop(Duration::from_secs(3600));
+    assert_echo(&visitor, "while");
+    drop(visitor);
+    tunnel.client.wait_for_end();
+}

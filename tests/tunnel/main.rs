@@ -1,0 +1,11 @@
+//! The tunnel from outside: through the library's API, through the two programs, and through peers
+//! made by hand that speak the protocol's bytes.
+
+mod bounds;
+mod command_line;
+mod half_close_and_abort;
+mod original;
+mod protocol;
+mod sessions;
+mod support;
+mod traffic;

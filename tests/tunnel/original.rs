@@ -1,0 +1,221 @@
+//! The other half of the original, made by hand byte for byte, with ours.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    Peer, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended, closed_port,
+    connect, eventually, expect_pattern, send_pattern, server_options,
+};
+use tunnel_proxy::{ClientOptions, ServerOptions};
+
+/// The original client: reads lines; on `new` dials the local service, then the tunnel port, and
+/// copies raw bytes. It never writes to the control link.
+fn original_client(control: SocketAddr, tunnel: SocketAddr, local: SocketAddr) -> TcpStream {
+    let link = connect(control);
+    let reader = BufReader::new(link.try_clone().unwrap());
+    thread::spawn(move || {
+        for line in reader.lines().map_while(Result::ok) {
+            if line == "new" {
+                let (local, remote) = (connect(local), connect(tunnel));
+                copy_and_close(local.try_clone().unwrap(), remote.try_clone().unwrap());
+                copy_and_close(remote, local);
+            }
+        }
+    });
+    link
+}
+
+/// As the original's io.Copy with its two deferred closes.
+fn copy_and_close(mut from: TcpStream, mut to: TcpStream) {
+    thread::spawn(move || {
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+    });
+}
+
+#[test]
+fn an_original_client_is_served() {
+    let service = Service::echo();
+    let server = RunningServer::start(server_options());
+    // Waits from before the client is known to be an original one.
+    let early = server.visit();
+    let _link = original_client(server.control, server.tunnel, service.addr);
+    assert_echo(&early, "early");
+    for number in 0..10 {
+        let visitor = server.visit();
+        assert_echo(&visitor, &format!("visitor {number}"));
+        thread::scope(|scope| {
+            scope.spawn(|| send_pattern(&visitor, number, 1_000_000));
+            expect_pattern(&visitor, number, 1_000_000);
+        });
+    }
+}
+
+#[test]
+fn an_original_client_gets_the_originals_bytes() {
+    let server = RunningServer::start(server_options());
+    let mut client = Peer::new(connect(server.control));
+    let mut lines = vec![client.line(), client.line()];
+    let _visitors = (server.visit(), server.visit());
+    while lines.iter().filter(|line| *line == "new\n").count() < 2 {
+        lines.push(client.line());
+    }
+    lines.retain(|line| line != "hi\n" && line != "new\n");
+    assert_eq!(lines, Vec::<String>::new(), "nothing that it does not know");
+    // Its tunnels are raw from the first byte on, and one without a visitor is closed.
+    let tunnels = [(); 3].map(|()| connect(server.tunnel));
+    let mut closed = 0;
+    for tunnel in &tunnels {
+        tunnel
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+        closed += usize::from(matches!((&*tunnel).read(&mut [0]), Ok(0)));
+    }
+    assert_eq!(closed, 1);
+}
+
+#[test]
+fn an_original_client_is_undisturbed_by_refused_ones() {
+    let service = Service::echo();
+    let server = RunningServer::start(server_options());
+    let _link = original_client(server.control, server.tunnel, service.addr);
+    let visitor = server.visit();
+    assert_echo(&visitor, "before");
+    for _ in 0..2 {
+        let others: Vec<_> = (0..500).map(|_| connect(server.control)).collect();
+        for other in others {
+            // Refused after the second that a hello may take, or sent away by the next in line.
+            let mut got = String::new();
+            let _ = (&other).read_to_string(&mut got);
+            assert!(["", "bye reason=busy\n"].contains(&&*got), "{got:?}");
+        }
+    }
+    assert_echo(&visitor, "after");
+    assert_echo(&server.visit(), "a new one");
+}
+
+#[test]
+fn a_client_that_never_said_hello_gives_way_to_one_that_does() {
+    let server = RunningServer::start(server_options());
+    let mut original = Peer::new(connect(server.control));
+    assert_eq!(original.line(), "hi\n");
+    let mut client = Peer::new(connect(server.control));
+    assert_eq!(client.say_hello(8).len(), 32);
+    assert_eq!(original.line_after_hi(), "");
+    // And not the other way round.
+    let silent = connect(server.control);
+    let mut got = String::new();
+    (&silent).read_to_string(&mut got).unwrap();
+    assert_eq!(got, "bye reason=busy\n");
+    let _visitor = server.visit();
+    assert_eq!(client.line_after_hi(), "new\n");
+}
+
+#[test]
+fn an_original_client_that_leaves_makes_room() {
+    let server = RunningServer::start(server_options());
+    let mut first = Peer::new(connect(server.control));
+    assert_eq!(first.line(), "hi\n");
+    drop(first);
+    let mut second = Peer::new(connect(server.control));
+    assert_eq!(second.line(), "hi\n");
+}
+
+/// The original server: writes `hi` at once and every 2 s, and `new` for a visitor.
+struct OriginalServer {
+    control: Peer,
+    tunnels: TcpListener,
+    _client: RunningClient,
+}
+
+impl OriginalServer {
+    fn start(local: SocketAddr) -> Self {
+        let controls = TcpListener::bind("127.0.0.1:0").unwrap();
+        let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = RunningClient::start(ClientOptions {
+            control_port: controls.local_addr().unwrap().port(),
+            tunnel_port: tunnels.local_addr().unwrap().port(),
+            local: local.into(),
+            ..ClientOptions::default()
+        });
+        let control = Peer::new(accept(&controls));
+        control.write("hi\n");
+        Self {
+            control,
+            tunnels,
+            _client: client,
+        }
+    }
+
+    fn visit(&self) -> TcpStream {
+        self.control.write("new\n");
+        accept(&self.tunnels)
+    }
+}
+
+#[test]
+fn an_original_server_is_served() {
+    let service = Service::start(|mut socket| {
+        socket.write_all(b"greeting").unwrap();
+        expect_pattern(&socket, 1, 1_000_000);
+        assert_ended(&socket);
+        send_pattern(&socket, 2, 1_000_000);
+    });
+    let server = OriginalServer::start(service.addr);
+    for _ in 0..10 {
+        // Raw from the first byte: no line of the tunnel's own before the service's greeting.
+        let tunnel = server.visit();
+        let mut greeting = [0; 8];
+        (&tunnel).read_exact(&mut greeting).unwrap();
+        assert_eq!(&greeting, b"greeting");
+        send_pattern(&tunnel, 1, 1_000_000);
+        tunnel.shutdown(Shutdown::Write).unwrap();
+        expect_pattern(&tunnel, 2, 1_000_000);
+        assert_ended(&tunnel);
+    }
+}
+
+#[test]
+fn an_original_server_sees_a_refused_local_service_at_once() {
+    let server = OriginalServer::start(closed_port());
+    let tunnel = server.visit();
+    crate::support::assert_reset(&tunnel, Duration::from_secs(1));
+}
+
+#[test]
+fn an_original_server_is_told_hello_and_nothing_more() {
+    let service = Service::echo();
+    let mut server = OriginalServer::start(service.addr);
+    assert_eq!(server.control.line(), "hello proto=1 pool=8\n");
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        thread::sleep(Duration::from_secs(1));
+        server.control.write("hi\n");
+    }
+    server.control.socket.set_nonblocking(true).unwrap();
+    let error = server.control.socket.read(&mut [0; 64]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    // No tunnel is dialled before it is asked for.
+    server.tunnels.set_nonblocking(true).unwrap();
+    assert!(server.tunnels.accept().is_err());
+    server.control.socket.set_nonblocking(false).unwrap();
+    assert_echo(&server.visit(), "asked for");
+}
+
+#[test]
+fn an_original_clients_visitors_time_out_as_they_did() {
+    let server = RunningServer::start(ServerOptions {
+        pair_timeout: Duration::from_millis(1500),
+        ..server_options()
+    });
+    // Says nothing and dials nothing, as a client whose local service refuses does.
+    let _client = connect(server.control);
+    let visitor = server.visit();
+    let start = Instant::now();
+    assert_ended(&visitor);
+    assert!(start.elapsed() >= Duration::from_millis(1400));
+    eventually("the server lives", || server.visit().peer_addr().is_ok());
+}

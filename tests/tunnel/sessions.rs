@@ -1,0 +1,296 @@
+//! Clients come, go, fall silent and come back; visitors wait for them, and strangers are not
+//! taken for them.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    DEADLINE, Peer, RunningClient, RunningServer, Service, Tunnel, accept, assert_echo,
+    assert_ended, client_options, closed_port, connect, server_options,
+};
+use tunnel_proxy::{Address, ClientOptions, ServerOptions};
+
+#[test]
+fn without_a_client_the_visitor_is_closed_at_the_pair_timeout() {
+    let server = RunningServer::start(server_options());
+    let start = Instant::now();
+    let early = server.visit();
+    let late = thread::scope(|scope| {
+        let late = scope.spawn(|| {
+            thread::sleep(Duration::from_millis(1700));
+            let start = Instant::now();
+            assert_ended(&server.visit());
+            start.elapsed()
+        });
+        assert_ended(&early);
+        assert_pair_timeout(start.elapsed());
+        late.join().unwrap()
+    });
+    assert_pair_timeout(late);
+}
+
+fn assert_pair_timeout(waited: Duration) {
+    let bounds = Duration::from_millis(4500)..Duration::from_millis(5500);
+    assert!(bounds.contains(&waited), "{waited:?}");
+}
+
+#[test]
+fn a_client_that_comes_in_time_serves_the_visitors_that_wait() {
+    for pool in [0, 8] {
+        let service = Service::echo();
+        let server = RunningServer::start(server_options());
+        let visitors: Vec<_> = (0..20).map(|_| server.visit()).collect();
+        thread::sleep(Duration::from_secs(1));
+        let _client = RunningClient::start(ClientOptions {
+            pool,
+            ..client_options(&server, service.addr)
+        });
+        for visitor in &visitors {
+            assert_echo(visitor, "after a second");
+        }
+    }
+}
+
+#[test]
+fn a_client_dials_for_ever_even_if_the_first_dial_fails() {
+    let service = Service::echo();
+    let later = RunningServer::start(server_options());
+    let address = later.control;
+    let options = client_options(&later, service.addr);
+    drop(later);
+    let _client = RunningClient::start(options);
+    // Several of its dials find nobody.
+    thread::sleep(Duration::from_millis(1200));
+    let control = Address::from(address);
+    let listener = TcpListener::bind(address).unwrap();
+    let mut peer = Peer::new(accept(&listener));
+    assert_eq!(peer.line(), "hello proto=1 pool=8\n", "{control}");
+}
+
+#[test]
+fn a_second_client_is_refused_and_the_first_is_undisturbed() {
+    let service = Service::echo();
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitor = tunnel.visit();
+    assert_echo(&visitor, "before");
+    for number in 0..1000 {
+        let mut second = Peer::new(connect(tunnel.server.control));
+        second.write("hello proto=1 pool=8\n");
+        assert_eq!(second.line(), "bye reason=busy\n");
+        assert_eq!(second.line(), "");
+        if number % 100 == 0 {
+            assert_echo(&visitor, "meanwhile");
+            assert_echo(&tunnel.visit(), "a new one");
+        }
+    }
+}
+
+#[test]
+fn a_session_outlives_a_thousand_refused_ones() {
+    let server = RunningServer::start(server_options());
+    let mut first = Peer::new(connect(server.control));
+    let session = first.say_hello(0);
+    for _ in 0..1000 {
+        let second = Peer::new(connect(server.control));
+        second.write("hello proto=1 pool=8\n");
+    }
+    // The same session still gets its visitors.
+    let visitor = server.visit();
+    assert_eq!(first.line_after_hi(), "new\n");
+    let mut tunnel = Peer::new(connect(server.tunnel));
+    tunnel.write(&format!("tunnel session={session}\n"));
+    let from = visitor.local_addr().unwrap();
+    assert_eq!(tunnel.line(), format!("new visitor={from}\n"));
+}
+
+#[test]
+fn a_server_that_restarts_on_its_ports_serves_within_three_seconds() {
+    // An address that no other test uses, whose connections might take a port of the server's.
+    let any = Address::new("127.0.77.1", 0);
+    let service = Service::echo();
+    let mut options = ServerOptions {
+        public: any.clone(),
+        tunnel: any.clone(),
+        control: any,
+        ..ServerOptions::default()
+    };
+    let mut server = RunningServer::start(options.clone());
+    options.public = server.public.into();
+    options.tunnel = server.tunnel.into();
+    options.control = server.control.into();
+    let _client = RunningClient::start(client_options(&server, service.addr));
+    for _ in 0..3 {
+        let visitor = server.visit();
+        assert_echo(&visitor, "before");
+        drop(server);
+        server = RunningServer::start(options.clone());
+        let start = Instant::now();
+        assert_echo(&server.visit(), "after");
+        assert!(
+            start.elapsed() < Duration::from_secs(3),
+            "{:?}",
+            start.elapsed()
+        );
+    }
+}
+
+const SILENCE_NOTICED: std::ops::Range<Duration> =
+    Duration::from_millis(5500)..Duration::from_millis(8000);
+
+#[test]
+fn a_silent_client_is_dropped_and_the_next_one_taken() {
+    let server = RunningServer::start(server_options());
+    let mut silent = Peer::new(connect(server.control));
+    let session = silent.say_hello(8);
+    let mut idle = Peer::new(connect(server.tunnel));
+    idle.write(&format!("tunnel session={session}\n"));
+    let start = Instant::now();
+    assert_eq!(silent.line_after_hi(), "");
+    assert!(
+        SILENCE_NOTICED.contains(&start.elapsed()),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(idle.line(), "", "its idle tunnels end with it");
+    let service = Service::echo();
+    let _client = RunningClient::start(client_options(&server, service.addr));
+    assert_echo(&server.visit(), "served by the next");
+}
+
+#[test]
+fn a_client_that_only_sends_heartbeats_lives() {
+    let server = RunningServer::start(server_options());
+    let mut peer = Peer::new(connect(server.control));
+    peer.say_hello(0);
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(9) {
+        assert_eq!(peer.line(), "hi\n");
+        peer.write("hi\n");
+    }
+}
+
+#[test]
+fn a_silent_server_is_left_and_dialled_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _client = RunningClient::start(ClientOptions {
+        control_port: listener.local_addr().unwrap().port(),
+        tunnel_port: closed_port().port(),
+        ..ClientOptions::default()
+    });
+    let mut silent = Peer::new(accept(&listener));
+    assert_eq!(silent.line(), "hello proto=1 pool=8\n");
+    silent.write("hello proto=1 session=00112233445566778899aabbccddeeff pool=0\n");
+    let start = Instant::now();
+    assert_eq!(silent.line_after_hi(), "");
+    assert!(
+        SILENCE_NOTICED.contains(&start.elapsed()),
+        "{:?}",
+        start.elapsed()
+    );
+    let mut again = Peer::new(accept(&listener));
+    assert_eq!(again.line(), "hello proto=1 pool=8\n");
+}
+
+#[test]
+fn the_dials_of_a_client_come_further_and_further_apart() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _client = RunningClient::start(ClientOptions {
+        control_port: listener.local_addr().unwrap().port(),
+        ..ClientOptions::default()
+    });
+    let mut times = Vec::new();
+    for _ in 0..6 {
+        let mut peer = Peer::new(accept(&listener));
+        times.push(Instant::now());
+        assert_eq!(peer.line(), "hello proto=1 pool=8\n");
+        peer.write("bye reason=busy\n");
+    }
+    // 0.2 s doubled each time; each pause is between the half and the whole of it.
+    for (number, pair) in times.windows(2).enumerate() {
+        let whole = Duration::from_millis(200 << number);
+        let pause = pair[1] - pair[0];
+        let most = whole + Duration::from_millis(1000);
+        assert!(
+            (whole / 2..most).contains(&pause),
+            "pause {number}: {pause:?}"
+        );
+    }
+}
+
+/// What a port scanner sends to the tunnel port.
+fn scan(server: &RunningServer) -> Vec<TcpStream> {
+    let wrong = b"tunnel session=00112233445566778899aabbccddeeff\n";
+    let long = [b'x'; 300];
+    let messages: [&[u8]; 7] = [
+        b"",
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"\x16\x03\x01\x00\xff\x01\x00",
+        b"tunnel\n",
+        b"tunnel session=1\n",
+        wrong,
+        &long,
+    ];
+    let scanners = messages.map(|message| {
+        let mut scanner = connect(server.tunnel);
+        scanner.write_all(message).unwrap();
+        scanner
+    });
+    scanners.into()
+}
+
+#[test]
+fn a_port_scanner_never_gets_a_visitor() {
+    let service = Service::echo();
+    for pool in [0, 8] {
+        let tunnel = Tunnel::start(service.addr, pool);
+        assert_echo(&tunnel.visit(), "the client is there");
+        let scanners = scan(&tunnel.server);
+        let start = Instant::now();
+        assert_echo(&tunnel.visit(), "served at once");
+        assert!(
+            start.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            start.elapsed()
+        );
+        for mut scanner in scanners {
+            // Closed within the handshake timeout, with or without unread bytes of its own.
+            let mut got = Vec::new();
+            let _ = scanner.read_to_end(&mut got);
+            assert_eq!(got, b"");
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(7),
+            "{:?}",
+            start.elapsed()
+        );
+    }
+}
+
+#[test]
+fn visitors_are_served_through_a_crowd_of_silent_strangers() {
+    let service = Service::echo();
+    let server = RunningServer::start(server_options());
+    let strangers: Vec<_> = (0..150)
+        .flat_map(|_| [connect(server.tunnel), connect(server.control)])
+        .collect();
+    let _client = RunningClient::start(client_options(&server, service.addr));
+    for _ in 0..20 {
+        assert_echo(&server.visit(), "through the crowd");
+    }
+    drop(strangers);
+}
+
+#[test]
+fn a_client_whose_host_name_does_not_resolve_goes_on_and_can_be_stopped() {
+    let mut client = RunningClient::start(ClientOptions {
+        server: "does-not-exist.invalid".to_owned(),
+        ..ClientOptions::default()
+    });
+    thread::sleep(Duration::from_millis(500));
+    let start = Instant::now();
+    client.handle().stop(Duration::from_secs(3600));
+    client.wait_for_end();
+    assert!(start.elapsed() < DEADLINE / 10);
+}

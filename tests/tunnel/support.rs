@@ -1,0 +1,479 @@
+//! What the tests share: a tunnel in this process, programs in processes of their own, local
+//! services, and bytes that can be told apart. Every wait has a deadline.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use tunnel_proxy::{Address, Client, ClientOptions, Handle, Server, ServerOptions};
+
+/// How long a test waits before it fails: generous, as both cores may be busy with other things.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Any free port on the loopback address.
+pub fn any() -> Address {
+    Address::new("127.0.0.1", 0)
+}
+
+/// A port that nobody listens on.
+pub fn closed_port() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
+}
+
+/// The server's options for tests: the defaults on free ports.
+pub fn server_options() -> ServerOptions {
+    ServerOptions {
+        public: any(),
+        tunnel: any(),
+        control: any(),
+        ..ServerOptions::default()
+    }
+}
+
+/// The client's options for this server and this local service.
+pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOptions {
+    ClientOptions {
+        server: server.control.ip().to_string(),
+        control_port: server.control.port(),
+        tunnel_port: server.tunnel.port(),
+        local: local.into(),
+        ..ClientOptions::default()
+    }
+}
+
+/// Connects, with a deadline on every later read and write.
+pub fn connect(address: SocketAddr) -> TcpStream {
+    let socket = TcpStream::connect_timeout(&address, DEADLINE).unwrap();
+    with_deadline(socket)
+}
+
+fn with_deadline(socket: TcpStream) -> TcpStream {
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    socket.set_write_timeout(Some(DEADLINE)).unwrap();
+    socket.set_nodelay(true).unwrap();
+    socket
+}
+
+/// Accepts one connection, or fails at the deadline.
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let start = Instant::now();
+    loop {
+        match listener.accept() {
+            Ok((socket, _)) => {
+                socket.set_nonblocking(false).unwrap();
+                return with_deadline(socket);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                assert!(start.elapsed() < DEADLINE, "nobody connected");
+                thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => panic!("accept: {error}"),
+        }
+    }
+}
+
+/// Polls until the condition holds, or fails at the deadline.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < DEADLINE, "not in time: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sets a socket to end with RST instead of FIN.
+pub fn reset_on_close(socket: &TcpStream) {
+    let zero = Some(Duration::ZERO);
+    socket2::SockRef::from(socket).set_linger(zero).unwrap();
+}
+
+/// Asserts that the next read is a reset, and how long that took at most.
+pub fn assert_reset(mut socket: &TcpStream, within: Duration) {
+    let start = Instant::now();
+    let mut buffer = [0; 4096];
+    let error = loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => panic!("a proper end in the place of a reset"),
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(start.elapsed() < within, "after {:?}", start.elapsed());
+}
+
+/// Asserts that nothing comes any more but the end.
+pub fn assert_ended(mut socket: &TcpStream) {
+    let mut rest = Vec::new();
+    socket.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"", "bytes where the end was due");
+}
+
+/// Sends a line's worth of bytes, and asserts that the same come back.
+pub fn assert_echo(mut socket: &TcpStream, text: &str) {
+    socket.write_all(text.as_bytes()).unwrap();
+    let mut back = vec![0; text.len()];
+    socket.read_exact(&mut back).unwrap();
+    assert_eq!(String::from_utf8_lossy(&back), text);
+}
+
+/// Bytes that differ from those of every other seed, and from place to place.
+pub struct Pattern(u64);
+
+impl Pattern {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for chunk in buffer.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+/// Writes the first `size` bytes of a pattern.
+pub fn send_pattern(mut to: &TcpStream, seed: u64, size: usize) {
+    let mut pattern = Pattern::new(seed);
+    let mut buffer = vec![0; 64 * 1024];
+    let mut left = size;
+    while left > 0 {
+        let piece = left.min(buffer.len());
+        pattern.fill(&mut buffer[..piece]);
+        to.write_all(&buffer[..piece]).unwrap();
+        left -= piece;
+    }
+}
+
+/// Reads the first `size` bytes of a pattern, and compares each.
+pub fn expect_pattern(mut from: &TcpStream, seed: u64, size: usize) {
+    let mut pattern = Pattern::new(seed);
+    let (mut got, mut wanted) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let mut left = size;
+    while left > 0 {
+        let piece = left.min(got.len());
+        from.read_exact(&mut got[..piece]).unwrap();
+        pattern.fill(&mut wanted[..piece]);
+        assert!(
+            got[..piece] == wanted[..piece],
+            "changed bytes, {left} before the end"
+        );
+        left -= piece;
+    }
+}
+
+/// A local service: a thread for each connection, until dropped.
+pub struct Service {
+    pub addr: SocketAddr,
+    stopped: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Service {
+    pub fn start(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (serve, stop) = (Arc::new(serve), stopped.clone());
+        let thread = thread::spawn(move || {
+            while let Ok((socket, _)) = listener.accept() {
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                let serve = serve.clone();
+                thread::spawn(move || serve(with_deadline(socket)));
+            }
+        });
+        Self {
+            addr,
+            stopped,
+            thread: Some(thread),
+        }
+    }
+
+    /// Sends everything back.
+    pub fn echo() -> Self {
+        Self::start(|socket| {
+            let mut buffer = [0; 16 * 1024];
+            // A test that has seen enough may cut the connection: that is no failure.
+            while let Ok(count @ 1..) = (&socket).read(&mut buffer) {
+                if (&socket).write_all(&buffer[..count]).is_err() {
+                    return;
+                }
+            }
+        })
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.addr);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A server in this process, until dropped.
+pub struct RunningServer {
+    pub public: SocketAddr,
+    pub tunnel: SocketAddr,
+    pub control: SocketAddr,
+    running: Running,
+}
+
+impl RunningServer {
+    pub fn start(options: ServerOptions) -> Self {
+        let server = Server::bind(options).unwrap();
+        Self {
+            public: server.public_addr(),
+            tunnel: server.tunnel_addr(),
+            control: server.control_addr(),
+            running: Running::start(server.handle(), move || server.run()),
+        }
+    }
+
+    /// A visitor's connection.
+    pub fn visit(&self) -> TcpStream {
+        connect(self.public)
+    }
+
+    pub fn handle(&self) -> &Handle {
+        &self.running.handle
+    }
+
+    pub fn wait_for_end(&mut self) {
+        self.running.wait_for_end();
+    }
+}
+
+/// A client in this process, until dropped.
+pub struct RunningClient {
+    running: Running,
+}
+
+impl RunningClient {
+    pub fn start(options: ClientOptions) -> Self {
+        let client = Client::new(options);
+        Self {
+            running: Running::start(client.handle(), move || client.run()),
+        }
+    }
+
+    pub fn handle(&self) -> &Handle {
+        &self.running.handle
+    }
+
+    pub fn wait_for_end(&mut self) {
+        self.running.wait_for_end();
+    }
+}
+
+struct Running {
+    handle: Handle,
+    thread: Option<JoinHandle<Result<(), tunnel_proxy::Error>>>,
+}
+
+impl Running {
+    fn start(
+        handle: Handle,
+        run: impl FnOnce() -> Result<(), tunnel_proxy::Error> + Send + 'static,
+    ) -> Self {
+        Self {
+            handle,
+            thread: Some(thread::spawn(run)),
+        }
+    }
+
+    fn wait_for_end(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        eventually("run() returns", || thread.is_finished());
+        thread.join().unwrap().unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.handle.stop(Duration::ZERO);
+        if !thread::panicking() {
+            self.wait_for_end();
+        }
+    }
+}
+
+/// A server and its client in this process.
+pub struct Tunnel {
+    pub client: RunningClient,
+    pub server: RunningServer,
+}
+
+impl Tunnel {
+    /// To this local service, with that many idle tunnels.
+    pub fn start(local: SocketAddr, pool: usize) -> Self {
+        let server = RunningServer::start(server_options());
+        let client = RunningClient::start(ClientOptions {
+            pool,
+            ..client_options(&server, local)
+        });
+        Self { client, server }
+    }
+
+    pub fn visit(&self) -> TcpStream {
+        self.server.visit()
+    }
+}
+
+/// One of the two programs in a process of its own, killed when dropped.
+pub struct Program {
+    child: Child,
+    log: Arc<(Mutex<Vec<String>>, Condvar)>,
+}
+
+impl Program {
+    pub fn start(path: &str, arguments: &[&str]) -> Self {
+        let mut child = Command::new(path)
+            .args(arguments)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
+        let (lines, shared) = (BufReader::new(child.stderr.take().unwrap()), log.clone());
+        thread::spawn(move || {
+            for line in lines.lines().map_while(Result::ok) {
+                shared.0.lock().push(line);
+                shared.1.notify_all();
+            }
+        });
+        Self { child, log }
+    }
+
+    /// `tpserver` on free ports, with these options besides; and the addresses of its three ports.
+    pub fn server(arguments: &[&str]) -> (Self, [SocketAddr; 3]) {
+        let ports = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0".split(' ');
+        let arguments: Vec<_> = ports.chain(arguments.iter().copied()).collect();
+        let server = Self::start(env!("CARGO_BIN_EXE_tpserver"), &arguments);
+        let addresses = ["visitors", "tunnels", "the control link"].map(|whom| {
+            let line = server.wait_for_line(&format!(" for {whom}"));
+            let address = line.split("listening on ").nth(1).unwrap();
+            address.split(' ').next().unwrap().parse().unwrap()
+        });
+        (server, addresses)
+    }
+
+    /// `tpclient` for that server and this local service, with these options besides.
+    pub fn client(server: [SocketAddr; 3], local: SocketAddr, arguments: &[&str]) -> Self {
+        let [_, tunnel, control] = server.map(|address| address.port().to_string());
+        let local = local.to_string();
+        let all: Vec<_> = ["--control-port", &control, "--tunnel-port", &tunnel]
+            .into_iter()
+            .chain(["--local", &local])
+            .chain(arguments.iter().copied())
+            .collect();
+        Self::start(env!("CARGO_BIN_EXE_tpclient"), &all)
+    }
+
+    /// The first line of the log that contains this text, now or in time.
+    pub fn wait_for_line(&self, text: &str) -> String {
+        let (lines, more) = &*self.log;
+        let mut lines = lines.lock();
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(line) = lines.iter().find(|line| line.contains(text)) {
+                return line.clone();
+            }
+            let late = more.wait_until(&mut lines, deadline).timed_out();
+            assert!(!late, "no {text:?} in the log: {lines:#?}");
+        }
+    }
+
+    /// Every line of the log so far that contains this text.
+    pub fn lines_with(&self, text: &str) -> Vec<String> {
+        let lines = self.log.0.lock();
+        let found = lines.iter().filter(|line| line.contains(text));
+        found.cloned().collect()
+    }
+
+    /// How many entries a folder of the process in `/proc` has: `fd` or `task`.
+    #[cfg(target_os = "linux")]
+    pub fn count(&self, folder: &str) -> usize {
+        let path = format!("/proc/{}/{folder}", self.child.id());
+        std::fs::read_dir(path).unwrap().count()
+    }
+
+    /// The process's own share of memory (PSS) in KiB.
+    #[cfg(target_os = "linux")]
+    pub fn memory(&self) -> usize {
+        let path = format!("/proc/{}/smaps_rollup", self.child.id());
+        let text = std::fs::read_to_string(path).unwrap();
+        let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A peer made by hand on a control link: reads and writes lines.
+pub struct Peer {
+    pub socket: TcpStream,
+    reader: BufReader<TcpStream>,
+}
+
+impl Peer {
+    pub fn new(socket: TcpStream) -> Self {
+        let reader = BufReader::new(socket.try_clone().unwrap());
+        Self { socket, reader }
+    }
+
+    pub fn write(&self, text: &str) {
+        (&self.socket).write_all(text.as_bytes()).unwrap();
+    }
+
+    /// The next line with its LF; empty at the end.
+    pub fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).unwrap();
+        line
+    }
+
+    /// The next line that is not a heartbeat.
+    pub fn line_after_hi(&mut self) -> String {
+        loop {
+            let line = self.line();
+            if line != "hi\n" {
+                return line;
+            }
+        }
+    }
+
+    /// Says hello as a client, and returns the session id that the server gives.
+    pub fn say_hello(&mut self, pool: usize) -> String {
+        self.write(&format!("hello proto=1 pool={pool}\n"));
+        let line = self.line();
+        let session = line
+            .split("session=")
+            .nth(1)
+            .unwrap_or_else(|| panic!("{line:?}"));
+        session.split(' ').next().unwrap().to_owned()
+    }
+}
