@@ -38,8 +38,8 @@ fn settled(programs: [&Program; 2]) -> [usize; 4] {
 #[test]
 fn connections_that_have_ended_leave_nothing() {
     let service = Service::echo();
-    let (server, addresses) = Program::server(&["-q"]);
-    let client = Program::client(addresses, service.addr, &["-q"]);
+    let (server, addresses) = Program::server(&[]);
+    let client = Program::client(addresses, service.addr, &[]);
     let programs = [&server, &client];
     assert_echo(&connect(addresses[0]), "all is up");
     let before = settled(programs);
@@ -80,8 +80,8 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory() {
             progress.fetch_add(PIECE, Ordering::SeqCst);
         }
     });
-    let (server, addresses) = Program::server(&["-q"]);
-    let client = Program::client(addresses, service.addr, &["-q"]);
+    let (server, addresses) = Program::server(&[]);
+    let client = Program::client(addresses, service.addr, &[]);
     let ping = || {
         let mut other = connect(addresses[0]);
         other.write_all(b"ping").unwrap();

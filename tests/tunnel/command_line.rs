@@ -70,7 +70,7 @@ fn bad_usage_is_exit_code_2() {
         ("--linger -5", &["linger"]),
         ("one two", &["'one'"]),
         ("-v -q", &["-v and -q"]),
-        ("-p 127.0.0.1:0 -p 127.0.0.1:0", &["'p'"]),
+        ("-p 127.0.0.1:0 -p 127.0.0.1:0", &["'public'"]),
     ] {
         assert_error(SERVER, line, 2, named);
     }

@@ -18,7 +18,7 @@ const SESSION: &str = "00112233445566778899aabbccddeeff";
 struct HandMadeServer {
     tunnels: TcpListener,
     control: Peer,
-    _client: RunningClient,
+    client: RunningClient,
 }
 
 impl HandMadeServer {
@@ -38,7 +38,7 @@ impl HandMadeServer {
         Self {
             tunnels,
             control,
-            _client: client,
+            client,
         }
     }
 
@@ -237,14 +237,11 @@ fn a_stopping_server_says_bye() {
 #[test]
 fn a_stopping_client_says_bye() {
     let (service, _records) = recording();
-    let HandMadeServer {
-        mut control,
-        _client: client,
-        tunnels: _tunnels,
-    } = HandMadeServer::start(service.addr, 0);
-    client.handle().stop(Duration::ZERO);
-    assert_eq!(control.line_after_hi(), "bye reason=draining\n");
-    assert_eq!(control.line(), "");
+    let mut server = HandMadeServer::start(service.addr, 1);
+    let _tunnel = server.tunnel();
+    server.client.handle().stop(Duration::ZERO);
+    assert_eq!(server.control.line_after_hi(), "bye reason=draining\n");
+    assert_eq!(server.control.line(), "");
 }
 
 #[test]
