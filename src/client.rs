@@ -15,7 +15,7 @@ use crate::limits::LogLimit;
 use crate::net::{self, Address};
 use crate::options::ClientOptions;
 use crate::protocol::{DRAINING, HEARTBEAT, Line, PROTO, SILENCE, SessionId};
-use crate::relay::{End, Pairs, Visitor, Way};
+use crate::relay::{End, Pairs, Visitor};
 use crate::stop::{Handle, Stop};
 use crate::workers::{Workers, set_name};
 
@@ -107,8 +107,12 @@ impl Client {
 
     /// What stops this client.
     pub fn handle(&self) -> Handle {
-        let shared = self.shared.clone();
-        Handle::new(move |drain| shared.stop(drain))
+        let shared = Arc::downgrade(&self.shared);
+        Handle::new(move |drain| {
+            if let Some(shared) = shared.upgrade() {
+                shared.stop(drain);
+            }
+        })
     }
 
     /// Serves until it is stopped through its [`handle`](Client::handle). A server that is away
@@ -287,8 +291,7 @@ impl Shared {
         let started = self.workers.start("tunnel", move || client.combine(&owned));
         if let Err(error) = &started {
             session.tunnels.lock().spare -= 1;
-            let log = &self.logs.no_thread;
-            log.say(|more| warn!("there is no thread for a tunnel: {error}{more}"));
+            self.no_thread(error);
         }
         started.is_ok()
     }
@@ -345,7 +348,7 @@ impl Shared {
         visitor: Visitor,
         first: &[u8],
     ) {
-        let pair = self.pairs.join(
+        let (up, down) = self.pairs.join(
             visitor,
             End {
                 name: "tunnel",
@@ -357,20 +360,23 @@ impl Shared {
             },
             self.options.linger,
         );
-        let down = {
-            let (client, session, pair) = (self.clone(), session.clone(), pair.clone());
-            move || {
-                // The tunnel that this visitor took is replaced while its service works, not
-                // before its first bytes are on their way.
-                client.refill(&session);
-                pair.copy(Way::Down, &[]);
-            }
+        let (client, session) = (self.clone(), session.clone());
+        let work = move || {
+            // The tunnel that this visitor took is replaced while its service works, not before
+            // its first bytes are on their way.
+            client.refill(&session);
+            down.copy(&[]);
         };
-        if let Err(error) = self.workers.start("down", down) {
-            pair.abort(format!("there is no thread for it: {error}"));
+        if let Err(error) = self.workers.start("down", work) {
+            self.no_thread(&error);
         }
         set_name("up");
-        pair.copy(Way::Up, first);
+        up.copy(first);
+    }
+
+    fn no_thread(&self, error: &io::Error) {
+        let log = &self.logs.no_thread;
+        log.say(|more| warn!("closed a connection, no thread for it: {error}{more}"));
     }
 
     /// See [`Handle::stop`].

@@ -93,12 +93,10 @@ impl Lobby {
     pub fn enter(self: &Arc<Self>, socket: &Arc<TcpStream>) -> Place {
         let mut unproved = self.unproved.lock();
         while unproved.len() >= MAX_UNPROVED {
-            let Some(goes) = unproved.front().map(|oldest| oldest.since + UNPROVED_GRACE) else {
-                break;
-            };
-            if self.left.wait_until(&mut unproved, goes).timed_out()
-                && let Some(oldest) = unproved.pop_front()
-            {
+            let goes = unproved[0].since + UNPROVED_GRACE;
+            if Instant::now() < goes {
+                self.left.wait_until(&mut unproved, goes);
+            } else if let Some(oldest) = unproved.pop_front() {
                 let _ = oldest.socket.shutdown(Shutdown::Both);
             }
         }

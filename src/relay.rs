@@ -58,15 +58,16 @@ impl Pairs {
         })
     }
 
-    /// Joins two sockets: `left` is the one nearer to the visitor. Nothing is copied before
-    /// [`Pair::copy`] is called, once for each direction, each on a thread of its own.
+    /// Joins two sockets: `left` is the one nearer to the visitor. The answer is the direction up,
+    /// from left to right, and the direction down, each to be copied on a thread of its own. One
+    /// that is dropped instead aborts both.
     pub fn join(
         self: &Arc<Self>,
         visitor: Visitor,
         left: End,
         right: End,
         linger: Duration,
-    ) -> Arc<Pair> {
+    ) -> (Direction, Direction) {
         let mut state = self.state.lock();
         let key = state.next_key;
         state.next_key += 1;
@@ -83,7 +84,13 @@ impl Pairs {
             },
         });
         state.joined.insert(key, Arc::downgrade(&pair));
-        pair
+        let direction = |way| Direction {
+            pair: pair.clone(),
+            way,
+            moved: 0,
+            outcome: Err("there was no thread for it".to_owned()),
+        };
+        (direction(Way::Up), direction(Way::Down))
     }
 
     /// Pairs that are still joined after this time are to be aborted then. A later instant than
@@ -151,18 +158,41 @@ pub struct End {
     pub socket: Arc<TcpStream>,
 }
 
-/// A direction of a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+/// A direction of a pair. However it goes away, the pair is told that it has ended, so that the
+/// other direction does not wait for this one for ever.
+pub struct Direction {
+    pair: Arc<Pair>,
+    way: Way,
+    moved: u64,
+    outcome: Result<(), String>,
+}
+
+#[derive(Clone, Copy)]
+enum Way {
     /// From the visitor to the local service.
     Up,
     /// From the local service to the visitor.
     Down,
 }
 
+impl Direction {
+    /// Copies until the direction ends, `first` before everything else.
+    pub fn copy(mut self, first: &[u8]) {
+        self.outcome = Err("its thread panicked".to_owned());
+        self.outcome = self.pair.carry(self.way, first, &mut self.moved);
+    }
+}
+
+impl Drop for Direction {
+    fn drop(&mut self) {
+        let outcome = std::mem::replace(&mut self.outcome, Ok(()));
+        self.pair.ended(self.way, self.moved, outcome);
+    }
+}
+
 /// Two joined sockets. They are closed when the last thread lets go of the pair, which sends FIN
 /// where none was sent before.
-pub struct Pair {
+struct Pair {
     left: End,
     right: End,
     linger: Duration,
@@ -190,20 +220,8 @@ struct Progress {
 }
 
 impl Pair {
-    /// Copies one direction until it ends, `first` before everything else.
-    pub fn copy(&self, way: Way, first: &[u8]) {
-        // Dropped by a panic too: the other direction must not wait for this one for ever.
-        let mut ending = Ending {
-            pair: self,
-            way,
-            moved: 0,
-            outcome: Err("its thread panicked".to_owned()),
-        };
-        ending.outcome = self.carry(way, first, &mut ending.moved);
-    }
-
     /// Aborts both sockets; both directions end at once.
-    pub fn abort(&self, why: impl Into<String>) {
+    fn abort(&self, why: impl Into<String>) {
         let mut progress = self.progress.lock();
         if progress.aborted.is_none() {
             progress.aborted = Some(why.into());
@@ -347,20 +365,5 @@ impl Drop for Joined {
     fn drop(&mut self) {
         self.pairs.state.lock().joined.remove(&self.key);
         self.pairs.changed.notify_all();
-    }
-}
-
-/// Tells a pair that a direction has ended, in whichever way its thread comes to an end.
-struct Ending<'a> {
-    pair: &'a Pair,
-    way: Way,
-    moved: u64,
-    outcome: Result<(), String>,
-}
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        let outcome = std::mem::replace(&mut self.outcome, Ok(()));
-        self.pair.ended(self.way, self.moved, outcome);
     }
 }

@@ -22,7 +22,7 @@ use crate::protocol::{
     BUSY, DRAINING, HANDSHAKE_TIMEOUT, HEARTBEAT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE,
     SessionId,
 };
-use crate::relay::{End, Pair, Pairs, Visitor, Way};
+use crate::relay::{End, Pairs, Visitor};
 use crate::stop::{Handle, Stop};
 use crate::workers::Workers;
 
@@ -197,8 +197,12 @@ impl Server {
 
     /// What stops this server.
     pub fn handle(&self) -> Handle {
-        let shared = self.shared.clone();
-        Handle::new(move |drain| shared.stop(drain))
+        let shared = Arc::downgrade(&self.shared);
+        Handle::new(move |drain| {
+            if let Some(shared) = shared.upgrade() {
+                shared.stop(drain);
+            }
+        })
     }
 
     /// Serves until it is stopped through its [`handle`](Server::handle).
@@ -546,7 +550,7 @@ impl Shared {
             self.state.lock().conn_list_map.put_back(accept, since);
             return self.send_message();
         }
-        let pair = self.pairs.join(
+        let (up, down) = self.pairs.join(
             Visitor::new(Some(visitor), Some(slot)),
             End {
                 name: "visitor",
@@ -558,16 +562,8 @@ impl Shared {
             },
             self.options.linger,
         );
-        self.copy("up", &pair, Way::Up);
-        self.copy("down", &pair, Way::Down);
-    }
-
-    fn copy(self: &Arc<Self>, name: &'static str, pair: &Arc<Pair>, way: Way) {
-        let copied = pair.clone();
-        let work = move |_: &Arc<Self>| copied.copy(way, &[]);
-        if !self.start(name, work) {
-            pair.abort("there is no thread for it");
-        }
+        self.start("up", move |_| up.copy(&[]));
+        self.start("down", move |_| down.copy(&[]));
     }
 
     /// Closes the visitors that waited longer than the pair timeout.
@@ -612,19 +608,13 @@ impl Shared {
         None
     }
 
-    /// Runs a job on a worker; false if there is no thread for it, which closes its sockets.
-    fn start(
-        self: &Arc<Self>,
-        name: &'static str,
-        work: impl FnOnce(&Arc<Self>) + Send + 'static,
-    ) -> bool {
+    /// Runs a job on a worker. If there is no thread for it, its sockets are closed.
+    fn start(self: &Arc<Self>, name: &'static str, work: impl FnOnce(&Arc<Self>) + Send + 'static) {
         let server = self.clone();
-        let started = self.workers.start(name, move || work(&server));
-        if let Err(error) = &started {
+        if let Err(error) = self.workers.start(name, move || work(&server)) {
             let log = &self.logs.no_thread;
             log.say(|more| warn!("closed a connection, no thread for {name}: {error}{more}"));
         }
-        started.is_ok()
     }
 
     fn detail(&self, what: std::fmt::Arguments) {

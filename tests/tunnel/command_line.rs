@@ -3,6 +3,8 @@
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
+use crate::support::{Program, connect};
+
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");
 const CLIENT: &str = env!("CARGO_BIN_EXE_tpclient");
 
@@ -136,16 +138,16 @@ fn what_the_machine_refuses_is_exit_code_1() {
 }
 
 #[test]
-fn rust_log_rules() {
-    use crate::support::{Program, connect};
-    let (quiet, addresses) = Program::server(&["-v"]);
-    drop(connect(addresses[0]));
-    quiet.wait_for_line("DEBUG");
-    let output = Command::new("timeout")
-        .args(["1", SERVER, "-v", "-p", "127.0.0.1:0", "-t", "127.0.0.1:0"])
-        .args(["-c", "127.0.0.1:0"])
-        .env("RUST_LOG", "error")
-        .output()
-        .unwrap();
-    assert_eq!(text(&output.stderr), "");
+fn the_level_follows_the_options_and_rust_log_rules() {
+    let start = |arguments: &[&str], rust_log| {
+        let (server, addresses) = Program::server_with_log(arguments, rust_log);
+        drop(connect(addresses[0]));
+        server
+    };
+    start(&["-v"], None).wait_for_line("DEBUG");
+    start(&["-q"], Some("debug")).wait_for_line("DEBUG");
+    // Its last line is one of level info, and by then the one of level debug would be there.
+    let server = start(&["-v", "--pair-timeout", "1"], Some("info"));
+    server.wait_for_line("no tunnel in 1s");
+    assert_eq!(server.lines_with("DEBUG"), Vec::<String>::new());
 }

@@ -343,10 +343,11 @@ pub struct Program {
 }
 
 impl Program {
-    pub fn start(path: &str, arguments: &[&str]) -> Self {
+    fn start(path: &str, arguments: &[&str], rust_log: Option<&str>) -> Self {
         let mut child = Command::new(path)
             .args(arguments)
             .env_remove("RUST_LOG")
+            .envs(rust_log.map(|value| ("RUST_LOG", value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -365,9 +366,14 @@ impl Program {
 
     /// `tpserver` on free ports, with these options besides; and the addresses of its three ports.
     pub fn server(arguments: &[&str]) -> (Self, [SocketAddr; 3]) {
+        Self::server_with_log(arguments, None)
+    }
+
+    /// The same with `RUST_LOG` set.
+    pub fn server_with_log(arguments: &[&str], rust_log: Option<&str>) -> (Self, [SocketAddr; 3]) {
         let ports = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0".split(' ');
         let arguments: Vec<_> = ports.chain(arguments.iter().copied()).collect();
-        let server = Self::start(env!("CARGO_BIN_EXE_tpserver"), &arguments);
+        let server = Self::start(env!("CARGO_BIN_EXE_tpserver"), &arguments, rust_log);
         let addresses = ["visitors", "tunnels", "the control link"].map(|whom| {
             let line = server.wait_for_line(&format!(" for {whom}"));
             let address = line.split("listening on ").nth(1).unwrap();
@@ -385,7 +391,7 @@ impl Program {
             .chain(["--local", &local])
             .chain(arguments.iter().copied())
             .collect();
-        Self::start(env!("CARGO_BIN_EXE_tpclient"), &all)
+        Self::start(env!("CARGO_BIN_EXE_tpclient"), &all, None)
     }
 
     /// The first line of the log that contains this text, now or in time.
