@@ -181,14 +181,6 @@ mod tests {
     }
 
     #[test]
-    fn parked_threads_end() {
-        let workers = Workers::new();
-        run(&workers);
-        wait_for_parked(&workers, 1);
-        wait_for_parked(&workers, 0);
-    }
-
-    #[test]
     fn parked_threads_end_with_their_workers() {
         let workers = Workers::new();
         run(&workers);

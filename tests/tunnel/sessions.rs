@@ -139,7 +139,16 @@ fn a_server_that_restarts_on_its_ports_serves_within_three_seconds() {
 const SILENCE_NOTICED: std::ops::Range<Duration> =
     Duration::from_millis(5500)..Duration::from_millis(8000);
 
+/// All at once, as each takes its seconds.
 #[test]
+fn silence_ends_a_session_and_heartbeats_keep_it() {
+    thread::scope(|scope| {
+        scope.spawn(a_silent_client_is_dropped_and_the_next_one_taken);
+        scope.spawn(a_silent_server_is_left_and_dialled_again);
+        scope.spawn(a_client_that_only_sends_heartbeats_lives);
+    });
+}
+
 fn a_silent_client_is_dropped_and_the_next_one_taken() {
     let server = RunningServer::start(server_options());
     let mut silent = Peer::new(connect(server.control));
@@ -159,7 +168,6 @@ fn a_silent_client_is_dropped_and_the_next_one_taken() {
     assert_echo(&server.visit(), "served by the next");
 }
 
-#[test]
 fn a_client_that_only_sends_heartbeats_lives() {
     let server = RunningServer::start(server_options());
     let mut peer = Peer::new(connect(server.control));
@@ -171,7 +179,6 @@ fn a_client_that_only_sends_heartbeats_lives() {
     }
 }
 
-#[test]
 fn a_silent_server_is_left_and_dialled_again() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
