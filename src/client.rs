@@ -9,10 +9,11 @@ use std::time::Duration;
 use log::{debug, info, warn};
 use parking_lot::Mutex;
 
+use crate::address::Address;
 use crate::control::{Lines, send, why_ended};
 use crate::error::Error;
 use crate::limits::LogLimit;
-use crate::net::{self, Address};
+use crate::net;
 use crate::options::ClientOptions;
 use crate::protocol::{DRAINING, HEARTBEAT, Line, PROTO, SILENCE, SessionId};
 use crate::relay::{End, Pairs, Visitor};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
-use crate::net::Address;
+use crate::address::Address;
 
 /// Why a program or a [`Server`](crate::Server) did not start. What goes wrong later is logged and
 /// tried again.

@@ -78,6 +78,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod address;
 mod client;
 mod conn_match;
 mod control;
@@ -92,9 +93,9 @@ mod server;
 mod stop;
 mod workers;
 
+pub use address::Address;
 pub use client::Client;
 pub use error::Error;
-pub use net::Address;
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
 pub use stop::Handle;

@@ -9,12 +9,50 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::protocol::MAX_POOL;
+
 /// Connections of one port that have not proved themselves yet: each has a thread.
 pub const MAX_UNPROVED: usize = 64;
 
 /// When there are too many, the oldest goes, but not before it has had this long: a client on this
 /// host needs microseconds, and a burst of its tunnels must not push its own out.
 const UNPROVED_GRACE: Duration = Duration::from_millis(50);
+
+/// What a server needs besides its visitors, or half of what it has if that is less: three ports,
+/// strangers at two of them, a full pool, and a few for the system.
+const OTHER_DESCRIPTORS: usize = 2 * MAX_UNPROVED + MAX_POOL + 16;
+
+/// How many visitors the process has descriptors for, two each. More must not be accepted: they
+/// would leave none for the tunnels that they wait for.
+pub fn affordable_visitors() -> usize {
+    let descriptors = descriptors();
+    (descriptors - OTHER_DESCRIPTORS.min(descriptors / 2)) / 2
+}
+
+#[cfg(target_os = "linux")]
+fn descriptors() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let most = |current| usize::try_from(current).unwrap_or(usize::MAX);
+    limit.current.map_or(usize::MAX, most)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn descriptors() -> usize {
+    usize::MAX
+}
+
+/// Raises the process's limit of descriptors as far as its user may. The usual 1024 are for
+/// programs that use `select`.
+pub fn raise_descriptors() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let current = maximum;
+        // Without it the program serves fewer visitors at a time, and says so.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
+    }
+}
 
 /// A fixed number of places for visitors; who finds none waits.
 pub struct Slots {

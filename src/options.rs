@@ -7,8 +7,8 @@ use std::time::Duration;
 use getopts::Matches;
 use log::LevelFilter;
 
+use crate::address::{Address, parse_host};
 use crate::error::Error;
-use crate::net::{Address, parse_host};
 use crate::protocol::MAX_POOL;
 
 /// The original's ports: visitors, tunnels, the control link, and its example of a local service.

@@ -7,9 +7,12 @@ use std::process::ExitCode;
 use log::LevelFilter;
 
 use crate::error::Error;
+use crate::limits::raise_descriptors;
 
-/// Starts the logger on stderr; `RUST_LOG` rules if it is set.
-pub fn start_logger(level: LevelFilter) {
+/// Starts the logger on stderr, where `RUST_LOG` rules if it is set, and takes as many descriptors
+/// as the user may have.
+pub fn prepare(level: LevelFilter) {
+    raise_descriptors();
     let default = env_logger::Env::default().default_filter_or(level.as_str());
     env_logger::Builder::from_env(default).init();
 }

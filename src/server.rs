@@ -12,10 +12,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use log::{debug, info, warn};
 use parking_lot::Mutex;
 
+use crate::address::Address;
 use crate::conn_match::{ConnList, Placed};
 use crate::control::{Lines, send, timed_out, why_ended};
 use crate::error::Error;
-use crate::limits::{Lobby, LogLimit, Place, Slot, Slots};
+use crate::limits::{Lobby, LogLimit, Place, Slot, Slots, affordable_visitors};
 use crate::net;
 use crate::options::ServerOptions;
 use crate::protocol::{
@@ -151,6 +152,12 @@ impl Server {
     pub fn bind(mut options: ServerOptions) -> Result<Self, Error> {
         let (shortest, longest) = PAIR_TIMEOUTS;
         options.pair_timeout = options.pair_timeout.clamp(shortest, longest);
+        let affordable = affordable_visitors();
+        if affordable < options.max_conns {
+            let wanted = options.max_conns;
+            warn!("--max-conns {wanted}: descriptors suffice for {affordable}; raise ulimit -n");
+            options.max_conns = affordable;
+        }
         let control = Listener::open("--control", &options.control, options.insecure)?;
         let tunnel = Listener::open("--tunnel", &options.tunnel, options.insecure)?;
         let public = Listener::open("--public", &options.public, true)?;
@@ -641,7 +648,7 @@ impl Shared {
 }
 
 impl Listener {
-    fn open(option: &'static str, address: &net::Address, anywhere: bool) -> Result<Self, Error> {
+    fn open(option: &'static str, address: &Address, anywhere: bool) -> Result<Self, Error> {
         let socket = net::listen(option, address, anywhere)?;
         let addr = socket
             .local_addr()

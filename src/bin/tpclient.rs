@@ -13,7 +13,7 @@ fn run() -> Result<(), Error> {
     match options::client(std::env::args_os().skip(1))? {
         Command::Print(text) => program::print(&text),
         Command::Run(options, level) => {
-            program::start_logger(level);
+            program::prepare(level);
             Client::new(options).run()?;
         }
     }
