@@ -24,6 +24,9 @@ impl Address {
     }
 
     /// Every address of the name, asked for anew each time; at least one.
+    ///
+    /// # Errors
+    /// The name has none, or its name service does not answer.
     pub fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         let found: Vec<_> = (self.host.as_str(), self.port).to_socket_addrs()?.collect();
         if found.is_empty() {

@@ -1,21 +1,22 @@
 //! The client, in the original's functions: the control link, and a tunnel for each visitor.
 
-use std::collections::HashMap;
-use std::io;
+use std::fmt;
+use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use log::{debug, info, warn};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use log::{info, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
-use crate::control::{Lines, send, why_ended};
+use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
 use crate::limits::LogLimit;
 use crate::net;
 use crate::options::ClientOptions;
-use crate::protocol::{DRAINING, HEARTBEAT, Line, PROTO, SILENCE, SessionId};
+use crate::protocol::{BUSY, DRAINING, Line, PROTO, SILENCE, SessionId};
 use crate::relay::{End, Pairs, Visitor};
 use crate::stop::{Handle, Stop};
 use crate::workers::{Workers, set_name};
@@ -26,6 +27,10 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 /// Tunnels that wait for a visitor or are being dialled. A server never has more visitors waiting
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
+
+/// What a stopping client gives its threads for their last words. They need microseconds, unless a
+/// dial is under way.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The half of the tunnel that runs in the LAN.
 ///
@@ -66,7 +71,6 @@ struct Session {
     tunnel_addr: SocketAddr,
     proto: Proto,
     tunnels: Mutex<Tunnels>,
-    ended: Stop,
 }
 
 #[derive(Clone, Copy)]
@@ -77,17 +81,19 @@ enum Proto {
     Tp1 { id: SessionId, pool: usize },
 }
 
-#[derive(Default)]
 struct Tunnels {
     /// Tunnels that are idle or being dialled, one thread each.
     spare: usize,
-    /// Those that are idle, to be shut down with their session.
-    idle: HashMap<u64, Arc<TcpStream>>,
-    next_key: u64,
+    /// Those that are idle, to be ended with their session.
+    idle: Vec<Arc<TcpStream>>,
+    /// What is to be written to the server. None once the session has ended; that ends the writer,
+    /// and with it the link.
+    to_server: Option<Sender<Line>>,
 }
 
 impl Client {
-    /// A client that does nothing before [`run`](Client::run).
+    /// A client that does nothing before [`run`](Client::run). Options that lead nowhere show in
+    /// the log then, as they may lead somewhere later.
     pub fn new(options: ClientOptions) -> Self {
         let once_a_second = || LogLimit::new(1);
         Self {
@@ -130,6 +136,7 @@ impl Client {
             .map_err(Error::Thread)?;
         self.shared.stop.wait();
         self.shared.pairs.wait();
+        self.shared.workers.wait(LAST_WORDS);
         Ok(())
     }
 }
@@ -141,17 +148,17 @@ impl Shared {
         let mut backoff = shortest;
         loop {
             let why = match self.connect_control() {
-                Ok(ended) => {
+                Ok(lost) => {
                     backoff = shortest;
-                    format!("the session has ended: {ended}")
+                    lost
                 }
                 Err(failed) => failed,
             };
-            // Clients that lost their server in the same moment must not come back in the same.
-            let pause = backoff.mul_f64(0.5 + 0.5 * random_fraction());
             if self.stop.stopped() {
                 return;
             }
+            // Clients that lost their server in the same moment must not come back in the same.
+            let pause = backoff.mul_f64(0.5 + 0.5 * random_fraction());
             warn!("{why}; trying again in {:.1} s", pause.as_secs_f64());
             if !self.stop.sleep(pause) {
                 return;
@@ -161,83 +168,62 @@ impl Shared {
     }
 
     /// Dials the control port, and reads lines until the link ends. Both answers are a reason: why
-    /// the session has ended, or why there was none.
+    /// the session was lost, or why there was none.
     fn connect_control(self: &Arc<Self>) -> Result<String, String> {
-        let address = Address::new(&self.options.server, self.options.control_port);
-        let unreachable = |error| format!("could not reach the server at {address}: {error}");
-        let control = address
-            .resolve()
-            .and_then(|found| net::dial(&found))
-            .map_err(unreachable)?;
+        let ClientOptions {
+            server,
+            control_port,
+            tunnel_port,
+            local,
+            pool,
+            ..
+        } = &self.options;
+        let address = Address::new(server, *control_port);
+        let unreachable = |error| format!("could not reach the server: {error}");
+        let control = Arc::new(net::dial(&address).map_err(unreachable)?);
         let mut tunnel_addr = control.peer_addr().map_err(unreachable)?;
-        tunnel_addr.set_port(self.options.tunnel_port);
-        let control = Arc::new(control);
+        tunnel_addr.set_port(*tunnel_port);
+
         let mut lines = Lines::new(&*control);
-        let no_session = |error| {
-            let why = why_ended(&error);
-            format!("no session with the server at {address}: {why}")
-        };
-        let first = say_hello(&control, &mut lines, self.options.pool).map_err(no_session)?;
-        let proto = match &first {
-            Line::Hello {
-                proto: PROTO,
-                pool,
-                session: Some(id),
-            } => Proto::Tp1 {
-                id: *id,
-                pool: (*pool).min(self.options.pool),
-            },
-            Line::Hello { .. } => return Err(format!("{address} speaks another tp version")),
-            Line::Bye { reason } => {
-                let reason = reason.escape_debug();
-                return Err(format!("the server at {address} said bye, {reason}"));
-            }
-            _ => Proto::Original,
-        };
-        match proto {
-            Proto::Tp1 { id, pool } => {
-                info!(
-                    "connected to {address}: session {}, pool {pool}",
-                    id.short()
-                );
-            }
-            Proto::Original => info!("connected to {address}, an original server"),
-        }
+        let first = say_hello(&control, &mut lines, *pool).map_err(|error| why_ended(&error));
+        let agreed = first.and_then(|first| Ok((Proto::agreed(&first, *pool)?, first)));
+        let (proto, first) =
+            agreed.map_err(|why| format!("no session with the server at {address}: {why}"))?;
+        info!("connected to {address}: {proto}; visitors go to {local}");
+
+        let (to_server, to_write) = unbounded();
         let session = Arc::new(Session {
             control: control.clone(),
             tunnel_addr,
             proto,
-            tunnels: Mutex::new(Tunnels::default()),
-            ended: Stop::new(),
+            tunnels: Mutex::new(Tunnels {
+                spare: 0,
+                idle: Vec::new(),
+                to_server: Some(to_server),
+            }),
         });
-        if !self.begin(&session) {
-            return Ok("this client stops".to_owned());
+        *self.session.lock() = Some(session.clone());
+        if self.stop.stopped() {
+            // The stop may have come too early to find this session.
+            session.end(Some(Line::bye(DRAINING)));
         }
-        let why = self.serve(&session, first, &mut lines);
-        session.end();
-        Ok(why)
-    }
-
-    /// Makes a session the one that a stop ends; false if the stop came before.
-    fn begin(&self, session: &Arc<Session>) -> bool {
-        let mut current = self.session.lock();
-        *current = (!self.stop.stopped()).then(|| session.clone());
-        current.is_some()
+        let why = self.serve(&session, to_write, first, &mut lines);
+        session.end(None);
+        Ok(format!("lost the server at {address}: {why}"))
     }
 
     /// Does what the server says, until it says no more; the answer is why.
     fn serve(
         self: &Arc<Self>,
         session: &Arc<Session>,
+        to_write: Receiver<Line>,
         first: Line,
-        lines: &mut Lines<&TcpStream>,
+        lines: &mut Lines<impl Read>,
     ) -> String {
-        if let Proto::Tp1 { .. } = session.proto {
-            let (client, session) = (self.clone(), session.clone());
-            let heartbeat = move || client.heartbeat(&session);
-            if let Err(error) = self.workers.start("heartbeat", heartbeat) {
-                return format!("there is no thread for its heartbeat: {error}");
-            }
+        let (client, owned) = (self.clone(), session.clone());
+        let writer = move || client.control_writer(&owned, &to_write);
+        if let Err(error) = self.workers.start("control_writer", writer) {
+            return format!("there is no thread to write to it: {error}");
         }
         self.refill(session);
         let mut line = first;
@@ -254,19 +240,19 @@ impl Shared {
         }
     }
 
-    /// Lets the server know that this client lives. An original server is told nothing: it never
-    /// reads, and would end up with a full buffer.
-    fn heartbeat(self: &Arc<Self>, session: &Arc<Session>) {
-        while session.ended.sleep(HEARTBEAT) {
-            if send(&*session.control, &Line::Hi).is_err() {
-                // Ends the thread that reads, which reports it.
-                let _ = session.control.shutdown(Shutdown::Both);
-                return;
-            }
+    /// Lets the server know that this client lives, until the session ends. An original server is
+    /// told nothing: it never reads, and would end up with a full buffer.
+    fn control_writer(self: &Arc<Self>, session: &Arc<Session>, to_write: &Receiver<Line>) {
+        match session.proto {
             // Tunnels that could not be dialled, or that the server closed, are tried again at
-            // this pace.
-            self.refill(session);
+            // this pace. If writing fails, the reader will report it.
+            Proto::Tp1 { .. } => {
+                let _ = write_lines(&*session.control, to_write, || self.refill(session));
+            }
+            Proto::Original => while to_write.recv().is_ok() {},
         }
+        // Wakes the thread that reads.
+        let _ = session.control.shutdown(Shutdown::Both);
     }
 
     /// Dials tunnels until the pool is full.
@@ -299,20 +285,23 @@ impl Shared {
 
     /// One tunnel: dialled, idle until its visitor comes, then joined with the local service.
     fn combine(self: &Arc<Self>, session: &Arc<Session>) {
-        let remote = match self.connect_remote(session) {
-            Ok(remote) => remote,
-            Err(error) => {
-                session.tunnels.lock().spare -= 1;
-                let log = &self.logs.tunnel_failed;
-                return log.say(|more| warn!("could not dial a tunnel: {error}{more}"));
-            }
+        let to = session.tunnel_addr;
+        let waited = match self.connect_remote(session) {
+            Ok(remote) => match session.wait_for_visitor(&remote) {
+                Ok((visitor, first)) => Ok((visitor, first, remote)),
+                Err(error) => Err(format!("idle tunnel to {to} lost: {}", why_ended(&error))),
+            },
+            Err(error) => Err(format!("could not dial a tunnel: {error}")),
         };
-        let waited = session.wait_for_visitor(&remote);
-        session.tunnels.lock().spare -= 1;
-        let (visitor, first) = match waited {
-            Ok(visitor) => visitor,
-            // It was superfluous, or its session has ended.
-            Err(error) => return debug!("an idle tunnel ended: {error}"),
+        let live = session.count_used();
+        let (visitor, first, remote) = match waited {
+            Ok(ready) => ready,
+            Err(why) if live => {
+                let log = &self.logs.tunnel_failed;
+                return log.say(|more| warn!("{why}{more}"));
+            }
+            // All of them end with their session.
+            Err(_) => return,
         };
         match self.connect_local() {
             Ok(local) => self.join_conn(session, local, remote, visitor, &first),
@@ -326,14 +315,12 @@ impl Shared {
 
     /// Dials the local service.
     fn connect_local(&self) -> io::Result<TcpStream> {
-        let local = &self.options.local;
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("{local}: {error}"));
-        net::dial(&local.resolve().map_err(named)?)
+        net::dial(&self.options.local)
     }
 
     /// Dials the tunnel port, and names the session.
     fn connect_remote(&self, session: &Session) -> io::Result<Arc<TcpStream>> {
-        let remote = net::dial(&[session.tunnel_addr])?;
+        let remote = net::dial_one(session.tunnel_addr)?;
         if let Proto::Tp1 { id, .. } = session.proto {
             send(&remote, &Line::Tunnel { session: id })?;
         }
@@ -352,7 +339,7 @@ impl Shared {
         let (up, down) = self.pairs.join(
             visitor,
             End {
-                name: "tunnel",
+                name: "server",
                 socket: remote,
             },
             End {
@@ -384,13 +371,9 @@ impl Shared {
     fn stop(&self, drain: Duration) {
         self.pairs.end_after(drain);
         self.stop.stop();
-        let Some(session) = self.session.lock().take() else {
-            return;
-        };
-        if let Proto::Tp1 { .. } = session.proto {
-            let _ = send(&*session.control, &Line::bye(DRAINING));
+        if let Some(session) = self.session.lock().take() {
+            session.end(Some(Line::bye(DRAINING)));
         }
-        session.end();
     }
 }
 
@@ -398,19 +381,30 @@ impl Session {
     /// Counts one more spare tunnel, if there are fewer than `most`.
     fn count_spare(&self, most: usize) -> bool {
         let mut tunnels = self.tunnels.lock();
-        let more = tunnels.spare < most && !self.ended.stopped();
+        let more = tunnels.spare < most && tunnels.to_server.is_some();
         tunnels.spare += usize::from(more);
         more
+    }
+
+    /// Counts one spare tunnel less; false if the session has ended.
+    fn count_used(&self) -> bool {
+        let mut tunnels = self.tunnels.lock();
+        tunnels.spare -= 1;
+        tunnels.to_server.is_some()
     }
 
     /// Waits until the server gives the tunnel a visitor; with it comes what was read of the
     /// visitor's own bytes.
     fn wait_for_visitor(&self, remote: &Arc<TcpStream>) -> io::Result<(Visitor, Vec<u8>)> {
-        let visitor = |address| Visitor::new(address, None);
         if let Proto::Original = self.proto {
-            return Ok((visitor(None), Vec::new()));
+            return Ok((Visitor::new(None, None), Vec::new()));
         }
-        let key = self.add_idle(remote)?;
+        let ended = || io::Error::from(io::ErrorKind::ConnectionAborted);
+        {
+            let mut tunnels = self.tunnels.lock();
+            tunnels.to_server.as_ref().ok_or_else(ended)?;
+            tunnels.idle.push(remote.clone());
+        }
         let mut lines = Lines::new(&**remote);
         let address = loop {
             match lines.next_line() {
@@ -419,39 +413,61 @@ impl Session {
                 Err(error) => break Err(error),
             }
         };
-        // Without its key the session's end has shut it down meanwhile.
-        let ours = self.tunnels.lock().idle.remove(&key).is_some();
-        match address {
-            Ok(address) if ours => Ok((visitor(address), lines.rest().to_vec())),
-            Ok(_) => Err(io::ErrorKind::ConnectionAborted.into()),
-            Err(error) => Err(error),
-        }
+        let idle = &mut self.tunnels.lock().idle;
+        let place = idle.iter().position(|it| Arc::ptr_eq(it, remote));
+        // Not among them any more: the session's end has aborted it.
+        idle.swap_remove(place.ok_or_else(ended)?);
+        Ok((Visitor::new(address?, None), lines.rest().to_vec()))
     }
 
-    fn add_idle(&self, remote: &Arc<TcpStream>) -> io::Result<u64> {
+    /// Ends the control link, with these last words, and every idle tunnel. Visitors that are
+    /// joined go on.
+    fn end(&self, last_words: Option<Line>) {
         let mut tunnels = self.tunnels.lock();
-        if self.ended.stopped() {
-            return Err(io::ErrorKind::ConnectionAborted.into());
+        if let (Some(to_server), Some(line)) = (tunnels.to_server.take(), last_words) {
+            let _ = to_server.send(line);
         }
-        let key = tunnels.next_key;
-        tunnels.next_key += 1;
-        tunnels.idle.insert(key, remote.clone());
-        Ok(key)
+        for idle in tunnels.idle.drain(..) {
+            // Not a shutdown: if the server hands it to a visitor in this very moment, the visitor
+            // must not take that for an empty answer.
+            net::abort(&idle);
+        }
     }
+}
 
-    /// Ends the control link and every idle tunnel; visitors that are joined go on.
-    fn end(&self) {
-        let mut tunnels = self.tunnels.lock();
-        self.ended.stop();
-        for (_, idle) in tunnels.idle.drain() {
-            let _ = idle.shutdown(Shutdown::Both);
+impl Proto {
+    /// What the server's first line leads to, or why to nothing.
+    fn agreed(first: &Line, asked: usize) -> Result<Self, String> {
+        match first {
+            Line::Hello {
+                proto: PROTO,
+                pool,
+                session: Some(id),
+            } => {
+                let (id, pool) = (*id, asked.min(*pool));
+                Ok(Proto::Tp1 { id, pool })
+            }
+            Line::Hello { .. } => Err("it speaks another version of the protocol".to_owned()),
+            Line::Bye { reason } if reason == BUSY => {
+                Err("it has another client, and takes one only".to_owned())
+            }
+            Line::Bye { reason } => Err(format!("it said bye, {}", reason.escape_debug())),
+            _ => Ok(Proto::Original),
         }
-        let _ = self.control.shutdown(Shutdown::Both);
+    }
+}
+
+impl fmt::Display for Proto {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Proto::Original => write!(f, "it does not speak tp/1, one dial a visitor"),
+            Proto::Tp1 { id, pool } => write!(f, "session {}, pool {pool}", id.short()),
+        }
     }
 }
 
 /// Says hello, and reads the server's first line.
-fn say_hello(control: &TcpStream, lines: &mut Lines<&TcpStream>, pool: usize) -> io::Result<Line> {
+fn say_hello(control: &TcpStream, lines: &mut Lines<impl Read>, pool: usize) -> io::Result<Line> {
     control.set_write_timeout(Some(SILENCE))?;
     control.set_read_timeout(Some(SILENCE))?;
     let hello = Line::Hello {

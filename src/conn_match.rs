@@ -47,37 +47,26 @@ impl<A, T> ConnList<A, T> {
     }
 
     /// Adds a visitor, with the newest idle tunnel that is `healthy`; unhealthy ones are dropped.
-    /// True if that made a match complete; otherwise the visitor waits for a tunnel.
+    /// True if that made a match complete; otherwise the visitor waits for a tunnel. One whose
+    /// tunnel proved dead is added again with its old time, and keeps its turn.
     pub fn add_accept(
         &mut self,
         accept: A,
-        now: Instant,
+        accept_add_time: Instant,
         mut healthy: impl FnMut(&T) -> bool,
     ) -> bool {
-        let mut tunnel = self.idle.pop_back();
-        while tunnel.as_ref().is_some_and(|tunnel| !healthy(tunnel)) {
-            tunnel = self.idle.pop_back();
-        }
+        let tunnel = std::iter::from_fn(|| self.idle.pop_back()).find(|idle| healthy(idle));
         let complete = tunnel.is_some();
-        self.matches.push_back(ConnMatch {
+        let place = self
+            .matches
+            .partition_point(|it| it.tunnel.is_some() || it.accept_add_time <= accept_add_time);
+        let conn_match = ConnMatch {
             accept,
-            accept_add_time: now,
+            accept_add_time,
             tunnel,
-        });
+        };
+        self.matches.insert(place, conn_match);
         complete
-    }
-
-    /// Puts a visitor whose tunnel proved dead back into the first place.
-    pub fn put_back(&mut self, accept: A, accept_add_time: Instant) {
-        let place = self.complete();
-        self.matches.insert(
-            place,
-            ConnMatch {
-                accept,
-                accept_add_time,
-                tunnel: None,
-            },
-        );
     }
 
     /// Gives a tunnel to the visitor that has waited longest, or to the pool of at most `pool`.
@@ -237,17 +226,32 @@ mod tests {
     }
 
     #[test]
-    fn a_visitor_that_is_put_back_keeps_its_turn_and_its_time() {
+    fn a_visitor_that_is_added_again_keeps_its_turn_and_its_time() {
         let (mut list, now) = (list(), Instant::now());
-        for visitor in ["a", "b", "c"] {
-            list.add_accept(visitor, now, |_| true);
-        }
+        let later = now + Duration::from_secs(1);
+        list.add_accept("a", now, |_| true);
+        list.add_accept("b", later, |_| true);
+        list.add_accept("c", later, |_| true);
         list.add_tunnel(1, 0);
         let (accept, since, _) = list.take_match().unwrap();
         list.add_tunnel(2, 0);
-        list.put_back(accept, since);
+        assert!(!list.add_accept(accept, since, |_| true));
         list.add_tunnel(3, 0);
         assert_eq!(served(&mut list), [("b", 2), ("a", 3)]);
-        assert_eq!(list.oldest_waiting(), Some(now));
+        assert_eq!(list.oldest_waiting(), Some(later));
+    }
+
+    #[test]
+    fn a_visitor_that_is_added_again_takes_an_idle_tunnel() {
+        let (mut list, now) = (list(), Instant::now());
+        list.add_tunnel(1, 8);
+        list.add_tunnel(2, 8);
+        list.add_tunnel(3, 8);
+        assert!(list.add_accept("a", now, |_| true));
+        let (accept, since, _) = list.take_match().unwrap();
+        assert!(list.add_accept("b", now + TIMEOUT, |_| true));
+        assert!(list.add_accept(accept, since, |_| true));
+        assert_eq!(served(&mut list), [("b", 2), ("a", 1)]);
+        assert!(list.take_expired(now + 3 * TIMEOUT, TIMEOUT).is_empty());
     }
 }

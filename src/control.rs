@@ -5,7 +5,10 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::Instant;
 
-use crate::protocol::{Line, LineError, MAX_LINE, SILENCE};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+
+use crate::net::timed_out;
+use crate::protocol::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
 
 /// Reads lines, and keeps what came behind them.
 pub struct Lines<R> {
@@ -94,13 +97,26 @@ pub fn send(mut to: impl Write, line: &Line) -> io::Result<()> {
     to.write_all(line.to_string().as_bytes())
 }
 
-/// True if an error says that a read or write time-out of a socket has passed.
-pub fn timed_out(error: &io::Error) -> bool {
-    // Unix calls it the first, Windows the second.
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-    )
+/// The writing side of a control link: what comes out of the channel, and a heartbeat at its time,
+/// after which `at_heartbeat` is called. Ends well when the channel's senders are gone and all that
+/// they sent is written.
+pub fn write_lines(
+    mut to: impl Write,
+    lines: &Receiver<Line>,
+    at_heartbeat: impl Fn(),
+) -> io::Result<()> {
+    let mut heartbeat = Instant::now() + HEARTBEAT;
+    loop {
+        match lines.recv_deadline(heartbeat) {
+            Ok(line) => send(&mut to, &line)?,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                send(&mut to, &Line::Hi)?;
+                at_heartbeat();
+                heartbeat = Instant::now() + HEARTBEAT;
+            }
+        }
+    }
 }
 
 /// Why a control link ended, in a person's words.

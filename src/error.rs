@@ -11,7 +11,7 @@ use crate::address::Address;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// The command line makes no sense; the text names the option.
+    /// The command line makes no sense; the text names the option. Only the programs see this.
     Usage(String),
     /// The host of an option's address has no address.
     Resolve(&'static str, Address, io::Error),
@@ -24,7 +24,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code of a program that ends with this error: 2 where the options are to blame, 1
+    /// The exit code of a program that ends because of this: 2 where the options are to blame, 1
     /// where the machine is.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -44,7 +44,12 @@ impl fmt::Display for Error {
             Error::Listen(option, address, error) => {
                 write!(f, "{option}: could not listen on {address}")?;
                 match error.kind() {
-                    io::ErrorKind::AddrInUse => write!(f, " (give another port with {option})"),
+                    io::ErrorKind::AddrInUse => {
+                        write!(
+                            f,
+                            " (is tpserver running already? if not, give another port)"
+                        )
+                    }
                     io::ErrorKind::AddrNotAvailable => write!(f, " (not an address of this host)"),
                     io::ErrorKind::PermissionDenied => {
                         write!(f, " (ports below 1024 need a privilege)")
@@ -55,8 +60,9 @@ impl fmt::Display for Error {
             Error::NotLoopback(option, address) => write!(
                 f,
                 "{option}: {address} is not a loopback address, and whoever reaches that port can \
-                 become the client or read along. Keep it on 127.0.0.1 and let the client come \
-                 through ssh or a VPN, or add --insecure if the network in between is trusted"
+                 become the client or read along. To open the visitors' port alone, give --public \
+                 in the place of --bind, and let the client come through ssh or a VPN; or add \
+                 --insecure if the network in between is trusted"
             ),
             Error::Thread(_) => write!(f, "could not start a thread"),
         }

@@ -9,7 +9,8 @@
 //!
 //! [`Server`] and [`Client`] are the two halves; the programs `tpserver` and `tpclient` are little
 //! more than their command lines. Both can run in one process, as often as wanted: nothing is
-//! global. Sockets block, and each has threads of its own.
+//! global. Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes
+//! no thread on the server.
 //!
 //! # Glossary
 //!
@@ -85,7 +86,10 @@ mod control;
 mod error;
 mod limits;
 mod net;
+// For the two programs; not part of the library's interface.
+#[doc(hidden)]
 pub mod options;
+#[doc(hidden)]
 pub mod program;
 mod protocol;
 mod relay;

@@ -27,32 +27,31 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// (`net.core.somaxconn`) since 5.4.
 const BACKLOG: i32 = 4096;
 
-/// Listens on the first address of a name that works. `[::]` takes IPv4 too, whatever the system's
-/// default is. Unless `anywhere`, every address of the name must be a loopback one.
+/// Listens on the first address of a name that works; the answer has the real one. `[::]` takes
+/// IPv4 too, whatever the system's default is. Unless `anywhere`, every address of the name must be
+/// a loopback one.
 pub fn listen(
     option: &'static str,
     address: &Address,
     anywhere: bool,
-) -> Result<TcpListener, Error> {
-    let found = address
-        .resolve()
-        .map_err(|error| Error::Resolve(option, address.clone(), error))?;
+) -> Result<(TcpListener, SocketAddr), Error> {
+    let unknown = |error| Error::Resolve(option, address.clone(), error);
+    let found = address.resolve().map_err(unknown)?;
     let open = found.iter().find(|found| !found.ip().is_loopback());
     if let (false, Some(open)) = (anywhere, open) {
         return Err(Error::NotLoopback(option, *open));
     }
-    let mut failed = None;
+    let mut failed = unknown(io::ErrorKind::NotFound.into());
     for address in found {
         match listen_on(address) {
             Ok(listener) => return Ok(listener),
-            Err(error) => failed = Some(Error::Listen(option, address, error)),
+            Err(error) => failed = Error::Listen(option, address, error),
         }
     }
-    Err(failed
-        .unwrap_or_else(|| Error::Resolve(option, address.clone(), io::ErrorKind::NotFound.into())))
+    Err(failed)
 }
 
-fn listen_on(address: SocketAddr) -> io::Result<TcpListener> {
+fn listen_on(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -63,7 +62,9 @@ fn listen_on(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    let listener = TcpListener::from(socket);
+    let address = listener.local_addr()?;
+    Ok((listener, address))
 }
 
 /// Wakes the thread that waits in `accept` on this listener, for good.
@@ -81,16 +82,33 @@ pub fn unblock(listener: &TcpListener) {
     }
 }
 
-/// Dials every address in turn until one answers; the error is that of the last one, and names it.
-pub fn dial(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
+/// Dials every address of a name in turn, looked up anew each time, until one answers. The error
+/// names the address, and the one of its numbers that was tried last.
+pub fn dial(address: &Address) -> io::Result<TcpStream> {
+    let named = |error: io::Error| {
+        let text = error.to_string();
+        let name = address.to_string();
+        let text = match text.starts_with(&name) {
+            true => text,
+            false => format!("{name}: {text}"),
+        };
+        io::Error::new(error.kind(), text)
+    };
     let mut failed = io::Error::from(io::ErrorKind::NotFound);
-    for address in addresses {
-        match TcpStream::connect_timeout(address, DIAL_TIMEOUT).and_then(tune) {
+    for number in address.resolve().map_err(named)? {
+        match dial_one(number) {
             Ok(socket) => return Ok(socket),
-            Err(error) => failed = io::Error::new(error.kind(), format!("{address}: {error}")),
+            Err(error) => failed = error,
         }
     }
-    Err(failed)
+    Err(named(failed))
+}
+
+/// Dials one address; the error names it.
+pub fn dial_one(address: SocketAddr) -> io::Result<TcpStream> {
+    TcpStream::connect_timeout(&address, DIAL_TIMEOUT)
+        .and_then(tune)
+        .map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))
 }
 
 /// What all four kinds of connections want: nothing held back for company (a lone keystroke goes
@@ -123,10 +141,17 @@ pub fn is_quiet(socket: &TcpStream) -> bool {
     peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
+/// Whether a close of this connection, by whomever and for whatever reason, sends RST instead of
+/// FIN.
+pub fn reset_on_close(socket: &TcpStream, reset: bool) {
+    // Fails on a connection that has been reset already, where it means nothing.
+    let _ = SockRef::from(socket).set_linger(reset.then_some(Duration::ZERO));
+}
+
 /// Ends a connection with RST, so that the far end cannot take what it got for all there was, and
 /// wakes every thread that waits on it.
 pub fn abort(socket: &TcpStream) {
-    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+    reset_on_close(socket, true);
     // A shutdown would wake the threads, but send FIN first, which reads like a proper end. To
     // "connect" to nowhere sends RST right away, with other threads still at work on the socket.
     #[cfg(target_os = "linux")]
@@ -136,22 +161,35 @@ pub fn abort(socket: &TcpStream) {
     let _ = socket.shutdown(Shutdown::Both);
 }
 
+/// True if an error says that a socket's read or write time-out has passed.
+pub fn timed_out(error: &io::Error) -> bool {
+    // Unix calls it the first, Windows the second.
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_dial_tries_every_address_and_names_the_last() {
+    fn a_failed_dial_names_its_address_once() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let open = listener.local_addr().unwrap();
-        // A port that was just given back: nobody listens there.
-        let dead = TcpListener::bind("127.0.0.1:0").unwrap();
-        let closed = dead.local_addr().unwrap();
-        drop(dead);
-        let socket = dial(&[closed, open]).unwrap();
-        assert_eq!(socket.peer_addr().unwrap(), open);
-        let error = dial(&[closed]).unwrap_err();
+        assert_eq!(dial(&open.into()).unwrap().peer_addr().unwrap(), open);
+        drop(listener);
+        // Nobody listens there any more.
+        let error = dial(&open.into()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
-        assert!(error.to_string().contains(&closed.to_string()), "{error}");
+        assert!(
+            error.to_string().starts_with(&format!("{open}: C")),
+            "{error}"
+        );
+        let name = Address::new("localhost", open.port());
+        let error = dial(&name).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{name}: ")), "{error}");
+        assert!(error.contains(&open.to_string()), "{error}");
     }
 }

@@ -14,7 +14,10 @@ use crate::limits::raise_descriptors;
 pub fn prepare(level: LevelFilter) {
     raise_descriptors();
     let default = env_logger::Env::default().default_filter_or(level.as_str());
-    env_logger::Builder::from_env(default).init();
+    env_logger::Builder::from_env(default)
+        .format_timestamp_millis()
+        .format_target(false)
+        .init();
 }
 
 /// Prints a text on stdout. That nobody reads it is no error: it may be piped into `head`.

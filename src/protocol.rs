@@ -37,6 +37,9 @@ pub const BUSY: &str = "busy";
 /// The reason of a `bye` from a side that is about to stop.
 pub const DRAINING: &str = "draining";
 
+/// Asks the client for one more tunnel.
+pub const NEW: Line = Line::New { visitor: None };
+
 /// Names the time from a control link's registration to its end: 128 random bits, 32 hex digits on
 /// the wire. A tunnel that cannot name the live session is never handed a visitor.
 #[derive(Clone, Copy, PartialEq, Eq)]

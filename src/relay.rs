@@ -1,21 +1,22 @@
 //! The relay: two sockets joined, each direction copied by a thread of its own.
 //!
-//! End of input is passed on as a write shutdown, an error as an abort of both sockets, so that a
-//! cut stream is never taken for a whole one.
+//! End of input is passed on as a write shutdown, anything else as an abort of both sockets, so that
+//! a cut stream is not taken for a whole one. That holds for a program that is killed, too: until
+//! both directions have ended well, a close of a joined socket sends RST.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use log::info;
 use parking_lot::{Condvar, Mutex};
 
-use crate::control::timed_out;
 use crate::limits::{LogLimit, Slot};
-use crate::net;
+use crate::net::{self, timed_out};
 
 /// A direction begins with a small buffer: most connections never fill it, and to touch memory for
 /// the first time costs more than to copy it.
@@ -76,6 +77,7 @@ impl Pairs {
             right,
             linger: linger.max(SHORTEST_LINGER),
             started: Instant::now(),
+            moved: Default::default(),
             progress: Mutex::new(Progress::default()),
             visitor,
             joined: Joined {
@@ -84,10 +86,12 @@ impl Pairs {
             },
         });
         state.joined.insert(key, Arc::downgrade(&pair));
+        drop(state);
+        net::reset_on_close(&pair.left.socket, true);
+        net::reset_on_close(&pair.right.socket, true);
         let direction = |way| Direction {
             pair: pair.clone(),
             way,
-            moved: 0,
             outcome: Err("there was no thread for it".to_owned()),
         };
         (direction(Way::Up), direction(Way::Down))
@@ -111,7 +115,7 @@ impl Pairs {
                     let cut: Vec<_> = state.joined.drain().collect();
                     drop(state);
                     for pair in cut.iter().filter_map(|(_, pair)| pair.upgrade()) {
-                        pair.abort("cut off by the stop");
+                        pair.abort("cut off by the stop".to_owned());
                     }
                     return;
                 }
@@ -152,7 +156,7 @@ impl fmt::Display for Visitor {
 
 /// One of the two sockets of a pair.
 pub struct End {
-    /// What the log calls it.
+    /// Who is at the other end, for the log.
     pub name: &'static str,
     /// The socket.
     pub socket: Arc<TcpStream>,
@@ -163,7 +167,6 @@ pub struct End {
 pub struct Direction {
     pair: Arc<Pair>,
     way: Way,
-    moved: u64,
     outcome: Result<(), String>,
 }
 
@@ -179,24 +182,25 @@ impl Direction {
     /// Copies until the direction ends, `first` before everything else.
     pub fn copy(mut self, first: &[u8]) {
         self.outcome = Err("its thread panicked".to_owned());
-        self.outcome = self.pair.carry(self.way, first, &mut self.moved);
+        self.outcome = self.pair.carry(self.way, first);
     }
 }
 
 impl Drop for Direction {
     fn drop(&mut self) {
         let outcome = std::mem::replace(&mut self.outcome, Ok(()));
-        self.pair.ended(self.way, self.moved, outcome);
+        self.pair.ended(outcome);
     }
 }
 
-/// Two joined sockets. They are closed when the last thread lets go of the pair, which sends FIN
-/// where none was sent before.
+/// Two joined sockets, closed when the last thread lets go of them.
 struct Pair {
     left: End,
     right: End,
     linger: Duration,
     started: Instant,
+    /// Bytes up and down.
+    moved: [AtomicU64; 2],
     progress: Mutex<Progress>,
     /// Behind the sockets: its slot is free, and the pair forgotten, when they are closed.
     visitor: Visitor,
@@ -211,42 +215,26 @@ struct Joined {
 
 #[derive(Default)]
 struct Progress {
-    up: u64,
-    down: u64,
-    /// When the first direction ended.
+    /// When the end of one direction was passed on; the other one is the last.
     half_closed: Option<Instant>,
+    /// How many directions have ended, well or not.
+    ended: u32,
     /// What went wrong first.
     aborted: Option<String>,
 }
 
 impl Pair {
-    /// Aborts both sockets; both directions end at once.
-    fn abort(&self, why: impl Into<String>) {
-        let mut progress = self.progress.lock();
-        if progress.aborted.is_none() {
-            progress.aborted = Some(why.into());
-            net::abort(&self.left.socket);
-            net::abort(&self.right.socket);
-        }
-    }
-
-    fn ends(&self, way: Way) -> (&End, &End) {
-        match way {
+    fn carry(&self, way: Way, first: &[u8]) -> Result<(), String> {
+        let (from, to) = match way {
             Way::Up => (&self.left, &self.right),
             Way::Down => (&self.right, &self.left),
-        }
-    }
-
-    fn carry(&self, way: Way, first: &[u8], moved: &mut u64) -> Result<(), String> {
-        let (from, to) = self.ends(way);
-        let reading = |error: io::Error| format!("reading from the {}: {error}", from.name);
-        let writing = |error: io::Error| format!("writing to the {}: {error}", to.name);
-        from.socket
-            .set_read_timeout(Some(self.linger))
-            .map_err(reading)?;
-        to.socket
-            .set_write_timeout(Some(self.linger))
-            .map_err(writing)?;
+        };
+        let moved = &self.moved[way as usize];
+        let reading = |error| from.went_wrong("reading from", &error);
+        let writing = |error| to.went_wrong("writing to", &error);
+        let linger = Some(self.linger);
+        from.socket.set_read_timeout(linger).map_err(reading)?;
+        to.socket.set_write_timeout(linger).map_err(writing)?;
 
         self.write(to, first, moved).map_err(writing)?;
         // No memory for a buffer before there is something to put into it: a silent connection
@@ -259,13 +247,25 @@ impl Pair {
                 .read(from, |mut socket| socket.read(&mut buffer))
                 .map_err(reading)?;
             if count == 0 {
-                return Ok(());
+                return self.pass_end_on(to).map_err(writing);
             }
             self.write(to, &buffer[..count], moved).map_err(writing)?;
             if count == buffer.len() && count < LARGEST_BUFFER {
                 buffer = vec![0; (count * 4).min(LARGEST_BUFFER)];
             }
         }
+    }
+
+    /// The direction that ends last has nothing to shut down: that both sockets are closed now
+    /// says the same, and wakes nobody.
+    fn pass_end_on(&self, to: &End) -> io::Result<()> {
+        let mut progress = self.progress.lock();
+        if progress.half_closed.is_some() {
+            return Ok(());
+        }
+        progress.half_closed = Some(Instant::now());
+        drop(progress);
+        to.socket.shutdown(Shutdown::Write)
     }
 
     fn read(
@@ -277,11 +277,11 @@ impl Pair {
         self.wait(|| read(&from.socket), set_timeout)
     }
 
-    fn write(&self, to: &End, mut bytes: &[u8], moved: &mut u64) -> io::Result<()> {
+    fn write(&self, to: &End, mut bytes: &[u8], moved: &AtomicU64) -> io::Result<()> {
         let set_timeout = |left| to.socket.set_write_timeout(Some(left));
         while !bytes.is_empty() {
             let count = self.wait(|| (&*to.socket).write(bytes), set_timeout)?;
-            *moved += count as u64;
+            moved.fetch_add(count as u64, Ordering::Relaxed);
             bytes = &bytes[count..];
         }
         Ok(())
@@ -318,46 +318,51 @@ impl Pair {
         }
     }
 
-    fn ended(&self, way: Way, moved: u64, outcome: Result<(), String>) {
-        let mut progress = self.progress.lock();
-        match way {
-            Way::Up => progress.up = moved,
-            Way::Down => progress.down = moved,
-        }
-        let first = progress.half_closed.is_none();
-        progress.half_closed.get_or_insert_with(Instant::now);
-        drop(progress);
-        let outcome = match outcome {
-            // The direction that ends second has nothing to shut down: that both sockets are
-            // closed now says the same, and wakes nobody.
-            Ok(()) if first => self.pass_end_on(way),
-            outcome => outcome,
-        };
+    fn ended(&self, outcome: Result<(), String>) {
         if let Err(why) = outcome {
             self.abort(why);
         }
-        if !first {
-            self.report();
+        let mut progress = self.progress.lock();
+        progress.ended += 1;
+        if progress.ended < 2 {
+            return;
+        }
+        if progress.aborted.is_none() {
+            net::reset_on_close(&self.left.socket, false);
+            net::reset_on_close(&self.right.socket, false);
+        }
+        self.report(progress.aborted.as_deref());
+    }
+
+    /// Aborts both sockets; both directions end at once.
+    fn abort(&self, why: String) {
+        let mut progress = self.progress.lock();
+        if progress.aborted.is_none() {
+            progress.aborted = Some(why);
+            net::abort(&self.left.socket);
+            net::abort(&self.right.socket);
         }
     }
 
-    fn pass_end_on(&self, way: Way) -> Result<(), String> {
-        let (_, to) = self.ends(way);
-        to.socket
-            .shutdown(Shutdown::Write)
-            .map_err(|error| format!("ending the {}: {error}", to.name))
-    }
-
-    fn report(&self) {
+    fn report(&self, aborted: Option<&str>) {
         self.joined.pairs.log.say(|left_out| {
-            let progress = self.progress.lock();
-            let Progress { up, down, .. } = *progress;
+            let [up, down] = self.moved.each_ref().map(|it| it.load(Ordering::Relaxed));
             let (visitor, seconds) = (&self.visitor, self.started.elapsed().as_secs_f64());
-            match &progress.aborted {
-                None => info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{left_out}"),
-                Some(why) => info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s, aborted: {why}{left_out}"),
-            }
+            let (comma, why) = aborted.map_or(("", ""), |why| (", aborted: ", why));
+            info!(
+                "{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{comma}{why}{left_out}"
+            );
         });
+    }
+}
+
+impl End {
+    fn went_wrong(&self, what: &str, error: &io::Error) -> String {
+        let name = self.name;
+        match error.kind() {
+            io::ErrorKind::ConnectionReset => format!("reset by the {name}"),
+            _ => format!("{what} the {name}: {error}"),
+        }
     }
 }
 

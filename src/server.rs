@@ -1,26 +1,26 @@
 //! The server, in the original's functions and in their order: the control link, the visitors, the
 //! tunnels, and the matcher that joins them.
 
-use std::io;
+use std::fmt;
+use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use log::{debug, info, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
 use crate::conn_match::{ConnList, Placed};
-use crate::control::{Lines, send, timed_out, why_ended};
+use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
 use crate::limits::{Lobby, LogLimit, Place, Slot, Slots, affordable_visitors};
-use crate::net;
+use crate::net::{self, timed_out};
 use crate::options::ServerOptions;
 use crate::protocol::{
-    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HEARTBEAT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE,
+    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, NEW, PROTO, SILENCE,
     SessionId,
 };
 use crate::relay::{End, Pairs, Visitor};
@@ -38,6 +38,10 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 
 /// With `-v`, lines a second that strangers can cause.
 const DETAIL_LINES: u32 = 100;
+
+/// What a stopping server gives its threads for their last words. They need microseconds, if
+/// nothing is wrong.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The half of the tunnel that runs on the host with the public address.
 ///
@@ -110,9 +114,10 @@ struct Session {
     id: SessionId,
     client: SocketAddr,
     proto: Proto,
-    to_client: Arc<ToClient>,
-    /// Wakes the thread that writes to the client; dropped, it ends that thread.
-    wake: Sender<()>,
+    /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
+    /// adds a line at the most, and a writer that is stuck ends after 6 s. Dropped, it ends the
+    /// writer, and with it the link.
+    to_client: Sender<Line>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -121,12 +126,6 @@ enum Proto {
     Original,
     /// `tp/1`, with this many idle tunnels granted.
     Tp1 { pool: usize },
-}
-
-/// What is still to be written to the client.
-#[derive(Default)]
-struct ToClient {
-    new: AtomicUsize,
 }
 
 /// A visitor's connection.
@@ -161,7 +160,6 @@ impl Server {
         let control = Listener::open("--control", &options.control, options.insecure)?;
         let tunnel = Listener::open("--tunnel", &options.tunnel, options.insecure)?;
         let public = Listener::open("--public", &options.public, true)?;
-        // One signal says it all: "look again".
         let (sender, receiver) = bounded(1);
         let shared = Shared {
             slots: Slots::new(options.max_conns),
@@ -250,6 +248,7 @@ impl Server {
             Ok(())
         })?;
         shared.pairs.wait();
+        shared.workers.wait(LAST_WORDS);
         Ok(())
     }
 }
@@ -266,130 +265,91 @@ impl Shared {
         }
     }
 
-    /// One control link, from hello to bye.
+    /// One control link, from hello to bye. This thread reads, another one writes.
     fn control(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr, place: Place) {
         let mut lines = Lines::new(&**socket);
-        let refuse = |why: &str| {
-            let refused = &self.logs.link_refused;
-            refused.say(|more| warn!("refused control link from {from}: {why}{more}"));
-        };
         let proto = match read_hello(&mut lines, socket) {
             Ok(proto) => proto,
-            Err(error) => return refuse(&why_ended(&error)),
+            Err(error) => return self.refuse_link(from, &why_ended(&error)),
         };
         drop(place);
-        let Some((id, to_client, woken)) = self.register(from, proto) else {
-            // To a client that never said hello the line means nothing, and does no harm.
-            let _ = send(&**socket, &Line::bye(BUSY));
-            return refuse("another client is live");
-        };
-        self.logs.client_came.say(|more| match proto {
-            Proto::Tp1 { pool } => {
-                info!(
-                    "client {from} came: session {}, pool {pool}{more}",
-                    id.short()
-                );
+        let (id, to_write) = match self.register(from, proto) {
+            Ok(registered) => registered,
+            Err((reason, why)) => {
+                // To a client that never said hello the line means nothing, and does no harm.
+                let _ = send(&**socket, &Line::bye(reason));
+                return self.refuse_link(from, &why);
             }
-            Proto::Original => info!("client {from} came, without hello{more}"),
-        });
-        let writer = {
-            let (server, socket) = (self.clone(), socket.clone());
-            move || server.control_writer(&socket, id, proto, &to_client, &woken)
         };
-        if let Err(error) = self.workers.start("control_writer", writer) {
-            return self.client_left(id, &format!("there is no thread to write to it: {error}"));
-        }
-        self.client_left(id, &read_until_end(&mut lines));
+        let (server, owned) = (self.clone(), socket.clone());
+        let writer = move || server.control_writer(&owned, id, &to_write);
+        let why = match self.workers.start("control_writer", writer) {
+            Ok(()) => read_until_end(&mut lines),
+            Err(error) => format!("there is no thread to write to it: {error}"),
+        };
+        self.client_left(id, &why);
     }
 
-    /// Makes a client the one that is live, if none is. One that said hello takes the place of
-    /// one that did not.
-    fn register(
-        &self,
-        client: SocketAddr,
-        proto: Proto,
-    ) -> Option<(SessionId, Arc<ToClient>, Receiver<()>)> {
-        let id = SessionId::random().ok()?;
-        let mut state = self.state.lock();
-        let taken = match &state.cache {
-            Some(live) => live.proto != Proto::Original || proto == Proto::Original,
-            None => self.stop.stopped(),
-        };
-        if taken {
-            return None;
-        }
-        if let Some(replaced) = state.cache.take() {
-            info!(
-                "client {} gives way to {client}, which said hello",
-                replaced.client
-            );
-        }
-        let to_client = Arc::new(ToClient::default());
-        let (wake, woken) = bounded(1);
-        let session = Session {
-            id,
-            client,
-            proto,
-            to_client: to_client.clone(),
-            wake,
-        };
-        session.ask(state.conn_list_map.waiting());
-        state.cache = Some(session);
-        Some((id, to_client, woken))
-    }
-
-    /// Writes hello, heartbeats, and what [`send_message`](Self::send_message) asks for, until
-    /// the session is not the live one any more.
-    fn control_writer(
-        &self,
-        socket: &TcpStream,
-        id: SessionId,
-        proto: Proto,
-        to_client: &ToClient,
-        woken: &Receiver<()>,
-    ) {
-        let write = || -> io::Result<()> {
-            match proto {
-                Proto::Tp1 { pool } => {
-                    let (proto, session) = (PROTO, Some(id));
-                    send(
-                        socket,
-                        &Line::Hello {
-                            proto,
-                            pool,
-                            session,
-                        },
-                    )?;
-                }
-                Proto::Original => {
-                    net::end_when_unacknowledged(socket, SILENCE)?;
-                    send(socket, &Line::Hi)?;
-                }
-            }
-            let mut heartbeat = Instant::now() + HEARTBEAT;
-            loop {
-                match woken.recv_deadline(heartbeat) {
-                    Ok(()) => {
-                        let new = Line::New { visitor: None }.to_string();
-                        let count = to_client.new.swap(0, Ordering::Relaxed);
-                        io::Write::write_all(&mut &*socket, new.repeat(count).as_bytes())?;
-                    }
-                    Err(RecvTimeoutError::Timeout) => {
-                        send(socket, &Line::Hi)?;
-                        heartbeat += HEARTBEAT;
-                    }
-                    Err(RecvTimeoutError::Disconnected) if self.stop.stopped() => {
-                        return send(socket, &Line::bye(DRAINING));
-                    }
-                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                }
-            }
-        };
-        if let Err(error) = write() {
+    /// Writes what [`send_message`](Self::send_message) hands over, and heartbeats, until the
+    /// session is not the live one any more.
+    fn control_writer(&self, socket: &TcpStream, id: SessionId, to_write: &Receiver<Line>) {
+        if let Err(error) = write_lines(socket, to_write, || ()) {
             self.client_left(id, &format!("writing to it: {error}"));
         }
         // Wakes the thread that reads.
         let _ = socket.shutdown(Shutdown::Both);
+    }
+
+    fn refuse_link(&self, from: SocketAddr, why: &str) {
+        let log = &self.logs.link_refused;
+        log.say(|more| warn!("refused control link from {from}: {why}{more}"));
+    }
+
+    /// Makes a client the one that is live, if none is. One that said hello takes the place of
+    /// one that did not. If refused, the answer is the reason for its `bye`, and the one to log.
+    fn register(
+        &self,
+        client: SocketAddr,
+        proto: Proto,
+    ) -> Result<(SessionId, Receiver<Line>), (&'static str, String)> {
+        let id = SessionId::random().map_err(|error| ("error", format!("no session: {error}")))?;
+        let (to_client, to_write) = unbounded();
+        let mut state = self.state.lock();
+        if self.stop.stopped() {
+            return Err((DRAINING, "the server stops".to_owned()));
+        }
+        if let Some(live) = &state.cache
+            && (live.proto != Proto::Original || proto == Proto::Original)
+        {
+            return Err((BUSY, format!("client {} is connected", live.client)));
+        }
+        let waiting = std::iter::repeat_n(NEW, state.conn_list_map.waiting());
+        for line in std::iter::once(proto.first_line(id)).chain(waiting) {
+            let _ = to_client.send(line);
+        }
+        let replaced = state.cache.replace(Session {
+            id,
+            client,
+            proto,
+            to_client,
+        });
+        drop(state);
+        self.log_came(client, id, proto, replaced);
+        Ok((id, to_write))
+    }
+
+    fn log_came(&self, client: SocketAddr, id: SessionId, proto: Proto, before: Option<Session>) {
+        let before = match before {
+            Some(before) => format!(", and takes the place of {}", before.client),
+            None => String::new(),
+        };
+        self.logs.client_came.say(|more| match proto {
+            Proto::Tp1 { pool } => {
+                let id = id.short();
+                info!("client {client} came: session {id}, pool {pool}{before}{more}");
+            }
+            Proto::Original => info!("client {client} came, does not speak tp/1{more}"),
+        });
     }
 
     /// Ends a session, if it is still the live one, and closes its idle tunnels.
@@ -401,8 +361,8 @@ impl Shared {
         let idle = state.conn_list_map.take_idle();
         drop(state);
         drop(idle);
-        let (left, client) = (&self.logs.client_left, session.client);
-        left.say(|more| info!("client {client} left: {why}{more}"));
+        let (log, client) = (&self.logs.client_left, session.client);
+        log.say(|more| info!("client {client} left: {why}{more}"));
     }
 
     /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog.
@@ -412,35 +372,33 @@ impl Shared {
                 return;
             };
             self.detail(format_args!("visitor {visitor} came"));
-            let complete = self.add_conn_match_accept(Accept {
+            let accept = Accept {
                 socket,
                 visitor,
                 slot,
-            });
-            if !complete {
-                self.send_message();
-            }
+            };
+            self.add_conn_match_accept(accept, Instant::now());
         }
     }
 
-    /// Puts a visitor into the list; true if there was an idle tunnel for it.
-    fn add_conn_match_accept(&self, accept: Accept) -> bool {
+    /// Puts a visitor into the list, and asks for a tunnel if no idle one is there.
+    fn add_conn_match_accept(&self, accept: Accept, since: Instant) {
         let healthy = |tunnel: &Tunnel| net::is_quiet(&tunnel.socket);
         let mut state = self.state.lock();
-        let complete = state
-            .conn_list_map
-            .add_accept(accept, Instant::now(), healthy);
+        let complete = state.conn_list_map.add_accept(accept, since, healthy);
         drop(state);
         if complete {
             self.update();
+        } else {
+            self.send_message(NEW);
         }
-        complete
     }
 
-    /// Asks the client for one more tunnel, or says that no client is there.
-    fn send_message(&self) {
+    /// Hands a line to the control link, or says that no client is there.
+    fn send_message(&self, message: Line) {
         match &self.state.lock().cache {
-            Some(session) => session.ask(1),
+            // If the writer has just ended, the session is about to.
+            Some(session) => drop(session.to_client.send(message)),
             None => self.detail(format_args!("no client is there to ask for a tunnel")),
         }
     }
@@ -457,7 +415,7 @@ impl Shared {
                     let place = self.unproved_tunnels.enter(&socket);
                     self.start("tunnel", move |server| server.tunnel(socket, from, place));
                 }
-                None => self.refuse_tunnel(from, "no client is live"),
+                None => self.refuse_tunnel(from, "no client is connected"),
             }
         }
     }
@@ -480,8 +438,8 @@ impl Shared {
     }
 
     fn refuse_tunnel(&self, from: SocketAddr, why: &str) {
-        let refused = &self.logs.tunnel_refused;
-        refused.say(|more| warn!("refused tunnel from {from}: {why}{more}"));
+        let log = &self.logs.tunnel_refused;
+        log.say(|more| warn!("refused tunnel from {from}: {why}{more}"));
     }
 
     /// Gives a tunnel of the live session to the visitor that has waited longest.
@@ -491,22 +449,13 @@ impl Shared {
             return self.refuse_tunnel(from, &error.to_string());
         }
         let mut state = self.state.lock();
-        let Some(proto) = state
-            .cache
-            .as_ref()
-            .filter(|it| it.id == id)
-            .map(|it| it.proto)
-        else {
+        let live = state.cache.as_ref().filter(|live| live.id == id);
+        let Some(proto) = live.map(|live| live.proto) else {
             drop(state);
             return self.refuse_tunnel(from, "its session is not the live one");
         };
-        let pool = match proto {
-            Proto::Tp1 { pool } => pool,
-            Proto::Original => 0,
-        };
-        let placed = state
-            .conn_list_map
-            .add_tunnel(Tunnel { socket, proto }, pool);
+        let tunnel = Tunnel { socket, proto };
+        let placed = state.conn_list_map.add_tunnel(tunnel, proto.pool());
         drop(state);
         match placed {
             Placed::Matched => self.update(),
@@ -537,26 +486,19 @@ impl Shared {
         }
     }
 
-    /// Joins a visitor with its tunnel: tells the client first, which works while the two copy
+    /// Joins a visitor with its tunnel. The client is told first, and works while the two copy
     /// threads start.
     fn join_conn2(self: &Arc<Self>, accept: Accept, since: Instant, tunnel: Tunnel) {
+        if let Err(error) = tunnel.greet(accept.visitor) {
+            let visitor = accept.visitor;
+            self.detail(format_args!("visitor {visitor}: dead tunnel: {error}"));
+            return self.add_conn_match_accept(accept, since);
+        }
         let Accept {
             socket,
             visitor,
             slot,
         } = accept;
-        if let Err(error) = tunnel.greet(visitor) {
-            self.detail(format_args!(
-                "visitor {visitor}: its tunnel is dead: {error}"
-            ));
-            let accept = Accept {
-                socket,
-                visitor,
-                slot,
-            };
-            self.state.lock().conn_list_map.put_back(accept, since);
-            return self.send_message();
-        }
         let (up, down) = self.pairs.join(
             Visitor::new(Some(visitor), Some(slot)),
             End {
@@ -564,7 +506,7 @@ impl Shared {
                 socket: Arc::new(socket),
             },
             End {
-                name: "tunnel",
+                name: "client",
                 socket: tunnel.socket,
             },
             self.options.linger,
@@ -582,10 +524,15 @@ impl Shared {
             let mut state = self.state.lock();
             let expired = state.conn_list_map.take_expired(now, timeout);
             let oldest = state.conn_list_map.oldest_waiting();
+            let client = state.cache.as_ref().map(|live| live.client);
             drop(state);
+            let why = match client {
+                Some(client) => format!("client {client} dialled no tunnel for it"),
+                None => "no client is connected".to_owned(),
+            };
             for Accept { visitor, .. } in &expired {
                 let log = &self.logs.timed_out;
-                log.say(|more| warn!("visitor {visitor}: no tunnel in {timeout:?}{more}"));
+                log.say(|more| warn!("closed visitor {visitor} after {timeout:?}: {why}{more}"));
             }
             // Who comes from now on does not expire before a whole timeout has passed.
             pause = oldest.map_or(timeout, |oldest| {
@@ -624,7 +571,7 @@ impl Shared {
         }
     }
 
-    fn detail(&self, what: std::fmt::Arguments) {
+    fn detail(&self, what: fmt::Arguments) {
         self.logs.detail.say(|more| debug!("{what}{more}"));
     }
 
@@ -638,21 +585,21 @@ impl Shared {
         self.slots.close();
         self.unproved_links.clear();
         self.unproved_tunnels.clear();
-        // Without its session the link's writer says bye and ends; so does who waits for a match.
         let mut state = self.state.lock();
-        let unjoined = (state.cache.take(), state.conn_list_map.clear());
+        let session = state.cache.take();
+        let unjoined = state.conn_list_map.clear();
         drop(state);
         drop(unjoined);
+        if let Some(session) = session {
+            let _ = session.to_client.send(Line::bye(DRAINING));
+        }
         self.update();
     }
 }
 
 impl Listener {
     fn open(option: &'static str, address: &Address, anywhere: bool) -> Result<Self, Error> {
-        let socket = net::listen(option, address, anywhere)?;
-        let addr = socket
-            .local_addr()
-            .map_err(|error| Error::Resolve(option, address.clone(), error))?;
+        let (socket, addr) = net::listen(option, address, anywhere)?;
         Ok(Self {
             option,
             socket,
@@ -677,13 +624,24 @@ impl Logs {
     }
 }
 
-impl Session {
-    /// Has `new` written to the client this many times more.
-    fn ask(&self, count: usize) {
-        if count > 0 {
-            self.to_client.new.fetch_add(count, Ordering::Relaxed);
-            // Full: the writer has not looked since the last signal.
-            let _ = self.wake.try_send(());
+impl Proto {
+    /// The server's first line to such a client.
+    fn first_line(self, id: SessionId) -> Line {
+        match self {
+            Proto::Original => Line::Hi,
+            Proto::Tp1 { pool } => Line::Hello {
+                proto: PROTO,
+                pool,
+                session: Some(id),
+            },
+        }
+    }
+
+    /// How many idle tunnels are kept.
+    fn pool(self) -> usize {
+        match self {
+            Proto::Original => 0,
+            Proto::Tp1 { pool } => pool,
         }
     }
 }
@@ -703,7 +661,7 @@ impl Tunnel {
 }
 
 /// Which protocol a new control link speaks; an error if it is no client at all.
-fn read_hello(lines: &mut Lines<&TcpStream>, socket: &TcpStream) -> io::Result<Proto> {
+fn read_hello(lines: &mut Lines<impl Read>, socket: &TcpStream) -> io::Result<Proto> {
     socket.set_write_timeout(Some(SILENCE))?;
     match lines.next_line_by(Instant::now() + HELLO_TIMEOUT, socket) {
         Ok(Line::Hello {
@@ -719,6 +677,7 @@ fn read_hello(lines: &mut Lines<&TcpStream>, socket: &TcpStream) -> io::Result<P
         Err(error) if timed_out(&error) && lines.rest().is_empty() => {
             // It never writes, so its silence says nothing.
             socket.set_read_timeout(None)?;
+            net::end_when_unacknowledged(socket, SILENCE)?;
             Ok(Proto::Original)
         }
         Err(error) if timed_out(&error) => Err(io::Error::other("its hello took too long")),
@@ -727,7 +686,7 @@ fn read_hello(lines: &mut Lines<&TcpStream>, socket: &TcpStream) -> io::Result<P
 }
 
 /// Reads a client's lines until there are no more; the answer is why.
-fn read_until_end(lines: &mut Lines<&TcpStream>) -> String {
+fn read_until_end(lines: &mut Lines<impl Read>) -> String {
     loop {
         match lines.next_line() {
             Ok(Line::Bye { reason }) => return format!("it said bye, {}", reason.escape_debug()),

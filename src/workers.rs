@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use log::error;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 /// A parked thread ends after this long: long enough to serve one burst after another, short
 /// enough that a quiet program is a small one.
@@ -26,25 +26,31 @@ struct Job {
 
 /// A stack of parked threads, each with a channel of its own. The one that parked last is woken
 /// first: its stack and its core's caches are warm, and the others get to time out.
-pub struct Workers {
-    parked: Arc<Mutex<Parked>>,
+pub struct Workers(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    all_done: Condvar,
 }
 
-struct Parked {
+struct State {
     /// None instead of a job ends the thread.
-    threads: Vec<Sender<Option<Job>>>,
+    parked: Vec<Sender<Option<Job>>>,
+    busy: usize,
     open: bool,
 }
 
 impl Workers {
     /// No thread yet.
     pub fn new() -> Self {
-        Self {
-            parked: Arc::new(Mutex::new(Parked {
-                threads: Vec::new(),
+        Self(Arc::new(Shared {
+            state: Mutex::new(State {
+                parked: Vec::new(),
+                busy: 0,
                 open: true,
-            })),
-        }
+            }),
+            all_done: Condvar::new(),
+        }))
     }
 
     /// Runs the job on a parked thread, or on a new one. If the system refuses one, the job is
@@ -54,74 +60,89 @@ impl Workers {
         name: &'static str,
         work: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
-        let job = Job {
-            name,
-            work: Box::new(work),
-        };
-        let parked = self.parked.lock().threads.pop();
+        let work = Box::new(work);
+        let job = Job { name, work };
+        let mut state = self.0.state.lock();
+        state.busy += 1;
+        let parked = state.parked.pop();
+        drop(state);
         if let Some(thread) = parked {
             // The slot is free, as only parked threads are on the stack, each once.
             let _ = thread.send(Some(job));
             return Ok(());
         }
-        let parked = self.parked.clone();
-        thread::Builder::new()
+        let shared = self.0.clone();
+        let spawned = thread::Builder::new()
             .name(name.to_owned())
             .stack_size(STACK_SIZE)
-            .spawn(move || work_and_park(job, &parked))?;
-        Ok(())
+            .spawn(move || shared.work_and_park(job));
+        if spawned.is_err() {
+            self.0.done(&mut self.0.state.lock());
+        }
+        spawned.map(drop)
+    }
+
+    /// Waits until every job is done, but not longer than that.
+    pub fn wait(&self, limit: Duration) {
+        let mut state = self.0.state.lock();
+        let busy = |state: &mut State| state.busy > 0;
+        self.0.all_done.wait_while_for(&mut state, busy, limit);
     }
 }
 
 impl Drop for Workers {
     /// Parked threads end now, busy ones after their job.
     fn drop(&mut self) {
-        let mut parked = self.parked.lock();
-        parked.open = false;
-        for thread in parked.threads.drain(..) {
+        let mut state = self.0.state.lock();
+        state.open = false;
+        for thread in state.parked.drain(..) {
             let _ = thread.send(None);
         }
     }
 }
 
-fn work_and_park(first: Job, parked: &Mutex<Parked>) {
-    let (sender, jobs) = bounded(1);
-    let mut job = Some(first);
-    while let Some(Job { name, work }) = job {
-        set_name(name);
-        if catch_unwind(AssertUnwindSafe(work)).is_err() {
-            error!("a {name} thread panicked; what it held was closed, everything else goes on");
+impl Shared {
+    fn work_and_park(&self, first: Job) {
+        let (sender, jobs) = bounded(1);
+        let mut job = Some(first);
+        while let Some(Job { name, work }) = job {
+            set_name(name);
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                error!("a {name} thread panicked; its sockets are closed, all else goes on");
+            }
+            job = self.park(&sender, &jobs);
         }
-        job = park(&sender, &jobs, parked);
     }
-}
 
-/// Waits for the next job; None if none came in time.
-fn park(
-    sender: &Sender<Option<Job>>,
-    jobs: &Receiver<Option<Job>>,
-    parked: &Mutex<Parked>,
-) -> Option<Job> {
-    set_name("parked");
-    {
-        let mut parked = parked.lock();
-        if !parked.open {
+    /// Waits for the next job; None if none came in time.
+    fn park(&self, sender: &Sender<Option<Job>>, jobs: &Receiver<Option<Job>>) -> Option<Job> {
+        set_name("parked");
+        let mut state = self.state.lock();
+        self.done(&mut state);
+        if !state.open {
             return None;
         }
-        parked.threads.push(sender.clone());
-    }
-    if let Ok(job) = jobs.recv_timeout(PARK_TIMEOUT) {
-        return job;
-    }
-    {
-        let threads = &mut parked.lock().threads;
-        if let Some(place) = threads.iter().position(|it| it.same_channel(sender)) {
-            threads.remove(place);
+        state.parked.push(sender.clone());
+        drop(state);
+        if let Ok(job) = jobs.recv_timeout(PARK_TIMEOUT) {
+            return job;
+        }
+        let mut state = self.state.lock();
+        if let Some(place) = state.parked.iter().position(|it| it.same_channel(sender)) {
+            state.parked.remove(place);
             return None;
         }
+        drop(state);
+        // Popped in this very moment: a job, or the end, is on its way.
+        jobs.recv().ok().flatten()
     }
-    // Popped in this very moment: a job, or the end, is on its way.
-    jobs.recv().ok().flatten()
+
+    fn done(&self, state: &mut State) {
+        state.busy -= 1;
+        if state.busy == 0 {
+            self.all_done.notify_all();
+        }
+    }
 }
 
 /// Names this thread after its job, for whoever looks at a stack dump or at `top -H`.
@@ -153,7 +174,7 @@ mod tests {
 
     fn wait_for_parked(workers: &Workers, count: usize) {
         let start = std::time::Instant::now();
-        while workers.parked.lock().threads.len() != count {
+        while workers.0.state.lock().parked.len() != count {
             assert!(start.elapsed() < DEADLINE, "never {count} parked threads");
             thread::yield_now();
         }
@@ -185,7 +206,7 @@ mod tests {
         let workers = Workers::new();
         run(&workers);
         wait_for_parked(&workers, 1);
-        let parked = Arc::downgrade(&workers.parked);
+        let parked = Arc::downgrade(&workers.0);
         drop(workers);
         let start = std::time::Instant::now();
         while parked.strong_count() > 0 {

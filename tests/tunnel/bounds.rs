@@ -120,7 +120,7 @@ fn what_strangers_cause_is_logged_once_a_second() {
             stranger.write_all(b"garbage\n").unwrap();
         }
     }
-    server.wait_for_line("no tunnel in 1s");
+    server.wait_for_line("after 1s: no client is connected");
     server.wait_for_line("refused control link");
     server.wait_for_line("refused tunnel");
     // Three kinds of lines, one of each a second at the most, and the three of the start.

@@ -148,6 +148,6 @@ fn the_level_follows_the_options_and_rust_log_rules() {
     start(&["-q"], Some("debug")).wait_for_line("DEBUG");
     // Its last line is one of level info, and by then the one of level debug would be there.
     let server = start(&["-v", "--pair-timeout", "1"], Some("info"));
-    server.wait_for_line("no tunnel in 1s");
+    server.wait_for_line("after 1s: no client is connected");
     assert_eq!(server.lines_with("DEBUG"), Vec::<String>::new());
 }

@@ -63,10 +63,9 @@ fn a_client_dials_for_ever_even_if_the_first_dial_fails() {
     let _client = RunningClient::start(options);
     // Several of its dials find nobody.
     thread::sleep(Duration::from_millis(1200));
-    let control = Address::from(address);
     let listener = TcpListener::bind(address).unwrap();
     let mut peer = Peer::new(accept(&listener));
-    assert_eq!(peer.line(), "hello proto=1 pool=8\n", "{control}");
+    assert_eq!(peer.line(), "hello proto=1 pool=8\n");
 }
 
 #[test]
