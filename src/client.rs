@@ -260,7 +260,12 @@ impl Shared {
         let Proto::Tp1 { pool, .. } = session.proto else {
             return;
         };
-        while session.count_spare(pool) && self.start_combine(session) {}
+        // Not for ever: dials that fail at once make room as fast as this adds to them.
+        for _ in 0..pool {
+            if !session.count_spare(pool) || !self.start_combine(session) {
+                return;
+            }
+        }
     }
 
     /// Dials a tunnel for a visitor that waits.

@@ -247,7 +247,7 @@ impl Pair {
                 .read(from, |mut socket| socket.read(&mut buffer))
                 .map_err(reading)?;
             if count == 0 {
-                return self.pass_end_on(to).map_err(writing);
+                return self.pass_end_on(from, to);
             }
             self.write(to, &buffer[..count], moved).map_err(writing)?;
             if count == buffer.len() && count < LARGEST_BUFFER {
@@ -256,16 +256,23 @@ impl Pair {
         }
     }
 
-    /// The direction that ends last has nothing to shut down: that both sockets are closed now
-    /// says the same, and wakes nobody.
-    fn pass_end_on(&self, to: &End) -> io::Result<()> {
+    fn pass_end_on(&self, from: &End, to: &End) -> Result<(), String> {
         let mut progress = self.progress.lock();
-        if progress.half_closed.is_some() {
+        // The direction that ends last has nothing to shut down: that both sockets are closed now
+        // says the same, and wakes nobody.
+        if progress.half_closed.is_some() || progress.aborted.is_some() {
             return Ok(());
+        }
+        // The kernel reports a reset once. If the other direction, writing to the same socket, was
+        // told, then this one has read an end that is none; but a socket that was reset has no
+        // peer any more, and one whose peer has finished still has it.
+        if from.socket.peer_addr().is_err() {
+            return Err(from.went_wrong("", &io::ErrorKind::ConnectionReset.into()));
         }
         progress.half_closed = Some(Instant::now());
         drop(progress);
-        to.socket.shutdown(Shutdown::Write)
+        let writing = |error| to.went_wrong("writing to", &error);
+        to.socket.shutdown(Shutdown::Write).map_err(writing)
     }
 
     fn read(

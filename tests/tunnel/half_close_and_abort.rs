@@ -121,6 +121,36 @@ fn an_abort_in_the_middle_of_a_stream_is_never_an_end() {
     }
 }
 
+/// Both directions wait for the visitor when it resets, one to write and one to read. Only one of
+/// them is told by its kernel.
+#[test]
+fn an_abort_while_both_directions_wait_is_never_an_end() {
+    let (sender, stuck) = mpsc::channel();
+    let service = Service::start(move |mut socket| {
+        socket.set_nonblocking(true).unwrap();
+        let (piece, mut moved) = ([7; 64 * 1024], Instant::now());
+        while moved.elapsed() < Duration::from_millis(200) {
+            match socket.write(&piece) {
+                Ok(1..) => moved = Instant::now(),
+                _ => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        socket.set_nonblocking(false).unwrap();
+        sender.send(socket).unwrap();
+    });
+    let tunnel = Tunnel::start(service.addr, 8);
+    let visitors: Vec<_> = (0..20).map(|_| tunnel.visit()).collect();
+    let served: Vec<_> = visitors
+        .iter()
+        .map(|_| stuck.recv_timeout(DEADLINE).unwrap())
+        .collect();
+    visitors.iter().for_each(reset_on_close);
+    drop(visitors);
+    for socket in &served {
+        assert_reset(socket, AT_ONCE);
+    }
+}
+
 #[test]
 fn a_local_service_that_refuses_closes_the_visitor() {
     let refusing = closed_port();
