@@ -17,7 +17,7 @@ use crate::limits::LogLimit;
 use crate::net;
 use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, Line, PROTO, SILENCE, SessionId};
-use crate::relay::{End, Pairs, Visitor};
+use crate::relay::{End, Pairs, SWEEP, Visitor};
 use crate::stop::{Handle, Stop};
 use crate::workers::{Workers, set_name};
 
@@ -134,7 +134,9 @@ impl Client {
             .workers
             .start("control", move || shared.keep_connected())
             .map_err(Error::Thread)?;
-        self.shared.stop.wait();
+        while self.shared.stop.sleep(SWEEP) {
+            self.shared.pairs.sweep();
+        }
         self.shared.pairs.wait();
         self.shared.workers.wait(LAST_WORDS);
         Ok(())
@@ -303,7 +305,7 @@ impl Shared {
             Ok(ready) => ready,
             Err(why) if live => {
                 let log = &self.logs.tunnel_failed;
-                return log.say(|more| warn!("{why}{more}"));
+                return log.say(|more| info!("{why}{more}"));
             }
             // All of them end with their session.
             Err(_) => return,
@@ -314,6 +316,7 @@ impl Shared {
                 net::abort(&remote);
                 let log = &self.logs.local_failed;
                 log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
+                self.refill(session);
             }
         }
     }
@@ -326,6 +329,8 @@ impl Shared {
     /// Dials the tunnel port, and names the session.
     fn connect_remote(&self, session: &Session) -> io::Result<Arc<TcpStream>> {
         let remote = net::dial_one(session.tunnel_addr)?;
+        // Once the server has given it a visitor, an end is a complete and empty answer.
+        net::reset_on_close(&remote, true);
         if let Proto::Tp1 { id, .. } = session.proto {
             send(&remote, &Line::Tunnel { session: id })?;
         }

@@ -39,10 +39,11 @@ impl<R: Read> Lines<R> {
     }
 
     /// The next line, if all of it is there in time: otherwise `TimedOut`, however slowly its
-    /// bytes drip. `socket` is the one below the source.
+    /// bytes drip. `socket` is the one below the source; with a line it has no time-out any more.
     pub fn next_line_by(&mut self, deadline: Instant, socket: &TcpStream) -> io::Result<Line> {
         loop {
             if let Some(line) = self.take()? {
+                socket.set_read_timeout(None)?;
                 return Ok(line);
             }
             let left = deadline.saturating_duration_since(Instant::now());

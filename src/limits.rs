@@ -163,11 +163,26 @@ pub struct Place {
     socket: Arc<TcpStream>,
 }
 
+impl Place {
+    /// Leaves the lobby; false if the connection was sent away before, and is of no use.
+    pub fn leave(self) -> bool {
+        self.remove()
+    }
+
+    fn remove(&self) -> bool {
+        let mut unproved = self.lobby.unproved.lock();
+        let place = unproved
+            .iter()
+            .position(|it| Arc::ptr_eq(&it.socket, &self.socket));
+        let found = place.and_then(|place| unproved.remove(place));
+        self.lobby.left.notify_one();
+        found.is_some()
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut unproved = self.lobby.unproved.lock();
-        unproved.retain(|it| !Arc::ptr_eq(&it.socket, &self.socket));
-        self.lobby.left.notify_one();
+        self.remove();
     }
 }
 
@@ -271,7 +286,7 @@ mod tests {
         let lobby = Lobby::new();
         let (mut oldest, socket) = connect();
         let start = Instant::now();
-        let _oldest_place = lobby.enter(&socket);
+        let oldest_place = lobby.enter(&socket);
         let others: Vec<_> = (1..MAX_UNPROVED)
             .map(|_| {
                 let (near, socket) = connect();
@@ -279,12 +294,15 @@ mod tests {
             })
             .collect();
         let (_near, socket) = connect();
-        let _place = lobby.enter(&socket);
+        let place = lobby.enter(&socket);
         assert!(start.elapsed() >= UNPROVED_GRACE);
         assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
         assert_eq!(lobby.unproved.lock().len(), MAX_UNPROVED);
+        assert!(!oldest_place.leave());
         drop(others);
         assert_eq!(lobby.unproved.lock().len(), 1);
+        assert!(place.leave());
+        assert_eq!(lobby.unproved.lock().len(), 0);
     }
 
     #[test]

@@ -16,17 +16,20 @@ use log::info;
 use parking_lot::{Condvar, Mutex};
 
 use crate::limits::{LogLimit, Slot};
-use crate::net::{self, timed_out};
+use crate::net;
 
 /// A direction begins with a small buffer: most connections never fill it, and to touch memory for
 /// the first time costs more than to copy it.
 const FIRST_BUFFER: usize = 8 * 1024;
 
-/// A direction that fills its buffer gets one four times as large, up to this.
-const LARGEST_BUFFER: usize = 256 * 1024;
+/// A direction that fills its buffer gets this one, until a read leaves most of it empty.
+const LARGE_BUFFER: usize = 64 * 1024;
 
-/// A socket's time-out cannot be zero.
-const SHORTEST_LINGER: Duration = Duration::from_millis(1);
+/// Why a stop ends what is still joined.
+const CUT_OFF: &str = "cut off by the stop";
+
+/// Half-closed pairs are looked at this often.
+pub const SWEEP: Duration = Duration::from_secs(1);
 
 /// Visitors' lines in a log, at most that many a second: the log of a busy hour stays readable,
 /// and a flood of visitors does not become a flood of lines.
@@ -43,6 +46,8 @@ struct PairsState {
     joined: HashMap<u64, Weak<Pair>>,
     next_key: u64,
     end_by: Option<Instant>,
+    /// What is joined from now on is cut at once.
+    closed: bool,
 }
 
 impl Pairs {
@@ -53,6 +58,7 @@ impl Pairs {
                 joined: HashMap::new(),
                 next_key: 0,
                 end_by: None,
+                closed: false,
             }),
             changed: Condvar::new(),
             log: LogLimit::new(VISITOR_LINES),
@@ -75,7 +81,7 @@ impl Pairs {
         let pair = Arc::new(Pair {
             left,
             right,
-            linger: linger.max(SHORTEST_LINGER),
+            linger,
             started: Instant::now(),
             moved: Default::default(),
             progress: Mutex::new(Progress::default()),
@@ -86,9 +92,13 @@ impl Pairs {
             },
         });
         state.joined.insert(key, Arc::downgrade(&pair));
+        let closed = state.closed;
         drop(state);
         net::reset_on_close(&pair.left.socket, true);
         net::reset_on_close(&pair.right.socket, true);
+        if closed {
+            pair.abort(CUT_OFF.to_owned());
+        }
         let direction = |way| Direction {
             pair: pair.clone(),
             way,
@@ -106,25 +116,37 @@ impl Pairs {
         self.changed.notify_all();
     }
 
-    /// Waits until no pair is joined any more; see [`Pairs::end_after`].
+    /// Waits until no pair is joined any more, see [`Pairs::end_after`]. None can be joined then.
     pub fn wait(&self) {
-        let mut state = self.state.lock();
-        while !state.joined.is_empty() {
-            match state.end_by {
-                Some(end_by) if end_by <= Instant::now() => {
-                    let cut: Vec<_> = state.joined.drain().collect();
-                    drop(state);
-                    for pair in cut.iter().filter_map(|(_, pair)| pair.upgrade()) {
-                        pair.abort("cut off by the stop".to_owned());
-                    }
-                    return;
-                }
-                Some(end_by) => {
-                    self.changed.wait_until(&mut state, end_by);
-                }
-                None => self.changed.wait(&mut state),
+        loop {
+            let mut state = self.state.lock();
+            let now = Instant::now();
+            if state.joined.is_empty() || state.end_by.is_some_and(|end_by| end_by <= now) {
+                state.closed = true;
+                break;
             }
+            let sweep = now + SWEEP;
+            let next = state.end_by.map_or(sweep, |end_by| end_by.min(sweep));
+            self.changed.wait_until(&mut state, next);
+            drop(state);
+            self.sweep();
         }
+        for pair in self.all() {
+            pair.abort(CUT_OFF.to_owned());
+        }
+    }
+
+    /// Aborts half-closed pairs that stand still or that nobody waits for any more. To be called
+    /// every [`SWEEP`].
+    pub fn sweep(&self) {
+        for pair in self.all() {
+            pair.check();
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Pair>> {
+        let state = self.state.lock();
+        state.joined.values().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -215,48 +237,61 @@ struct Joined {
 
 #[derive(Default)]
 struct Progress {
-    /// When the end of one direction was passed on; the other one is the last.
-    half_closed: Option<Instant>,
+    half_closed: Option<HalfClosed>,
     /// How many directions have ended, well or not.
     ended: u32,
     /// What went wrong first.
     aborted: Option<String>,
 }
 
+/// One direction has ended well, and its end was passed on; the other one is the last.
+struct HalfClosed {
+    way: Way,
+    /// How many bytes the last one had moved when it was last looked at, and since when.
+    moved: u64,
+    since: Instant,
+}
+
 impl Pair {
-    fn carry(&self, way: Way, first: &[u8]) -> Result<(), String> {
-        let (from, to) = match way {
+    /// Where a direction comes from, and where it goes to.
+    fn ends(&self, way: Way) -> (&End, &End) {
+        match way {
             Way::Up => (&self.left, &self.right),
             Way::Down => (&self.right, &self.left),
-        };
-        let moved = &self.moved[way as usize];
+        }
+    }
+
+    fn carry(&self, way: Way, first: &[u8]) -> Result<(), String> {
+        let (from, to) = self.ends(way);
         let reading = |error| from.went_wrong("reading from", &error);
         let writing = |error| to.went_wrong("writing to", &error);
-        let linger = Some(self.linger);
-        from.socket.set_read_timeout(linger).map_err(reading)?;
-        to.socket.set_write_timeout(linger).map_err(writing)?;
-
-        self.write(to, first, moved).map_err(writing)?;
+        let moved = &self.moved[way as usize];
+        let write = |bytes: &[u8]| {
+            (&*to.socket).write_all(bytes).map_err(writing)?;
+            moved.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            Ok::<_, String>(())
+        };
+        write(first)?;
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
-        self.read(from, |socket| socket.peek(&mut [0]))
-            .map_err(reading)?;
+        retry(|| from.socket.peek(&mut [0])).map_err(reading)?;
         let mut buffer = vec![0; FIRST_BUFFER];
         loop {
-            let count = self
-                .read(from, |mut socket| socket.read(&mut buffer))
-                .map_err(reading)?;
+            let count = retry(|| (&*from.socket).read(&mut buffer)).map_err(reading)?;
             if count == 0 {
-                return self.pass_end_on(from, to);
+                return self.pass_end_on(way);
             }
-            self.write(to, &buffer[..count], moved).map_err(writing)?;
-            if count == buffer.len() && count < LARGEST_BUFFER {
-                buffer = vec![0; (count * 4).min(LARGEST_BUFFER)];
+            write(&buffer[..count])?;
+            if count == FIRST_BUFFER && buffer.len() == FIRST_BUFFER {
+                buffer = vec![0; LARGE_BUFFER];
+            } else if count < FIRST_BUFFER && buffer.len() == LARGE_BUFFER {
+                buffer = vec![0; FIRST_BUFFER];
             }
         }
     }
 
-    fn pass_end_on(&self, from: &End, to: &End) -> Result<(), String> {
+    fn pass_end_on(&self, way: Way) -> Result<(), String> {
+        let (from, to) = self.ends(way);
         let mut progress = self.progress.lock();
         // The direction that ends last has nothing to shut down: that both sockets are closed now
         // says the same, and wakes nobody.
@@ -264,65 +299,43 @@ impl Pair {
             return Ok(());
         }
         // The kernel reports a reset once. If the other direction, writing to the same socket, was
-        // told, then this one has read an end that is none; but a socket that was reset has no
-        // peer any more, and one whose peer has finished still has it.
-        if from.socket.peer_addr().is_err() {
+        // told, then this one has read an end that is none.
+        if from.was_reset() {
             return Err(from.went_wrong("", &io::ErrorKind::ConnectionReset.into()));
         }
-        progress.half_closed = Some(Instant::now());
+        progress.half_closed = Some(HalfClosed {
+            way,
+            moved: 0,
+            since: Instant::now(),
+        });
         drop(progress);
         let writing = |error| to.went_wrong("writing to", &error);
         to.socket.shutdown(Shutdown::Write).map_err(writing)
     }
 
-    fn read(
-        &self,
-        from: &End,
-        mut read: impl FnMut(&TcpStream) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        let set_timeout = |left| from.socket.set_read_timeout(Some(left));
-        self.wait(|| read(&from.socket), set_timeout)
-    }
-
-    fn write(&self, to: &End, mut bytes: &[u8], moved: &AtomicU64) -> io::Result<()> {
-        let set_timeout = |left| to.socket.set_write_timeout(Some(left));
-        while !bytes.is_empty() {
-            let count = self.wait(|| (&*to.socket).write(bytes), set_timeout)?;
-            moved.fetch_add(count as u64, Ordering::Relaxed);
-            bytes = &bytes[count..];
+    /// If half-closed: is the last direction still worth waiting for?
+    fn check(&self) {
+        let mut progress = self.progress.lock();
+        let Some(half_closed) = &mut progress.half_closed else {
+            return;
+        };
+        let moved = self.moved.iter().map(|it| it.load(Ordering::Relaxed)).sum();
+        if half_closed.moved != moved {
+            half_closed.moved = moved;
+            half_closed.since = Instant::now();
         }
-        Ok(())
-    }
-
-    /// Repeats a transfer that runs into its socket's time-out, for as long as it may stand still:
-    /// for ever while both directions live, and for `linger` once the other one has ended.
-    fn wait(
-        &self,
-        mut transfer: impl FnMut() -> io::Result<usize>,
-        set_timeout: impl Fn(Duration) -> io::Result<()>,
-    ) -> io::Result<usize> {
-        let mut since = Instant::now();
-        loop {
-            match transfer() {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if timed_out(&error) => {
-                    let half_closed = self.progress.lock().half_closed;
-                    since = half_closed.map_or_else(Instant::now, |ended| since.max(ended));
-                    let left = self.linger.saturating_sub(since.elapsed());
-                    if left.is_zero() {
-                        return Err(io::Error::new(
-                            io::ErrorKind::TimedOut,
-                            format!(
-                                "no byte in {:?} after the other end had finished",
-                                self.linger
-                            ),
-                        ));
-                    }
-                    set_timeout(left)?;
-                }
-                result => return result,
-            }
-        }
+        // Nobody reads there any more, so nobody else would notice.
+        let (finished, _) = self.ends(half_closed.way);
+        let why = if finished.was_reset() {
+            finished.went_wrong("", &io::ErrorKind::ConnectionReset.into())
+        } else if half_closed.since.elapsed() >= self.linger {
+            let (name, linger) = (finished.name, self.linger);
+            format!("no byte in {linger:?} after the {name} had finished")
+        } else {
+            return;
+        };
+        drop(progress);
+        self.abort(why);
     }
 
     fn ended(&self, outcome: Result<(), String>) {
@@ -344,7 +357,7 @@ impl Pair {
     /// Aborts both sockets; both directions end at once.
     fn abort(&self, why: String) {
         let mut progress = self.progress.lock();
-        if progress.aborted.is_none() {
+        if progress.aborted.is_none() && progress.ended < 2 {
             progress.aborted = Some(why);
             net::abort(&self.left.socket);
             net::abort(&self.right.socket);
@@ -364,11 +377,27 @@ impl Pair {
 }
 
 impl End {
+    /// A connection that was reset has no peer any more. One whose peer has finished still has it,
+    /// as long as this side has not.
+    fn was_reset(&self) -> bool {
+        self.socket.peer_addr().is_err()
+    }
+
     fn went_wrong(&self, what: &str, error: &io::Error) -> String {
         let name = self.name;
         match error.kind() {
             io::ErrorKind::ConnectionReset => format!("reset by the {name}"),
             _ => format!("{what} the {name}: {error}"),
+        }
+    }
+}
+
+/// Repeats a call that a signal has interrupted.
+fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }

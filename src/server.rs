@@ -23,7 +23,7 @@ use crate::protocol::{
     BUSY, DRAINING, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, NEW, PROTO, SILENCE,
     SessionId,
 };
-use crate::relay::{End, Pairs, Visitor};
+use crate::relay::{End, Pairs, SWEEP, Visitor};
 use crate::stop::{Handle, Stop};
 use crate::workers::Workers;
 
@@ -35,6 +35,9 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
     Duration::from_millis(10),
     Duration::from_secs(366 * 24 * 60 * 60),
 );
+
+/// Why a connection was closed although nothing was wrong with it.
+const CROWDED_OUT: &str = "others came before it had proved itself";
 
 /// With `-v`, lines a second that strangers can cause.
 const DETAIL_LINES: u32 = 100;
@@ -272,7 +275,9 @@ impl Shared {
             Ok(proto) => proto,
             Err(error) => return self.refuse_link(from, &why_ended(&error)),
         };
-        drop(place);
+        if !place.leave() {
+            return self.refuse_link(from, CROWDED_OUT);
+        }
         let (id, to_write) = match self.register(from, proto) {
             Ok(registered) => registered,
             Err((reason, why)) => {
@@ -385,6 +390,10 @@ impl Shared {
     fn add_conn_match_accept(&self, accept: Accept, since: Instant) {
         let healthy = |tunnel: &Tunnel| net::is_quiet(&tunnel.socket);
         let mut state = self.state.lock();
+        if self.stop.stopped() {
+            // Nobody would join it, and nobody release it.
+            return;
+        }
         let complete = state.conn_list_map.add_accept(accept, since, healthy);
         drop(state);
         if complete {
@@ -424,7 +433,9 @@ impl Shared {
     fn tunnel(&self, socket: Arc<TcpStream>, from: SocketAddr, place: Place) {
         let mut lines = Lines::new(&*socket);
         let line = lines.next_line_by(Instant::now() + HANDSHAKE_TIMEOUT, &socket);
-        drop(place);
+        if !place.leave() {
+            return self.refuse_tunnel(from, CROWDED_OUT);
+        }
         match line {
             Ok(Line::Tunnel { session }) if lines.rest().is_empty() => {
                 self.config_conn_list_tunnel(socket, from, session);
@@ -515,11 +526,13 @@ impl Shared {
         self.start("down", move |_| down.copy(&[]));
     }
 
-    /// Closes the visitors that waited longer than the pair timeout.
+    /// Closes the visitors that waited longer than the pair timeout; and looks after half-closed
+    /// pairs meanwhile.
     fn release_conn_match(self: &Arc<Self>) {
         let timeout = self.options.pair_timeout;
         let mut pause = timeout;
-        while self.stop.sleep(pause) {
+        while self.stop.sleep(pause.min(SWEEP)) {
+            self.pairs.sweep();
             let now = Instant::now();
             let mut state = self.state.lock();
             let expired = state.conn_list_map.take_expired(now, timeout);

@@ -59,11 +59,6 @@ impl Stop {
         self.sender.lock().is_none()
     }
 
-    /// Waits for the signal.
-    pub fn wait(&self) {
-        let _ = self.receiver.recv();
-    }
-
     /// Sleeps for `time`, or until the signal is given: then the answer is false.
     pub fn sleep(&self, time: Duration) -> bool {
         matches!(

@@ -104,6 +104,27 @@ fn an_abort_after_a_half_close_is_still_an_abort() {
     assert_reset(&visitor, AT_ONCE);
 }
 
+/// Nobody reads from an end that has finished: the reset is found all the same, and passed on to
+/// a service that only learns of it when it writes.
+#[test]
+fn an_abort_by_the_end_that_half_closed_ends_the_pair() {
+    let (service, sockets) = handing_out();
+    let (server, addresses) = Program::server(&[]);
+    let client = Program::client(addresses, service.addr, &[]);
+    let visitor = crate::support::connect(addresses[0]);
+    read_hello(&visitor);
+    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    visitor.shutdown(Shutdown::Write).unwrap();
+    assert_ended(&served);
+    reset_on_close(&visitor);
+    drop(visitor);
+    server.wait_for_line("aborted: reset by the visitor");
+    client.wait_for_line("aborted: reset by the server");
+    eventually("the service cannot write", || {
+        (&served).write_all(b"x").is_err()
+    });
+}
+
 #[test]
 fn an_abort_in_the_middle_of_a_stream_is_never_an_end() {
     let (service, sockets) = handing_out();
@@ -155,12 +176,12 @@ fn an_abort_while_both_directions_wait_is_never_an_end() {
 fn a_local_service_that_refuses_closes_the_visitor() {
     let refusing = closed_port();
     let (_server, addresses) = Program::server(&[]);
-    let client = Program::client(addresses, refusing, &[]);
+    let client = Program::client(addresses, refusing.addr, &[]);
     client.wait_for_line("pool 8");
     let visitor = crate::support::connect(addresses[0]);
     assert_reset(&visitor, AT_ONCE);
     let line = client.wait_for_line("no local service");
-    assert!(line.contains(&refusing.to_string()), "{line}");
+    assert!(line.contains(&refusing.addr.to_string()), "{line}");
     assert!(
         line.contains(&visitor.local_addr().unwrap().to_string()),
         "{line}"

@@ -145,6 +145,7 @@ fn silence_ends_a_session_and_heartbeats_keep_it() {
         scope.spawn(a_silent_client_is_dropped_and_the_next_one_taken);
         scope.spawn(a_silent_server_is_left_and_dialled_again);
         scope.spawn(a_client_that_only_sends_heartbeats_lives);
+        scope.spawn(a_visitor_may_be_silent_for_longer_than_any_handshake);
     });
 }
 
@@ -178,11 +179,32 @@ fn a_client_that_only_sends_heartbeats_lives() {
     }
 }
 
+fn a_visitor_may_be_silent_for_longer_than_any_handshake() {
+    let service = Service::echo();
+    for_each_pool(|pool| {
+        let tunnel = Tunnel::start(service.addr, pool);
+        let visitor = tunnel.visit();
+        assert_echo(&visitor, "before");
+        thread::sleep(Duration::from_millis(6500));
+        assert_echo(&visitor, "after");
+    });
+}
+
+fn for_each_pool(test: impl Fn(usize) + Sync) {
+    thread::scope(|scope| {
+        for pool in [0, 8] {
+            let test = &test;
+            scope.spawn(move || test(pool));
+        }
+    });
+}
+
 fn a_silent_server_is_left_and_dialled_again() {
+    let refusing = closed_port();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
         control_port: listener.local_addr().unwrap().port(),
-        tunnel_port: closed_port().port(),
+        tunnel_port: refusing.addr.port(),
         ..ClientOptions::default()
     });
     let mut silent = Peer::new(accept(&listener));
@@ -248,11 +270,7 @@ fn scan(server: &RunningServer) -> Vec<TcpStream> {
 
 #[test]
 fn a_port_scanner_never_gets_a_visitor() {
-    thread::scope(|scope| {
-        for pool in [0, 8] {
-            scope.spawn(move || scan_a_tunnel(pool));
-        }
-    });
+    for_each_pool(scan_a_tunnel);
 }
 
 fn scan_a_tunnel(pool: usize) {

@@ -20,10 +20,20 @@ pub fn any() -> Address {
     Address::new("127.0.0.1", 0)
 }
 
-/// A port that nobody listens on.
-pub fn closed_port() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
+/// A port that nobody listens on, and that nobody else gets as long as this lives.
+pub struct ClosedPort {
+    pub addr: SocketAddr,
+    _bound: socket2::Socket,
+}
+
+pub fn closed_port() -> ClosedPort {
+    let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+    let bound = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    bound.bind(&any.into()).unwrap();
+    ClosedPort {
+        addr: bound.local_addr().unwrap().as_socket().unwrap(),
+        _bound: bound,
+    }
 }
 
 /// The server's options for tests: the defaults on free ports.
