@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use log::{info, warn};
+use log::{Level, info, log, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
@@ -296,16 +296,20 @@ impl Shared {
         let waited = match self.connect_remote(session) {
             Ok(remote) => match session.wait_for_visitor(&remote) {
                 Ok((visitor, first)) => Ok((visitor, first, remote)),
-                Err(error) => Err(format!("idle tunnel to {to} lost: {}", why_ended(&error))),
+                // Most likely it was superfluous.
+                Err(error) => {
+                    let why = why_ended(&error);
+                    Err((Level::Info, format!("idle tunnel to {to} ended: {why}")))
+                }
             },
-            Err(error) => Err(format!("could not dial a tunnel: {error}")),
+            Err(error) => Err((Level::Warn, format!("could not dial a tunnel: {error}"))),
         };
         let live = session.count_used();
         let (visitor, first, remote) = match waited {
             Ok(ready) => ready,
-            Err(why) if live => {
-                let log = &self.logs.tunnel_failed;
-                return log.say(|more| info!("{why}{more}"));
+            Err((level, why)) if live => {
+                let limit = &self.logs.tunnel_failed;
+                return limit.say(|more| log!(level, "{why}{more}"));
             }
             // All of them end with their session.
             Err(_) => return,

@@ -28,7 +28,8 @@ const LARGE_BUFFER: usize = 64 * 1024;
 /// Why a stop ends what is still joined.
 const CUT_OFF: &str = "cut off by the stop";
 
-/// Half-closed pairs are looked at this often.
+/// Half-closed pairs are looked at this often, so that a reset is passed on within a second or so,
+/// and `linger` is held to two.
 pub const SWEEP: Duration = Duration::from_secs(1);
 
 /// Visitors' lines in a log, at most that many a second: the log of a busy hour stays readable,
@@ -127,9 +128,11 @@ impl Pairs {
             }
             let sweep = now + SWEEP;
             let next = state.end_by.map_or(sweep, |end_by| end_by.min(sweep));
-            self.changed.wait_until(&mut state, next);
+            let timed_out = self.changed.wait_until(&mut state, next).timed_out();
             drop(state);
-            self.sweep();
+            if timed_out {
+                self.sweep();
+            }
         }
         for pair in self.all() {
             pair.abort(CUT_OFF.to_owned());
