@@ -114,12 +114,7 @@ impl Client {
 
     /// What stops this client.
     pub fn handle(&self) -> Handle {
-        let shared = Arc::downgrade(&self.shared);
-        Handle::new(move |drain| {
-            if let Some(shared) = shared.upgrade() {
-                shared.stop(drain);
-            }
-        })
+        Handle::new(&self.shared, Shared::stop)
     }
 
     /// Serves until it is stopped through its [`handle`](Client::handle). A server that is away

@@ -205,12 +205,7 @@ impl Server {
 
     /// What stops this server.
     pub fn handle(&self) -> Handle {
-        let shared = Arc::downgrade(&self.shared);
-        Handle::new(move |drain| {
-            if let Some(shared) = shared.upgrade() {
-                shared.stop(drain);
-            }
-        })
+        Handle::new(&self.shared, Shared::stop)
     }
 
     /// Serves until it is stopped through its [`handle`](Server::handle).

@@ -14,8 +14,14 @@ use parking_lot::Mutex;
 pub struct Handle(Arc<dyn Fn(Duration) + Send + Sync>);
 
 impl Handle {
-    pub(crate) fn new(stop: impl Fn(Duration) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(stop))
+    /// A handle does not keep alive what it stops, nor its ports.
+    pub(crate) fn new<T: Send + Sync + 'static>(shared: &Arc<T>, stop: fn(&T, Duration)) -> Self {
+        let shared = Arc::downgrade(shared);
+        Self(Arc::new(move |drain| {
+            if let Some(shared) = shared.upgrade() {
+                stop(&shared, drain);
+            }
+        }))
     }
 
     /// Takes no more visitors, tells the other side, gives the visitors that are joined up to

@@ -1,7 +1,7 @@
 //! How connections end: a proper end passes through as one, and nothing else does.
 
 use std::io::Write;
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,7 +51,7 @@ fn the_service_ends_first_and_still_gets_its_reply() {
 }
 
 /// A service that hands its connections out, having said hello on each.
-fn handing_out() -> (Service, mpsc::Receiver<std::net::TcpStream>) {
+fn handing_out() -> (Service, mpsc::Receiver<TcpStream>) {
     let (sender, sockets) = mpsc::channel();
     let service = Service::start(move |mut socket| {
         socket.write_all(b"hello").unwrap();
@@ -60,19 +60,25 @@ fn handing_out() -> (Service, mpsc::Receiver<std::net::TcpStream>) {
     (service, sockets)
 }
 
-fn read_hello(mut visitor: &std::net::TcpStream) {
+fn read_hello(mut visitor: &TcpStream) {
     let mut hello = [0; 5];
     std::io::Read::read_exact(&mut visitor, &mut hello).unwrap();
     assert_eq!(&hello, b"hello");
 }
 
-#[test]
-fn an_abort_by_the_visitor_reaches_the_service() {
+/// A visitor and the service's end of its connection, and what joins them.
+fn joined() -> (TcpStream, TcpStream, (Tunnel, Service)) {
     let (service, sockets) = handing_out();
     let tunnel = Tunnel::start(service.addr, 8);
     let visitor = tunnel.visit();
     read_hello(&visitor);
     let served = sockets.recv_timeout(DEADLINE).unwrap();
+    (visitor, served, (tunnel, service))
+}
+
+#[test]
+fn an_abort_by_the_visitor_reaches_the_service() {
+    let (visitor, served, _tunnel) = joined();
     reset_on_close(&visitor);
     drop(visitor);
     assert_reset(&served, AT_ONCE);
@@ -80,11 +86,7 @@ fn an_abort_by_the_visitor_reaches_the_service() {
 
 #[test]
 fn an_abort_by_the_service_reaches_the_visitor() {
-    let (service, sockets) = handing_out();
-    let tunnel = Tunnel::start(service.addr, 8);
-    let visitor = tunnel.visit();
-    read_hello(&visitor);
-    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    let (visitor, served, _tunnel) = joined();
     reset_on_close(&served);
     drop(served);
     assert_reset(&visitor, AT_ONCE);
@@ -92,11 +94,7 @@ fn an_abort_by_the_service_reaches_the_visitor() {
 
 #[test]
 fn an_abort_after_a_half_close_is_still_an_abort() {
-    let (service, sockets) = handing_out();
-    let tunnel = Tunnel::start(service.addr, 8);
-    let visitor = tunnel.visit();
-    read_hello(&visitor);
-    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    let (visitor, served, _tunnel) = joined();
     visitor.shutdown(Shutdown::Write).unwrap();
     assert_ended(&served);
     reset_on_close(&served);
@@ -251,7 +249,7 @@ fn a_stop_drains_first_and_cuts_what_is_left() {
     assert_echo(&stays, "other");
     tunnel.server.handle().stop(Duration::from_secs(3600));
     // No new visitors, while those that are there go on.
-    let refused = || std::net::TcpStream::connect(tunnel.server.public).is_err();
+    let refused = || TcpStream::connect(tunnel.server.public).is_err();
     eventually("the public port is closed", refused);
     assert_echo(&ends, "still one");
     ends.shutdown(Shutdown::Write).unwrap();

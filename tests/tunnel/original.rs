@@ -9,7 +9,7 @@ use crate::support::{
     Peer, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended, closed_port,
     connect, eventually, expect_pattern, send_pattern, server_options,
 };
-use tunnel_proxy::{ClientOptions, ServerOptions};
+use tunnel_proxy::ServerOptions;
 
 /// The original client: reads lines; on `new` dials the local service, then the tunnel port, and
 /// copies raw bytes. It never writes to the control link.
@@ -139,12 +139,7 @@ impl OriginalServer {
     fn start(local: SocketAddr) -> Self {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::start(ClientOptions {
-            control_port: controls.local_addr().unwrap().port(),
-            tunnel_port: tunnels.local_addr().unwrap().port(),
-            local: local.into(),
-            ..ClientOptions::default()
-        });
+        let client = RunningClient::of(&controls, &tunnels, local, 8);
         let control = Peer::new(accept(&controls));
         control.write("hi\n");
         Self {

@@ -10,7 +10,7 @@ use crate::support::{
     DEADLINE, Peer, RunningClient, RunningServer, Service, accept, assert_ended, assert_reset,
     closed_port, connect, server_options,
 };
-use tunnel_proxy::{ClientOptions, ServerOptions};
+use tunnel_proxy::ServerOptions;
 
 const SESSION: &str = "00112233445566778899aabbccddeeff";
 
@@ -25,13 +25,7 @@ impl HandMadeServer {
     fn start(local: std::net::SocketAddr, pool: usize) -> Self {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::start(ClientOptions {
-            control_port: controls.local_addr().unwrap().port(),
-            tunnel_port: tunnels.local_addr().unwrap().port(),
-            local: local.into(),
-            pool,
-            ..ClientOptions::default()
-        });
+        let client = RunningClient::of(&controls, &tunnels, local, pool);
         let mut control = Peer::new(accept(&controls));
         assert_eq!(control.line(), format!("hello proto=1 pool={pool}\n"));
         control.write(&format!("hello proto=1 session={SESSION} pool={pool}\n"));

@@ -281,6 +281,22 @@ impl RunningClient {
         }
     }
 
+    /// A client of a server made by hand, which listens there.
+    pub fn of(
+        controls: &TcpListener,
+        tunnels: &TcpListener,
+        local: SocketAddr,
+        pool: usize,
+    ) -> Self {
+        Self::start(ClientOptions {
+            control_port: controls.local_addr().unwrap().port(),
+            tunnel_port: tunnels.local_addr().unwrap().port(),
+            local: local.into(),
+            pool,
+            ..ClientOptions::default()
+        })
+    }
+
     pub fn handle(&self) -> &Handle {
         &self.running.handle
     }
