@@ -48,7 +48,8 @@ pub struct ServerOptions {
     /// The most visitors at a time; further ones wait in the kernel's backlog. Fewer, if the
     /// process has not two descriptors for each.
     pub max_conns: usize,
-    /// How long a direction may stand still once the other one has ended; then both are aborted.
+    /// How long a direction may stand still once the other one has ended; then both are aborted,
+    /// at most 2 s later.
     pub linger: Duration,
     /// Open the tunnel and control ports to other hosts, although nothing protects them.
     pub insecure: bool,
@@ -81,7 +82,8 @@ pub struct ClientOptions {
     pub local: Address,
     /// How many idle tunnels to keep ready; the server grants at most 64. 0: dial on demand.
     pub pool: usize,
-    /// How long a direction may stand still once the other one has ended; then both are aborted.
+    /// How long a direction may stand still once the other one has ended; then both are aborted,
+    /// at most 2 s later.
     pub linger: Duration,
 }
 

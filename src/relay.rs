@@ -304,7 +304,7 @@ impl Pair {
         // The kernel reports a reset once. If the other direction, writing to the same socket, was
         // told, then this one has read an end that is none.
         if from.was_reset() {
-            return Err(from.went_wrong("", &io::ErrorKind::ConnectionReset.into()));
+            return Err(from.reset());
         }
         progress.half_closed = Some(HalfClosed {
             way,
@@ -330,7 +330,7 @@ impl Pair {
         // Nobody reads there any more, so nobody else would notice.
         let (finished, _) = self.ends(half_closed.way);
         let why = if finished.was_reset() {
-            finished.went_wrong("", &io::ErrorKind::ConnectionReset.into())
+            finished.reset()
         } else if half_closed.since.elapsed() >= self.linger {
             let (name, linger) = (finished.name, self.linger);
             format!("no byte in {linger:?} after the {name} had finished")
@@ -387,11 +387,14 @@ impl End {
     }
 
     fn went_wrong(&self, what: &str, error: &io::Error) -> String {
-        let name = self.name;
         match error.kind() {
-            io::ErrorKind::ConnectionReset => format!("reset by the {name}"),
-            _ => format!("{what} the {name}: {error}"),
+            io::ErrorKind::ConnectionReset => self.reset(),
+            _ => format!("{what} the {}: {error}", self.name),
         }
+    }
+
+    fn reset(&self) -> String {
+        format!("reset by the {}", self.name)
     }
 }
 
