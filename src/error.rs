@@ -17,6 +17,13 @@ pub enum Error {
     Resolve(&'static str, Address, io::Error),
     /// An option's address could not be listened on.
     Listen(&'static str, SocketAddr, io::Error),
+    /// No key is where one was to be read. The texts: an option with its file, or `TP_KEY`; and what
+    /// is wrong with what is there. Only the programs see this.
+    Key(String, String),
+    /// The system has no random source, for a key.
+    Random(getrandom::Error),
+    /// What was asked for could not be printed. Only the programs see this.
+    Print(io::Error),
     /// The option would open a port without any proof of identity to other hosts.
     NotLoopback(&'static str, SocketAddr),
     /// The system refused one of the threads that the program consists of.
@@ -28,8 +35,12 @@ impl Error {
     /// where the machine is.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage(_) | Error::NotLoopback(..) => 2,
-            Error::Resolve(..) | Error::Listen(..) | Error::Thread(_) => 1,
+            Error::Usage(_) | Error::Key(..) | Error::NotLoopback(..) => 2,
+            Error::Resolve(..)
+            | Error::Listen(..)
+            | Error::Random(_)
+            | Error::Print(_)
+            | Error::Thread(_) => 1,
         }
     }
 }
@@ -38,6 +49,13 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Usage(what) => write!(f, "{what}"),
+            Error::Key(place, why) => write!(
+                f,
+                "{place}: {why}. Make a key with: (umask 077; tpserver --generate-key > tp.key), \
+                 and give it to both programs"
+            ),
+            Error::Random(_) => write!(f, "could not make a key"),
+            Error::Print(_) => write!(f, "could not write to stdout"),
             Error::Resolve(option, address, _) => {
                 write!(f, "{option}: could not find the host of {address}")
             }
@@ -60,9 +78,10 @@ impl fmt::Display for Error {
             Error::NotLoopback(option, address) => write!(
                 f,
                 "{option}: {address} is not a loopback address, and whoever reaches that port can \
-                 become the client or read along. To open the visitors' port alone, give --public \
-                 in the place of --bind, and let the client come through ssh or a VPN; or add \
-                 --insecure if the network in between is trusted"
+                 become the client or read along. Give both programs the same --key-file; or open \
+                 the visitors' port alone, with --public in the place of --bind, and let the \
+                 client come through ssh or a VPN; or add --insecure if the network in between is \
+                 trusted"
             ),
             Error::Thread(_) => write!(f, "could not start a thread"),
         }
@@ -72,10 +91,12 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Usage(_) | Error::NotLoopback(..) => None,
-            Error::Resolve(_, _, error) | Error::Listen(_, _, error) | Error::Thread(error) => {
-                Some(error)
-            }
+            Error::Usage(_) | Error::Key(..) | Error::NotLoopback(..) => None,
+            Error::Random(error) => Some(error),
+            Error::Resolve(_, _, error)
+            | Error::Listen(_, _, error)
+            | Error::Print(error)
+            | Error::Thread(error) => Some(error),
         }
     }
 }

@@ -84,6 +84,7 @@ mod client;
 mod conn_match;
 mod control;
 mod error;
+mod key;
 mod limits;
 mod net;
 // For the two programs; not part of the library's interface.
@@ -100,6 +101,7 @@ mod workers;
 pub use address::Address;
 pub use client::Client;
 pub use error::Error;
+pub use key::Key;
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
 pub use stop::Handle;

@@ -1,7 +1,8 @@
-//! The command lines of both programs: words in, options out. No I/O.
+//! The command lines of both programs: words in, options out. No I/O: key files are only named.
 
 use std::ffi::OsString;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use getopts::Matches;
@@ -9,6 +10,7 @@ use log::LevelFilter;
 
 use crate::address::{Address, parse_host};
 use crate::error::Error;
+use crate::key::Key;
 use crate::protocol::MAX_POOL;
 
 /// The original's ports: visitors, tunnels, the control link, and its example of a local service.
@@ -39,9 +41,10 @@ const MAX_SECS: u64 = 366 * 24 * 60 * 60;
 pub struct ServerOptions {
     /// Where visitors come to.
     pub public: Address,
-    /// Where the client's tunnels come to; a loopback address unless `insecure`.
+    /// Where the client's tunnels come to; a loopback address without a key, unless `insecure`.
     pub tunnel: Address,
-    /// Where the client's control link comes to; a loopback address unless `insecure`.
+    /// Where the client's control link comes to; a loopback address without a key, unless
+    /// `insecure`.
     pub control: Address,
     /// How long a visitor waits for a tunnel before it is closed.
     pub pair_timeout: Duration,
@@ -51,7 +54,11 @@ pub struct ServerOptions {
     /// How long a direction may stand still once the other one has ended; then both are aborted,
     /// at most 2 s later.
     pub linger: Duration,
-    /// Open the tunnel and control ports to other hosts, although nothing protects them.
+    /// Keys that the client may have, any of them: two while one takes the place of the other. None:
+    /// nothing is sealed, and nobody has to prove anything.
+    pub keys: Vec<Key>,
+    /// Without a key: open the tunnel and control ports to other hosts, although nothing protects
+    /// them.
     pub insecure: bool,
 }
 
@@ -64,6 +71,7 @@ impl Default for ServerOptions {
             pair_timeout: PAIR_TIMEOUT,
             max_conns: MAX_CONNS,
             linger: LINGER,
+            keys: Vec::new(),
             insecure: false,
         }
     }
@@ -85,6 +93,8 @@ pub struct ClientOptions {
     /// How long a direction may stand still once the other one has ended; then both are aborted,
     /// at most 2 s later.
     pub linger: Duration,
+    /// A key of the server's. None: nothing is sealed, and the server has none either.
+    pub key: Option<Key>,
 }
 
 impl Default for ClientOptions {
@@ -96,6 +106,7 @@ impl Default for ClientOptions {
             local: Address::new(LOOPBACK, LOCAL_PORT),
             pool: POOL,
             linger: LINGER,
+            key: None,
         }
     }
 }
@@ -103,10 +114,19 @@ impl Default for ClientOptions {
 /// What a command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command<O> {
-    /// Run, and log from this level on.
-    Run(O, LevelFilter),
+    /// Run with these options.
+    Run(O, Common),
     /// Print this text and end.
     Print(String),
+}
+
+/// What a command line says that is the same for both programs.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Common {
+    /// Log from this level on.
+    pub level: LevelFilter,
+    /// Where the keys are.
+    pub key_files: Vec<PathBuf>,
 }
 
 /// Reads the words behind `tpserver`.
@@ -127,17 +147,28 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
         .optopt("c", "control", &link, "HOST:PORT")
         .optopt("w", "pair-timeout", &timeout, "SECS")
         .optopt("m", "max-conns", &most, "N")
+        .optmulti(
+            "k",
+            "key-file",
+            "the key that the client must have; given twice, it may have either. Ports of hosts \
+             other than this one need it",
+            "FILE",
+        )
+        .optflag("g", "generate-key", "print a fresh key and exit")
         .optflag(
             "i",
             "insecure",
-            "let other hosts reach the tunnel and control ports, which nothing protects: whoever \
-             reaches them can become the client or read along",
+            "let other hosts reach the tunnel and control ports without a key: whoever reaches \
+             them can become the client or read along",
         );
     add_common(&mut grammar, d.linger);
     let given = match parse(&grammar, words, "tpserver", SERVER_HELP)? {
         Parsed::Given(given) => given,
         Parsed::Print(text) => return Ok(Command::Print(text)),
     };
+    if given.opt_present("generate-key") {
+        return Ok(Command::Print(Key::generate()?.to_base64() + "\n"));
+    }
 
     let mut options = ServerOptions::default();
     if let Some(host) = value(&given, "bind", host)? {
@@ -158,7 +189,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
     })?;
     set(&mut options.linger, &given, "linger", seconds)?;
     options.insecure = given.opt_present("insecure");
-    Ok(Command::Run(options, level(&given)?))
+    Ok(Command::Run(options, common(&given)?))
 }
 
 /// Reads the words behind `tpclient`.
@@ -179,7 +210,8 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
         .optopt("c", "control-port", &control, "PORT")
         .optopt("t", "tunnel-port", &tunnel, "PORT")
         .optopt("l", "local", &local, "HOST:PORT")
-        .optopt("p", "pool", &pool, "N");
+        .optopt("p", "pool", &pool, "N")
+        .optopt("k", "key-file", "the key that the server has", "FILE");
     add_common(&mut grammar, d.linger);
     let given = match parse(&grammar, words, "tpclient", CLIENT_HELP)? {
         Parsed::Given(given) => given,
@@ -200,7 +232,7 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
         number(text, 0..=1_000_000)
     })?;
     set(&mut options.linger, &given, "linger", seconds)?;
-    Ok(Command::Run(options, level(&given)?))
+    Ok(Command::Run(options, common(&given)?))
 }
 
 const SERVER_HELP: &str = "
@@ -214,6 +246,7 @@ Examples:
     tpserver --public '[::]:80'
 
 Environment:
+  TP_KEY     the key itself, if there is no --key-file
   RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
 ";
 
@@ -228,6 +261,7 @@ Examples:
     tpclient --local 192.0.2.7:22
 
 Environment:
+  TP_KEY     the key itself, if there is no --key-file
   RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
 ";
 
@@ -333,6 +367,19 @@ fn seconds(text: &str) -> Result<Duration, String> {
     number(text, 1..=MAX_SECS).map(Duration::from_secs)
 }
 
+fn common(given: &Matches) -> Result<Common, Error> {
+    let files = given.opt_strs("key-file");
+    if files.iter().any(|file| file.parse::<Key>().is_ok()) {
+        let what = "--key-file: this is a key, and the name of a file is needed: others can see \
+                    the words of a command";
+        return Err(usage(what.to_owned()));
+    }
+    Ok(Common {
+        level: level(given)?,
+        key_files: files.into_iter().map(PathBuf::from).collect(),
+    })
+}
+
 fn level(given: &Matches) -> Result<LevelFilter, Error> {
     match (given.opt_present("verbose"), given.opt_present("quiet")) {
         (true, true) => Err(usage("-v and -q exclude each other".to_owned())),
@@ -353,6 +400,13 @@ mod tests {
     fn server_options(line: &str) -> ServerOptions {
         match server(words(line)).unwrap() {
             Command::Run(options, _) => options,
+            Command::Print(text) => panic!("prints {text}"),
+        }
+    }
+
+    fn client_common(line: &str) -> Common {
+        match client(words(line)).unwrap() {
+            Command::Run(_, common) => common,
             Command::Print(text) => panic!("prints {text}"),
         }
     }
@@ -385,6 +439,7 @@ mod tests {
             pair_timeout: Duration::from_secs(7),
             max_conns: 9,
             linger: Duration::from_secs(11),
+            keys: Vec::new(),
             insecure: true,
         };
         for line in [
@@ -401,6 +456,7 @@ mod tests {
             local: Address::new("db", 3),
             pool: 0,
             linger: Duration::from_secs(11),
+            key: None,
         };
         for line in [
             "--server ::1 --control-port 1 --tunnel-port 2 --local db:3 --pool 0 --linger 11",
@@ -427,8 +483,28 @@ mod tests {
             ("-q", LevelFilter::Error),
             ("--quiet", LevelFilter::Error),
         ] {
-            let expected = Command::Run(ClientOptions::default(), level);
-            assert_eq!(client(words(line)).unwrap(), expected);
+            assert_eq!(client_common(line).level, level);
+        }
+    }
+
+    #[test]
+    fn key_files_are_named_and_keys_are_not() {
+        assert_eq!(client_common("").key_files, [PathBuf::new(); 0]);
+        assert_eq!(client_common("-k a").key_files, [PathBuf::from("a")]);
+        let Ok(Command::Run(_, common)) = server(words("--key-file a -k b/c")) else {
+            panic!("not understood");
+        };
+        assert_eq!(common.key_files, ["a", "b/c"].map(PathBuf::from));
+        let error = client(words("-k a -k b")).unwrap_err().to_string();
+        assert!(error.contains("key-file"), "{error}");
+
+        let Ok(Command::Print(key)) = server(words("--generate-key")) else {
+            panic!("not understood");
+        };
+        key.parse::<Key>().unwrap();
+        for line in [format!("-k {key}"), format!("--key-file={key}")] {
+            let error = server(words(&line)).unwrap_err().to_string();
+            assert!(!error.contains(key.trim_end()), "{error}");
         }
     }
 

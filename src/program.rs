@@ -1,28 +1,106 @@
 //! What both programs do around the library: log, print, and end with an exit code.
 
+use std::env;
 use std::error::Error as _;
-use std::io::{self, Write};
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
-use log::LevelFilter;
+use log::warn;
 
 use crate::error::Error;
+use crate::key::Key;
 use crate::limits::raise_descriptors;
+use crate::options::Common;
 
-/// Starts the logger on stderr, where `RUST_LOG` rules if it is set, and takes as many descriptors
-/// as the user may have.
-pub fn prepare(level: LevelFilter) {
+/// The key itself, where a file does not suit.
+const KEY_VARIABLE: &str = "TP_KEY";
+
+/// What is read of a key file at most, in bytes: a key has 44, and `/dev/zero` no end.
+const KEY_FILE_SIZE: u64 = 1024;
+
+/// Starts the logger on stderr, where `RUST_LOG` rules if it is set, takes as many descriptors as
+/// the user may have, and reads the keys: those in the files, or else the one in `TP_KEY`.
+///
+/// # Errors
+/// There is no key where one should be.
+pub fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     raise_descriptors();
-    let default = env_logger::Env::default().default_filter_or(level.as_str());
+    let default = env_logger::Env::default().default_filter_or(common.level.as_str());
     env_logger::Builder::from_env(default)
         .format_timestamp_millis()
         .format_target(false)
         .init();
+
+    let in_environment = env::var_os(KEY_VARIABLE);
+    if in_environment.is_some() || !common.key_files.is_empty() {
+        forbid_core();
+    }
+    if !common.key_files.is_empty() {
+        return common.key_files.iter().map(|file| read_key(file)).collect();
+    }
+    let Some(text) = in_environment else {
+        return Ok(Vec::new());
+    };
+    let key = text.to_string_lossy().parse();
+    let key = key.map_err(|why: &str| Error::Key(KEY_VARIABLE.to_owned(), why.to_owned()))?;
+    Ok(vec![key])
+}
+
+fn read_key(path: &Path) -> Result<Key, Error> {
+    let option = format!("--key-file {}", path.display());
+    let bad = |why: String| Error::Key(option.clone(), why);
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(|error| bad(error.to_string()))?;
+    let (metadata, mut start) = (file.metadata(), file.take(KEY_FILE_SIZE));
+    start
+        .read_to_end(&mut text)
+        .map_err(|error| bad(error.to_string()))?;
+    let key = String::from_utf8_lossy(&text).parse();
+    let key = key.map_err(|why: &str| bad(why.to_owned()))?;
+    if metadata.is_ok_and(|metadata| others_can_read(&metadata)) {
+        warn!("{option}: other users of this host can read it (chmod o= mends that)");
+    }
+    Ok(key)
+}
+
+#[cfg(unix)]
+fn others_can_read(metadata: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    metadata.mode() & 0o004 != 0
+}
+
+#[cfg(not(unix))]
+fn others_can_read(_metadata: &Metadata) -> bool {
+    false
+}
+
+/// Lets no core of this process be written: the key would be in it.
+fn forbid_core() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, setrlimit};
+        // Less than any core needs. Not 0, which Linux ignores where cores are piped into a program;
+        // with 1 it writes none there either.
+        let limit = Rlimit {
+            current: Some(1),
+            maximum: Some(1),
+        };
+        // To lower a limit is everyone's right. Below 1 it is low enough.
+        let _ = setrlimit(Resource::Core, limit);
+    }
 }
 
 /// Prints a text on stdout. That nobody reads it is no error: it may be piped into `head`.
-pub fn print(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
+///
+/// # Errors
+/// The text did not arrive where it was to go, such as in a file on a full disk.
+pub fn print(text: &str) -> Result<(), Error> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Print(error)),
+        _ => Ok(()),
+    }
 }
 
 /// The exit code of a program, after its error and what caused it, on one line of stderr.

@@ -11,9 +11,9 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Error> {
     match options::server(std::env::args_os().skip(1))? {
-        Command::Print(text) => program::print(&text),
-        Command::Run(options, level) => {
-            program::prepare(level);
+        Command::Print(text) => program::print(&text)?,
+        Command::Run(mut options, common) => {
+            options.keys = program::prepare(&common)?;
             Server::bind(options)?.run()?;
         }
     }
