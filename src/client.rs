@@ -3,21 +3,24 @@
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::slice::from_ref;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use log::{Level, info, log, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
+use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
 use crate::limits::LogLimit;
 use crate::net;
 use crate::options::ClientOptions;
-use crate::protocol::{BUSY, DRAINING, Line, PROTO, SILENCE, SessionId};
+use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
 use crate::relay::{End, Pairs, SWEEP, Visitor};
+use crate::secure::{Bond, Purpose};
 use crate::stop::{Handle, Stop};
 use crate::workers::{Workers, set_name};
 
@@ -70,7 +73,18 @@ struct Session {
     /// On the host that the control link leads to, whatever the server's name says by now.
     tunnel_addr: SocketAddr,
     proto: Proto,
+    /// What its tunnels are tied to. None without a key.
+    bond: Option<Bond>,
     tunnels: Mutex<Tunnels>,
+}
+
+/// A control link to a server that has answered.
+struct Link {
+    lines: Lines<Reader>,
+    writer: Writer,
+    /// The server's first line.
+    first: Line,
+    bond: Option<Bond>,
 }
 
 #[derive(Clone, Copy)]
@@ -181,11 +195,15 @@ impl Shared {
         let mut tunnel_addr = control.peer_addr().map_err(unreachable)?;
         tunnel_addr.set_port(*tunnel_port);
 
-        let mut lines = Lines::new(&*control);
-        let first = say_hello(&control, &mut lines, *pool).map_err(|error| why_ended(&error));
-        let agreed = first.and_then(|first| Ok((Proto::agreed(&first, *pool)?, first)));
-        let (proto, first) =
-            agreed.map_err(|why| format!("no session with the server at {address}: {why}"))?;
+        let no_session = |why| format!("no session with the server at {address}: {why}");
+        let link = self.open_link(Conn::new(control.clone()));
+        let Link {
+            mut lines,
+            writer,
+            first,
+            bond,
+        } = link.map_err(|error| no_session(why_ended(&error)))?;
+        let proto = Proto::agreed(&first, *pool, bond.is_some()).map_err(no_session)?;
         info!("connected to {address}: {proto}; visitors go to {local}");
 
         let (to_server, to_write) = unbounded();
@@ -193,6 +211,7 @@ impl Shared {
             control: control.clone(),
             tunnel_addr,
             proto,
+            bond,
             tunnels: Mutex::new(Tunnels {
                 spare: 0,
                 idle: Vec::new(),
@@ -204,22 +223,47 @@ impl Shared {
             // The stop may have come too early to find this session.
             session.end(Some(Line::bye(DRAINING)));
         }
-        let why = self.serve(&session, to_write, first, &mut lines);
+        let why = self.serve(&session, writer, to_write, first, &mut lines);
         session.end(None);
         Ok(format!("lost the server at {address}: {why}"))
+    }
+
+    /// What a control link begins with: the handshake, if there is a key, and a line each way.
+    fn open_link(&self, mut conn: Conn) -> io::Result<Link> {
+        conn.socket().set_write_timeout(Some(SILENCE))?;
+        let bond = match &self.options.key {
+            None => None,
+            Some(key) => Some(initiate(&mut conn, &Purpose::Control(from_ref(key)))?),
+        };
+        let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+        let hello = Line::Hello {
+            proto: PROTO,
+            pool: self.options.pool,
+            session: None,
+        };
+        send(&mut writer, &hello)?;
+        let first = lines.next_line_by(Instant::now() + SILENCE)?;
+        lines.limit_silence()?;
+        Ok(Link {
+            lines,
+            writer,
+            first,
+            bond,
+        })
     }
 
     /// Does what the server says, until it says no more; the answer is why.
     fn serve(
         self: &Arc<Self>,
         session: &Arc<Session>,
+        writer: Writer,
         to_write: Receiver<Line>,
         first: Line,
         lines: &mut Lines<impl Read>,
     ) -> String {
         let (client, owned) = (self.clone(), session.clone());
-        let writer = move || client.control_writer(&owned, &to_write);
-        if let Err(error) = self.workers.start("control_writer", writer) {
+        let write = move || client.control_writer(&owned, writer, &to_write);
+        if let Err(error) = self.workers.start("control_writer", write) {
             return format!("there is no thread to write to it: {error}");
         }
         self.refill(session);
@@ -239,12 +283,17 @@ impl Shared {
 
     /// Lets the server know that this client lives, until the session ends. An original server is
     /// told nothing: it never reads, and would end up with a full buffer.
-    fn control_writer(self: &Arc<Self>, session: &Arc<Session>, to_write: &Receiver<Line>) {
+    fn control_writer(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        writer: Writer,
+        to_write: &Receiver<Line>,
+    ) {
         match session.proto {
             // Tunnels that could not be dialled, or that the server closed, are tried again at
             // this pace. If writing fails, the reader will report it.
             Proto::Tp1 { .. } => {
-                let _ = write_lines(&*session.control, to_write, || self.refill(session));
+                let _ = write_lines(writer, to_write, || self.refill(session));
             }
             Proto::Original => while to_write.recv().is_ok() {},
         }
@@ -289,8 +338,8 @@ impl Shared {
     fn combine(self: &Arc<Self>, session: &Arc<Session>) {
         let to = session.tunnel_addr;
         let waited = match self.connect_remote(session) {
-            Ok(remote) => match session.wait_for_visitor(&remote) {
-                Ok((visitor, first)) => Ok((visitor, first, remote)),
+            Ok(remote) => match session.wait_for_visitor(remote) {
+                Ok(given) => Ok(given),
                 // Most likely it was superfluous.
                 Err(error) => {
                     let why = why_ended(&error);
@@ -300,8 +349,8 @@ impl Shared {
             Err(error) => Err((Level::Warn, format!("could not dial a tunnel: {error}"))),
         };
         let live = session.count_used();
-        let (visitor, first, remote) = match waited {
-            Ok(ready) => ready,
+        let (visitor, remote) = match waited {
+            Ok(given) => given,
             Err((level, why)) if live => {
                 let limit = &self.logs.tunnel_failed;
                 return limit.say(|more| log!(level, "{why}{more}"));
@@ -310,9 +359,9 @@ impl Shared {
             Err(_) => return,
         };
         match self.connect_local() {
-            Ok(local) => self.join_conn(session, local, remote, visitor, &first),
+            Ok(local) => self.join_conn(session, local, remote, visitor),
             Err(error) => {
-                net::abort(&remote);
+                net::abort(remote.socket());
                 let log = &self.logs.local_failed;
                 log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
                 self.refill(session);
@@ -325,15 +374,19 @@ impl Shared {
         net::dial(&self.options.local)
     }
 
-    /// Dials the tunnel port, and names the session.
-    fn connect_remote(&self, session: &Session) -> io::Result<Arc<TcpStream>> {
+    /// Dials the tunnel port, and names the session, after the handshake if there is a key.
+    fn connect_remote(&self, session: &Session) -> io::Result<Conn> {
         let remote = net::dial_one(session.tunnel_addr)?;
         // Once the server has given it a visitor, an end is a complete and empty answer.
         net::reset_on_close(&remote, true);
-        if let Proto::Tp1 { id, .. } = session.proto {
-            send(&remote, &Line::Tunnel { session: id })?;
+        let mut remote = Conn::new(Arc::new(remote));
+        if let Some(bond) = &session.bond {
+            initiate(&mut remote, &Purpose::Tunnel(bond))?;
         }
-        Ok(Arc::new(remote))
+        if let Proto::Tp1 { id, .. } = session.proto {
+            send(&mut remote.writer, &Line::Tunnel { session: id })?;
+        }
+        Ok(remote)
     }
 
     /// Joins a tunnel with the local service. One direction stays on this thread.
@@ -341,19 +394,18 @@ impl Shared {
         self: &Arc<Self>,
         session: &Arc<Session>,
         local: TcpStream,
-        remote: Arc<TcpStream>,
+        remote: Conn,
         visitor: Visitor,
-        first: &[u8],
     ) {
         let (up, down) = self.pairs.join(
             visitor,
             End {
                 name: "server",
-                socket: remote,
+                conn: remote,
             },
             End {
                 name: "local service",
-                socket: Arc::new(local),
+                conn: Conn::new(Arc::new(local)),
             },
             self.options.linger,
         );
@@ -362,13 +414,13 @@ impl Shared {
             // The tunnel that this visitor took is replaced while its service works, not before
             // its first bytes are on their way.
             client.refill(&session);
-            down.copy(&[]);
+            down.copy();
         };
         if let Err(error) = self.workers.start("down", work) {
             self.no_thread(&error);
         }
         set_name("up");
-        up.copy(first);
+        up.copy();
     }
 
     fn no_thread(&self, error: &io::Error) {
@@ -402,19 +454,19 @@ impl Session {
         tunnels.to_server.is_some()
     }
 
-    /// Waits until the server gives the tunnel a visitor; with it comes what was read of the
-    /// visitor's own bytes.
-    fn wait_for_visitor(&self, remote: &Arc<TcpStream>) -> io::Result<(Visitor, Vec<u8>)> {
+    /// Waits until the server gives the tunnel a visitor.
+    fn wait_for_visitor(&self, remote: Conn) -> io::Result<(Visitor, Conn)> {
         if let Proto::Original = self.proto {
-            return Ok((Visitor::new(None, None), Vec::new()));
+            return Ok((Visitor::new(None, None), remote));
         }
+        let (socket, writer) = (remote.socket().clone(), remote.writer);
         let ended = || io::Error::from(io::ErrorKind::ConnectionAborted);
         {
             let mut tunnels = self.tunnels.lock();
             tunnels.to_server.as_ref().ok_or_else(ended)?;
-            tunnels.idle.push(remote.clone());
+            tunnels.idle.push(socket.clone());
         }
-        let mut lines = Lines::new(&**remote);
+        let mut lines = Lines::new(remote.reader);
         let address = loop {
             match lines.next_line() {
                 Ok(Line::New { visitor }) => break Ok(visitor),
@@ -423,10 +475,12 @@ impl Session {
             }
         };
         let idle = &mut self.tunnels.lock().idle;
-        let place = idle.iter().position(|it| Arc::ptr_eq(it, remote));
+        let place = idle.iter().position(|it| Arc::ptr_eq(it, &socket));
         // Not among them any more: the session's end has aborted it.
         idle.swap_remove(place.ok_or_else(ended)?);
-        Ok((Visitor::new(address?, None), lines.rest().to_vec()))
+        // What came behind the line is the visitor's.
+        let reader = lines.into_reader();
+        Ok((Visitor::new(address?, None), Conn { reader, writer }))
     }
 
     /// Ends the control link, with these last words, and every idle tunnel. Visitors that are
@@ -446,7 +500,7 @@ impl Session {
 
 impl Proto {
     /// What the server's first line leads to, or why to nothing.
-    fn agreed(first: &Line, asked: usize) -> Result<Self, String> {
+    fn agreed(first: &Line, asked: usize, sealed: bool) -> Result<Self, String> {
         match first {
             Line::Hello {
                 proto: PROTO,
@@ -461,6 +515,8 @@ impl Proto {
                 Err("it has another client, and takes one only".to_owned())
             }
             Line::Bye { reason } => Err(format!("it said bye, {}", reason.escape_debug())),
+            // The original has no key.
+            _ if sealed => Err("its first line is not a hello".to_owned()),
             _ => Ok(Proto::Original),
         }
     }
@@ -475,17 +531,13 @@ impl fmt::Display for Proto {
     }
 }
 
-/// Says hello, and reads the server's first line.
-fn say_hello(control: &TcpStream, lines: &mut Lines<impl Read>, pool: usize) -> io::Result<Line> {
-    control.set_write_timeout(Some(SILENCE))?;
-    control.set_read_timeout(Some(SILENCE))?;
-    let hello = Line::Hello {
-        proto: PROTO,
-        pool,
-        session: None,
-    };
-    send(control, &hello)?;
-    lines.next_line()
+/// The client's part of a handshake, in time.
+fn initiate(conn: &mut Conn, purpose: &Purpose) -> io::Result<Bond> {
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+    conn.reader.set_deadline(Some(deadline))?;
+    let bond = conn.initiate(purpose)?;
+    conn.reader.set_deadline(None)?;
+    Ok(bond)
 }
 
 /// From 0 to 1.

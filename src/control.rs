@@ -2,11 +2,11 @@
 //! tunnel.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use crate::conn::Reader;
 use crate::net::timed_out;
 use crate::protocol::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
 
@@ -38,23 +38,6 @@ impl<R: Read> Lines<R> {
         }
     }
 
-    /// The next line, if all of it is there in time: otherwise `TimedOut`, however slowly its
-    /// bytes drip. `socket` is the one below the source; with a line it has no time-out any more.
-    pub fn next_line_by(&mut self, deadline: Instant, socket: &TcpStream) -> io::Result<Line> {
-        loop {
-            if let Some(line) = self.take()? {
-                socket.set_read_timeout(None)?;
-                return Ok(line);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            socket.set_read_timeout(Some(left))?;
-            self.fill()?;
-        }
-    }
-
     /// What was read behind the last line: it belongs to whoever reads on.
     pub fn rest(&self) -> &[u8] {
         &self.buffer[..self.filled]
@@ -65,6 +48,10 @@ impl<R: Read> Lines<R> {
         let Some(end) = filled.iter().position(|byte| *byte == b'\n') else {
             if self.filled == MAX_LINE {
                 return Err(invalid(LineError::Overlong));
+            }
+            // No need to wait for the end: what a side with a key sends may have none.
+            if filled.contains(&0) {
+                return Err(invalid(LineError::Nul));
             }
             return Ok(None);
         };
@@ -86,6 +73,28 @@ impl<R: Read> Lines<R> {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+impl Lines<Reader> {
+    /// The next line, if all of it is there in time: otherwise an error that is a
+    /// [time-out](timed_out), however slowly its bytes drip. Later lines may take their time.
+    pub fn next_line_by(&mut self, deadline: Instant) -> io::Result<Line> {
+        self.from.set_deadline(Some(deadline))?;
+        let line = self.next_line();
+        self.from.set_deadline(None)?;
+        line
+    }
+
+    /// From now on, a silent link is a dead one.
+    pub fn limit_silence(&self) -> io::Result<()> {
+        self.from.socket().set_read_timeout(Some(SILENCE))
+    }
+
+    /// The reader again, for what comes behind the last line.
+    pub fn into_reader(mut self) -> Reader {
+        self.from.put_back(&self.buffer[..self.filled]);
+        self.from
     }
 }
 
@@ -133,7 +142,9 @@ pub fn why_ended(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use crate::conn::Conn;
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
     use std::time::Duration;
 
     /// Hands out at most `piece` bytes at a time.
@@ -191,13 +202,13 @@ mod tests {
             }
         });
         let start = Instant::now();
-        let mut lines = Lines::new(&near);
+        let mut lines = Lines::new(Conn::new(Arc::new(near)).reader);
         let error = lines
-            .next_line_by(start + Duration::from_millis(200), &near)
+            .next_line_by(start + Duration::from_millis(200))
             .unwrap_err();
         assert!(timed_out(&error), "{error}");
         assert!(start.elapsed() < Duration::from_secs(2));
-        drop(near);
+        drop(lines);
         dripping.join().unwrap();
     }
 }

@@ -38,7 +38,6 @@ impl Key {
         STANDARD.encode(self.0)
     }
 
-    #[expect(dead_code)]
     pub(crate) fn bytes(&self) -> &[u8; Self::SIZE] {
         &self.0
     }

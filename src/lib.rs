@@ -81,6 +81,7 @@
 
 mod address;
 mod client;
+mod conn;
 mod conn_match;
 mod control;
 mod error;
@@ -94,6 +95,7 @@ pub mod options;
 pub mod program;
 mod protocol;
 mod relay;
+mod secure;
 mod server;
 mod stop;
 mod workers;

@@ -28,7 +28,8 @@ pub const SILENCE: Duration = Duration::from_secs(6);
 /// A client that has not said hello after this long is an original one, which never writes.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The time that a new tunnel has to name its session.
+/// The time that a new tunnel has to name its session, and with a key the time in all for the
+/// handshake and the first line behind it.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The reason of a `bye` to a client that came while another is live.
@@ -36,6 +37,9 @@ pub const BUSY: &str = "busy";
 
 /// The reason of a `bye` from a side that is about to stop.
 pub const DRAINING: &str = "draining";
+
+/// The reason of a `bye` to a client that has a key, from a server that has none.
+pub const NO_KEY: &str = "no-key";
 
 /// Asks the client for one more tunnel.
 pub const NEW: Line = Line::New { visitor: None };

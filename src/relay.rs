@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use log::info;
 use parking_lot::{Condvar, Mutex};
 
+use crate::conn::{Conn, Reader, Writer};
 use crate::limits::{LogLimit, Slot};
 use crate::net;
 
@@ -66,7 +67,7 @@ impl Pairs {
         })
     }
 
-    /// Joins two sockets: `left` is the one nearer to the visitor. The answer is the direction up,
+    /// Joins two connections: `left` is the one nearer to the visitor. The answer is the direction up,
     /// from left to right, and the direction down, each to be copied on a thread of its own. One
     /// that is dropped instead aborts both.
     pub fn join(
@@ -76,6 +77,8 @@ impl Pairs {
         right: End,
         linger: Duration,
     ) -> (Direction, Direction) {
+        let ((left, from_left, to_left), (right, from_right, to_right)) =
+            (left.split(), right.split());
         let mut state = self.state.lock();
         let key = state.next_key;
         state.next_key += 1;
@@ -100,12 +103,17 @@ impl Pairs {
         if closed {
             pair.abort(CUT_OFF.to_owned());
         }
-        let direction = |way| Direction {
+        let direction = |way, reader, writer| Direction {
             pair: pair.clone(),
             way,
+            reader,
+            writer,
             outcome: Err("there was no thread for it".to_owned()),
         };
-        (direction(Way::Up), direction(Way::Down))
+        (
+            direction(Way::Up, from_left, to_right),
+            direction(Way::Down, from_right, to_left),
+        )
     }
 
     /// Pairs that are still joined after this time are to be aborted then. A later instant than
@@ -179,12 +187,27 @@ impl fmt::Display for Visitor {
     }
 }
 
-/// One of the two sockets of a pair.
+/// One of the two connections of a pair.
 pub struct End {
     /// Who is at the other end, for the log.
     pub name: &'static str,
-    /// The socket.
-    pub socket: Arc<TcpStream>,
+    /// The connection.
+    pub conn: Conn,
+}
+
+impl End {
+    /// What both directions need, and what each of them has for itself.
+    fn split(self) -> (Side, Reader, Writer) {
+        let Self { name, conn } = self;
+        let socket = conn.socket().clone();
+        (Side { name, socket }, conn.reader, conn.writer)
+    }
+}
+
+/// What a pair keeps of an [`End`].
+struct Side {
+    name: &'static str,
+    socket: Arc<TcpStream>,
 }
 
 /// A direction of a pair. However it goes away, the pair is told that it has ended, so that the
@@ -192,6 +215,8 @@ pub struct End {
 pub struct Direction {
     pair: Arc<Pair>,
     way: Way,
+    reader: Reader,
+    writer: Writer,
     outcome: Result<(), String>,
 }
 
@@ -204,10 +229,41 @@ enum Way {
 }
 
 impl Direction {
-    /// Copies until the direction ends, `first` before everything else.
-    pub fn copy(mut self, first: &[u8]) {
+    /// Copies until the direction ends.
+    pub fn copy(mut self) {
         self.outcome = Err("its thread panicked".to_owned());
-        self.outcome = self.pair.carry(self.way, first);
+        self.outcome = self.carry();
+    }
+
+    fn carry(&mut self) -> Result<(), String> {
+        let (from, to) = self.pair.sides(self.way);
+        let reading = |error| from.went_wrong("reading from", &error);
+        let writing = |error| to.went_wrong("writing to", &error);
+        let moved = &self.pair.moved[self.way as usize];
+        // No memory for a buffer before there is something to put into it: a silent connection
+        // costs the stacks of its threads and no more.
+        self.reader.wait().map_err(reading)?;
+        let mut size = FIRST_BUFFER;
+        loop {
+            let batch = self.writer.batch(size);
+            let count = self.reader.read_batch(batch).map_err(reading)?;
+            if count == 0 {
+                // In frames, the end is written like everything else, and may take as long.
+                self.pair.check_end(self.way)?;
+                self.writer.write_end().map_err(writing)?;
+                if self.pair.half_close(self.way) {
+                    self.writer.shutdown().map_err(writing)?;
+                }
+                return Ok(());
+            }
+            self.writer.write_batch(count).map_err(writing)?;
+            moved.fetch_add(count as u64, Ordering::Relaxed);
+            if count == FIRST_BUFFER {
+                size = LARGE_BUFFER;
+            } else if count < FIRST_BUFFER {
+                size = FIRST_BUFFER;
+            }
+        }
     }
 }
 
@@ -220,8 +276,8 @@ impl Drop for Direction {
 
 /// Two joined sockets, closed when the last thread lets go of them.
 struct Pair {
-    left: End,
-    right: End,
+    left: Side,
+    right: Side,
     linger: Duration,
     started: Instant,
     /// Bytes up and down.
@@ -257,63 +313,38 @@ struct HalfClosed {
 
 impl Pair {
     /// Where a direction comes from, and where it goes to.
-    fn ends(&self, way: Way) -> (&End, &End) {
+    fn sides(&self, way: Way) -> (&Side, &Side) {
         match way {
             Way::Up => (&self.left, &self.right),
             Way::Down => (&self.right, &self.left),
         }
     }
 
-    fn carry(&self, way: Way, first: &[u8]) -> Result<(), String> {
-        let (from, to) = self.ends(way);
-        let reading = |error| from.went_wrong("reading from", &error);
-        let writing = |error| to.went_wrong("writing to", &error);
-        let moved = &self.moved[way as usize];
-        let write = |bytes: &[u8]| {
-            (&*to.socket).write_all(bytes).map_err(writing)?;
-            moved.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            Ok::<_, String>(())
-        };
-        write(first)?;
-        // No memory for a buffer before there is something to put into it: a silent connection
-        // costs the stacks of its threads and no more.
-        retry(|| from.socket.peek(&mut [0])).map_err(reading)?;
-        let mut buffer = vec![0; FIRST_BUFFER];
-        loop {
-            let count = retry(|| (&*from.socket).read(&mut buffer)).map_err(reading)?;
-            if count == 0 {
-                return self.pass_end_on(way);
-            }
-            write(&buffer[..count])?;
-            if count == FIRST_BUFFER && buffer.len() == FIRST_BUFFER {
-                buffer = vec![0; LARGE_BUFFER];
-            } else if count < FIRST_BUFFER && buffer.len() == LARGE_BUFFER {
-                buffer = vec![0; FIRST_BUFFER];
-            }
+    /// Is this end of input one? The kernel reports a reset once. If the other direction, writing to
+    /// the same socket, was told, then this one has read an end that is none.
+    fn check_end(&self, way: Way) -> Result<(), String> {
+        let (from, _) = self.sides(way);
+        let progress = self.progress.lock();
+        let first = progress.half_closed.is_none() && progress.aborted.is_none();
+        match first && from.was_reset() {
+            true => Err(from.reset()),
+            false => Ok(()),
         }
     }
 
-    fn pass_end_on(&self, way: Way) -> Result<(), String> {
-        let (from, to) = self.ends(way);
+    /// Notes that a direction has ended well. True if the far side is to be told now: after the
+    /// direction that ends last, both sockets are closed, which says the same and wakes nobody.
+    fn half_close(&self, way: Way) -> bool {
         let mut progress = self.progress.lock();
-        // The direction that ends last has nothing to shut down: that both sockets are closed now
-        // says the same, and wakes nobody.
-        if progress.half_closed.is_some() || progress.aborted.is_some() {
-            return Ok(());
+        let first = progress.half_closed.is_none() && progress.aborted.is_none();
+        if first {
+            progress.half_closed = Some(HalfClosed {
+                way,
+                moved: 0,
+                since: Instant::now(),
+            });
         }
-        // The kernel reports a reset once. If the other direction, writing to the same socket, was
-        // told, then this one has read an end that is none.
-        if from.was_reset() {
-            return Err(from.reset());
-        }
-        progress.half_closed = Some(HalfClosed {
-            way,
-            moved: 0,
-            since: Instant::now(),
-        });
-        drop(progress);
-        let writing = |error| to.went_wrong("writing to", &error);
-        to.socket.shutdown(Shutdown::Write).map_err(writing)
+        first
     }
 
     /// If half-closed: is the last direction still worth waiting for?
@@ -328,7 +359,7 @@ impl Pair {
             half_closed.since = Instant::now();
         }
         // Nobody reads there any more, so nobody else would notice.
-        let (finished, _) = self.ends(half_closed.way);
+        let (finished, _) = self.sides(half_closed.way);
         let why = if finished.was_reset() {
             finished.reset()
         } else if half_closed.since.elapsed() >= self.linger {
@@ -379,7 +410,7 @@ impl Pair {
     }
 }
 
-impl End {
+impl Side {
     /// A connection that was reset has no peer any more. One whose peer has finished still has it,
     /// as long as this side has not.
     fn was_reset(&self) -> bool {
@@ -395,16 +426,6 @@ impl End {
 
     fn reset(&self) -> String {
         format!("reset by the {}", self.name)
-    }
-}
-
-/// Repeats a call that a signal has interrupted.
-fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
-        }
     }
 }
 

@@ -13,6 +13,7 @@ use log::{debug, info, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
+use crate::conn::{Conn, Reader, Writer};
 use crate::conn_match::{ConnList, Placed};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
@@ -20,10 +21,11 @@ use crate::limits::{Lobby, LogLimit, Place, Slot, Slots, affordable_visitors};
 use crate::net::{self, timed_out};
 use crate::options::ServerOptions;
 use crate::protocol::{
-    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, NEW, PROTO, SILENCE,
+    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, NEW, NO_KEY, PROTO, SILENCE,
     SessionId,
 };
 use crate::relay::{End, Pairs, SWEEP, Visitor};
+use crate::secure::{Bond, Purpose};
 use crate::stop::{Handle, Stop};
 use crate::workers::Workers;
 
@@ -38,6 +40,9 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 
 /// Why a connection was closed although nothing was wrong with it.
 const CROWDED_OUT: &str = "others came before it had proved itself";
+
+/// Why a control link was closed at its deadline.
+const TOO_LATE: &str = "its hello took too long";
 
 /// With `-v`, lines a second that strangers can cause.
 const DETAIL_LINES: u32 = 100;
@@ -117,6 +122,8 @@ struct Session {
     id: SessionId,
     client: SocketAddr,
     proto: Proto,
+    /// What the tunnels of this session are tied to. None without a key.
+    bond: Option<Bond>,
     /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
     /// adds a line at the most, and a writer that is stuck ends after 6 s. Dropped, it ends the
     /// writer, and with it the link.
@@ -131,6 +138,14 @@ enum Proto {
     Tp1 { pool: usize },
 }
 
+/// A control link that has said what it speaks, and with a key has proved itself.
+struct Link {
+    lines: Lines<Reader>,
+    writer: Writer,
+    proto: Proto,
+    bond: Option<Bond>,
+}
+
 /// A visitor's connection.
 struct Accept {
     socket: TcpStream,
@@ -140,7 +155,7 @@ struct Accept {
 
 /// A tunnel of the live session.
 struct Tunnel {
-    socket: Arc<TcpStream>,
+    conn: Conn,
     proto: Proto,
 }
 
@@ -160,8 +175,9 @@ impl Server {
             warn!("--max-conns {wanted}: descriptors suffice for {affordable}; raise ulimit -n");
             options.max_conns = affordable;
         }
-        let control = Listener::open("--control", &options.control, options.insecure)?;
-        let tunnel = Listener::open("--tunnel", &options.tunnel, options.insecure)?;
+        let anywhere = options.insecure || !options.keys.is_empty();
+        let control = Listener::open("--control", &options.control, anywhere)?;
+        let tunnel = Listener::open("--tunnel", &options.tunnel, anywhere)?;
         let public = Listener::open("--public", &options.public, true)?;
         let (sender, receiver) = bounded(1);
         let shared = Shared {
@@ -221,7 +237,7 @@ impl Server {
         ] {
             info!("listening on {} for {whom}", listener.addr);
         }
-        if shared.options.insecure {
+        if shared.options.insecure && shared.options.keys.is_empty() {
             warn!(
                 "--insecure: whoever reaches {} or {} can become the client or read along",
                 shared.tunnel.addr, shared.control.addr
@@ -265,25 +281,31 @@ impl Shared {
 
     /// One control link, from hello to bye. This thread reads, another one writes.
     fn control(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr, place: Place) {
-        let mut lines = Lines::new(&**socket);
-        let proto = match read_hello(&mut lines, socket) {
-            Ok(proto) => proto,
-            Err(error) => return self.refuse_link(from, &why_ended(&error)),
-        };
+        let opened = self.open_link(Conn::new(socket.clone()));
         if !place.leave() {
             return self.refuse_link(from, CROWDED_OUT);
         }
-        let (id, to_write) = match self.register(from, proto) {
+        let Link {
+            mut lines,
+            mut writer,
+            proto,
+            bond,
+        } = match opened {
+            Ok(link) => link,
+            Err(error) if timed_out(&error) => return self.refuse_link(from, TOO_LATE),
+            Err(error) => return self.refuse_link(from, &why_ended(&error)),
+        };
+        let (id, to_write) = match self.register(from, proto, bond) {
             Ok(registered) => registered,
             Err((reason, why)) => {
                 // To a client that never said hello the line means nothing, and does no harm.
-                let _ = send(&**socket, &Line::bye(reason));
+                let _ = send(&mut writer, &Line::bye(reason));
                 return self.refuse_link(from, &why);
             }
         };
         let (server, owned) = (self.clone(), socket.clone());
-        let writer = move || server.control_writer(&owned, id, &to_write);
-        let why = match self.workers.start("control_writer", writer) {
+        let write = move || server.control_writer(&owned, writer, id, &to_write);
+        let why = match self.workers.start("control_writer", write) {
             Ok(()) => read_until_end(&mut lines),
             Err(error) => format!("there is no thread to write to it: {error}"),
         };
@@ -292,12 +314,39 @@ impl Shared {
 
     /// Writes what [`send_message`](Self::send_message) hands over, and heartbeats, until the
     /// session is not the live one any more.
-    fn control_writer(&self, socket: &TcpStream, id: SessionId, to_write: &Receiver<Line>) {
-        if let Err(error) = write_lines(socket, to_write, || ()) {
+    fn control_writer(
+        &self,
+        socket: &TcpStream,
+        writer: Writer,
+        id: SessionId,
+        to_write: &Receiver<Line>,
+    ) {
+        if let Err(error) = write_lines(writer, to_write, || ()) {
             self.client_left(id, &format!("writing to it: {error}"));
         }
         // Wakes the thread that reads.
         let _ = socket.shutdown(Shutdown::Both);
+    }
+
+    /// What a control link begins with: the handshake, if there is a key, and hello.
+    fn open_link(&self, mut conn: Conn) -> io::Result<Link> {
+        let (start, keys) = (Instant::now(), &self.options.keys);
+        let socket = conn.socket().clone();
+        socket.set_write_timeout(Some(SILENCE))?;
+        if keys.is_empty() {
+            return open_plain_link(conn, start + HELLO_TIMEOUT);
+        }
+        let deadline = start + HANDSHAKE_TIMEOUT;
+        conn.reader.set_deadline(Some(deadline))?;
+        let bond = Some(conn.respond(&Purpose::Control(keys))?);
+        let mut lines = Lines::new(conn.reader);
+        let proto = read_hello(&mut lines, deadline)?;
+        Ok(Link {
+            lines,
+            writer: conn.writer,
+            proto,
+            bond,
+        })
     }
 
     fn refuse_link(&self, from: SocketAddr, why: &str) {
@@ -311,6 +360,7 @@ impl Shared {
         &self,
         client: SocketAddr,
         proto: Proto,
+        bond: Option<Bond>,
     ) -> Result<(SessionId, Receiver<Line>), (&'static str, String)> {
         let id = SessionId::random().map_err(|error| ("error", format!("no session: {error}")))?;
         let (to_client, to_write) = unbounded();
@@ -331,6 +381,7 @@ impl Shared {
             id,
             client,
             proto,
+            bond,
             to_client,
         });
         drop(state);
@@ -383,7 +434,7 @@ impl Shared {
 
     /// Puts a visitor into the list, and asks for a tunnel if no idle one is there.
     fn add_conn_match_accept(&self, accept: Accept, since: Instant) {
-        let healthy = |tunnel: &Tunnel| net::is_quiet(&tunnel.socket);
+        let healthy = |tunnel: &Tunnel| net::is_quiet(tunnel.conn.socket());
         let mut state = self.state.lock();
         if self.stop.stopped() {
             // Nobody would join it, and nobody release it.
@@ -412,30 +463,32 @@ impl Shared {
     fn make_forward(self: &Arc<Self>) {
         while let Some((socket, from)) = self.accept(&self.tunnel) {
             let socket = Arc::new(socket);
-            let live = self.state.lock().cache.as_ref().map(|it| (it.id, it.proto));
+            let state = self.state.lock();
+            let live = state.cache.as_ref();
+            let live = live.map(|live| (live.id, live.proto, live.bond.clone()));
+            drop(state);
+            let conn = Conn::new(socket.clone());
             match live {
-                Some((id, Proto::Original)) => self.config_conn_list_tunnel(socket, from, id),
-                Some((_, Proto::Tp1 { .. })) => {
+                Some((id, Proto::Original, _)) => self.config_conn_list_tunnel(conn, from, id),
+                Some((_, Proto::Tp1 { .. }, bond)) => {
                     let place = self.unproved_tunnels.enter(&socket);
-                    self.start("tunnel", move |server| server.tunnel(socket, from, place));
+                    self.start("tunnel", move |server| {
+                        server.tunnel(conn, bond, from, place)
+                    });
                 }
                 None => self.refuse_tunnel(from, "no client is connected"),
             }
         }
     }
 
-    /// Reads the line with which a tunnel names its session.
-    fn tunnel(&self, socket: Arc<TcpStream>, from: SocketAddr, place: Place) {
-        let mut lines = Lines::new(&*socket);
-        let line = lines.next_line_by(Instant::now() + HANDSHAKE_TIMEOUT, &socket);
+    /// Waits until a tunnel has shown which session it belongs to.
+    fn tunnel(&self, conn: Conn, bond: Option<Bond>, from: SocketAddr, place: Place) {
+        let opened = open_tunnel(conn, bond.as_ref());
         if !place.leave() {
             return self.refuse_tunnel(from, CROWDED_OUT);
         }
-        match line {
-            Ok(Line::Tunnel { session }) if lines.rest().is_empty() => {
-                self.config_conn_list_tunnel(socket, from, session);
-            }
-            Ok(_) => self.refuse_tunnel(from, "it did not name its session"),
+        match opened {
+            Ok((conn, session)) => self.config_conn_list_tunnel(conn, from, session),
             Err(error) if timed_out(&error) => {
                 self.refuse_tunnel(from, "it did not name its session in time");
             }
@@ -449,9 +502,9 @@ impl Shared {
     }
 
     /// Gives a tunnel of the live session to the visitor that has waited longest.
-    fn config_conn_list_tunnel(&self, socket: Arc<TcpStream>, from: SocketAddr, id: SessionId) {
+    fn config_conn_list_tunnel(&self, conn: Conn, from: SocketAddr, id: SessionId) {
         // An idle tunnel is peeked at, which must not wait.
-        if let Err(error) = socket.set_nonblocking(true) {
+        if let Err(error) = conn.socket().set_nonblocking(true) {
             return self.refuse_tunnel(from, &error.to_string());
         }
         let mut state = self.state.lock();
@@ -460,7 +513,7 @@ impl Shared {
             drop(state);
             return self.refuse_tunnel(from, "its session is not the live one");
         };
-        let tunnel = Tunnel { socket, proto };
+        let tunnel = Tunnel { conn, proto };
         let placed = state.conn_list_map.add_tunnel(tunnel, proto.pool());
         drop(state);
         match placed {
@@ -494,7 +547,7 @@ impl Shared {
 
     /// Joins a visitor with its tunnel. The client is told first, and works while the two copy
     /// threads start.
-    fn join_conn2(self: &Arc<Self>, accept: Accept, since: Instant, tunnel: Tunnel) {
+    fn join_conn2(self: &Arc<Self>, accept: Accept, since: Instant, mut tunnel: Tunnel) {
         if let Err(error) = tunnel.greet(accept.visitor) {
             let visitor = accept.visitor;
             self.detail(format_args!("visitor {visitor}: dead tunnel: {error}"));
@@ -509,16 +562,16 @@ impl Shared {
             Visitor::new(Some(visitor), Some(slot)),
             End {
                 name: "visitor",
-                socket: Arc::new(socket),
+                conn: Conn::new(Arc::new(socket)),
             },
             End {
                 name: "client",
-                socket: tunnel.socket,
+                conn: tunnel.conn,
             },
             self.options.linger,
         );
-        self.start("up", move |_| up.copy(&[]));
-        self.start("down", move |_| down.copy(&[]));
+        self.start("up", move |_| up.copy());
+        self.start("down", move |_| down.copy());
     }
 
     /// Closes the visitors that waited longer than the pair timeout; and looks after half-closed
@@ -656,40 +709,74 @@ impl Proto {
 
 impl Tunnel {
     /// Tells the client whose bytes follow, and makes the tunnel ready for them.
-    fn greet(&self, visitor: SocketAddr) -> io::Result<()> {
-        self.socket.set_nonblocking(false)?;
+    fn greet(&mut self, visitor: SocketAddr) -> io::Result<()> {
+        self.conn.socket().set_nonblocking(false)?;
         match self.proto {
             Proto::Original => Ok(()),
             Proto::Tp1 { .. } => {
                 let visitor = Some(visitor);
-                send(&*self.socket, &Line::New { visitor })
+                send(&mut self.conn.writer, &Line::New { visitor })
             }
         }
     }
 }
 
-/// Which protocol a new control link speaks; an error if it is no client at all.
-fn read_hello(lines: &mut Lines<impl Read>, socket: &TcpStream) -> io::Result<Proto> {
-    socket.set_write_timeout(Some(SILENCE))?;
-    match lines.next_line_by(Instant::now() + HELLO_TIMEOUT, socket) {
-        Ok(Line::Hello {
+/// What a control link begins with if there is no key: hello, or nothing at all.
+fn open_plain_link(conn: Conn, deadline: Instant) -> io::Result<Link> {
+    let (socket, mut writer) = (conn.socket().clone(), conn.writer);
+    let mut lines = Lines::new(conn.reader);
+    let proto = match read_hello(&mut lines, deadline) {
+        Err(error) if timed_out(&error) && lines.rest().is_empty() => {
+            // It never writes, so its silence says nothing.
+            net::end_when_unacknowledged(&socket, SILENCE)?;
+            Proto::Original
+        }
+        // No line begins like that, but a handshake does.
+        Err(_) if lines.rest().first() == Some(&0) => {
+            let _ = send(&mut writer, &Line::bye(NO_KEY));
+            let why = "it has a key, and this server has none (--key-file)";
+            return Err(io::Error::other(why));
+        }
+        read => read?,
+    };
+    Ok(Link {
+        lines,
+        writer,
+        proto,
+        bond: None,
+    })
+}
+
+/// The first line of a client that speaks `tp/1`. Its silence will mean something from now on.
+fn read_hello(lines: &mut Lines<Reader>, deadline: Instant) -> io::Result<Proto> {
+    match lines.next_line_by(deadline)? {
+        Line::Hello {
             proto: PROTO..,
             pool,
             ..
-        }) => {
-            socket.set_read_timeout(Some(SILENCE))?;
+        } => {
+            lines.limit_silence()?;
             let pool = pool.min(MAX_POOL);
             Ok(Proto::Tp1 { pool })
         }
-        Ok(_) => Err(io::Error::other("its first line is not a hello")),
-        Err(error) if timed_out(&error) && lines.rest().is_empty() => {
-            // It never writes, so its silence says nothing.
-            socket.set_read_timeout(None)?;
-            net::end_when_unacknowledged(socket, SILENCE)?;
-            Ok(Proto::Original)
-        }
-        Err(error) if timed_out(&error) => Err(io::Error::other("its hello took too long")),
-        Err(error) => Err(error),
+        _ => Err(io::Error::other("its first line is not a hello")),
+    }
+}
+
+/// What a tunnel begins with: the handshake, if there is a key, and the line that names its
+/// session. The client says no more before it is told a visitor.
+fn open_tunnel(mut conn: Conn, bond: Option<&Bond>) -> io::Result<(Conn, SessionId)> {
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+    if let Some(bond) = bond {
+        conn.reader.set_deadline(Some(deadline))?;
+        conn.respond(&Purpose::Tunnel(bond))?;
+    }
+    let mut lines = Lines::new(conn.reader);
+    let line = lines.next_line_by(deadline)?;
+    let (reader, writer) = (lines.into_reader(), conn.writer);
+    match line {
+        Line::Tunnel { session } if reader.is_empty() => Ok((Conn { reader, writer }, session)),
+        _ => Err(io::Error::other("it did not name its session")),
     }
 }
 

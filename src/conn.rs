@@ -1,0 +1,260 @@
+//! A connection in two halves, one for each thread that works on it; sealed if there is a key. The
+//! relay and the control link need not know which.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::secure::{self, Bond, OVERHEAD, Opener, Purpose, Sealer, Secured};
+
+/// A connection.
+pub struct Conn {
+    /// What is read from it.
+    pub reader: Reader,
+    /// What is written to it.
+    pub writer: Writer,
+}
+
+impl Conn {
+    /// A connection without a key.
+    pub fn new(socket: Arc<TcpStream>) -> Self {
+        Self {
+            reader: Reader {
+                socket: socket.clone(),
+                deadline: None,
+                opener: None,
+                rest: VecDeque::new(),
+            },
+            writer: Writer {
+                socket,
+                sealer: None,
+                batch: Vec::new(),
+            },
+        }
+    }
+
+    /// The socket below.
+    pub fn socket(&self) -> &Arc<TcpStream> {
+        self.reader.socket()
+    }
+
+    /// The client's handshake; it must be over by the reader's deadline.
+    pub fn initiate(&mut self, purpose: &Purpose) -> io::Result<Bond> {
+        let secured = secure::initiate(&mut *self, purpose)?;
+        Ok(self.secured(secured))
+    }
+
+    /// The server's handshake; it must be over by the reader's deadline.
+    pub fn respond(&mut self, purpose: &Purpose) -> io::Result<Bond> {
+        let secured = secure::respond(&mut *self, purpose)?;
+        Ok(self.secured(secured))
+    }
+
+    fn secured(&mut self, secured: Secured) -> Bond {
+        self.reader.opener = Some(secured.opener);
+        self.writer.sealer = Some(secured.sealer);
+        secured.bond
+    }
+}
+
+impl Read for Conn {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.reader.read(buffer)
+    }
+}
+
+impl Write for Conn {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.writer.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The half of a connection that is read.
+pub struct Reader {
+    socket: Arc<TcpStream>,
+    deadline: Option<Instant>,
+    opener: Option<Opener>,
+    /// What comes before everything else: it was read already.
+    rest: VecDeque<u8>,
+}
+
+impl Reader {
+    /// From now on a read fails with `TimedOut` when this instant has come, however slowly bytes
+    /// drip. None: a read may take its time.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) -> io::Result<()> {
+        self.deadline = deadline;
+        match deadline {
+            // Set by each read.
+            Some(_) => Ok(()),
+            None => self.socket.set_read_timeout(None),
+        }
+    }
+
+    /// The socket below.
+    pub fn socket(&self) -> &Arc<TcpStream> {
+        &self.socket
+    }
+
+    /// Gives bytes back, to be read again.
+    pub fn put_back(&mut self, bytes: &[u8]) {
+        let behind = std::mem::take(&mut self.rest);
+        self.rest.extend(bytes);
+        self.rest.extend(behind);
+    }
+
+    /// True if nothing was read that nobody has asked for yet.
+    pub fn is_empty(&self) -> bool {
+        self.rest.is_empty() && self.opener.as_ref().is_none_or(Opener::is_empty)
+    }
+
+    /// Waits until there is something to read, and takes no memory for it.
+    pub fn wait(&self) -> io::Result<()> {
+        if self.is_empty() {
+            Source(&self.socket, None).again(|socket| socket.peek(&mut [0]))?;
+        }
+        Ok(())
+    }
+
+    /// Reads into a [`batch`](Writer::batch), as much as the socket gives at once. The answer is
+    /// how many bytes that is, 0 at the end.
+    pub fn read_batch(&mut self, batch: &mut [u8]) -> io::Result<usize> {
+        let mut source = Source(&self.socket, self.deadline);
+        let space = 1..batch.len() - TAIL;
+        if self.rest.is_empty() {
+            let Some(opener) = &mut self.opener else {
+                return source.read(&mut batch[space]);
+            };
+            if let Some(count) = opener.read_batch(&mut source, batch)? {
+                return Ok(count);
+            }
+            self.rest = opener.open_one(&mut source)?.into();
+        }
+        self.take_rest(&mut batch[space])
+    }
+
+    fn take_rest(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.rest.read(buffer)?;
+        if self.rest.is_empty() {
+            // A frame of 64 KiB may have been in it.
+            self.rest = VecDeque::new();
+        }
+        Ok(count)
+    }
+}
+
+/// For lines: frame by frame.
+impl Read for Reader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut source = Source(&self.socket, self.deadline);
+        if self.rest.is_empty() {
+            match &mut self.opener {
+                None => return source.read(buffer),
+                Some(opener) => self.rest = opener.open_one(&mut source)?.into(),
+            }
+        }
+        self.take_rest(buffer)
+    }
+}
+
+/// A socket that is read until a deadline.
+struct Source<'a>(&'a TcpStream, Option<Instant>);
+
+impl Source<'_> {
+    /// Repeats a call that a signal has interrupted.
+    fn again(&self, mut call: impl FnMut(&TcpStream) -> io::Result<usize>) -> io::Result<usize> {
+        loop {
+            if let Some(deadline) = self.1 {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                self.0.set_read_timeout(Some(left))?;
+            }
+            match call(self.0) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+impl Read for Source<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.again(|mut socket| socket.read(buffer))
+    }
+}
+
+/// Room behind a batch in which the tag of its last frame is checked.
+const TAIL: usize = OVERHEAD - 1;
+
+/// The half of a connection that is written.
+pub struct Writer {
+    socket: Arc<TcpStream>,
+    sealer: Option<Sealer>,
+    batch: Vec<u8>,
+}
+
+impl Writer {
+    /// A buffer for a [reader](Reader::read_batch) to put `size` bytes into. One byte in front and a
+    /// tag's room behind are for those that come in frames: so no byte is moved between the two.
+    pub fn batch(&mut self, size: usize) -> &mut [u8] {
+        let size = 1 + size + TAIL;
+        if self.batch.len() != size {
+            self.batch = vec![0; size];
+            if let Some(sealer) = &mut self.sealer {
+                sealer.shrink();
+            }
+        }
+        &mut self.batch
+    }
+
+    /// Writes the first `count` bytes that were put into the batch.
+    pub fn write_batch(&mut self, count: usize) -> io::Result<()> {
+        let batch = &mut self.batch[..1 + count];
+        match &mut self.sealer {
+            None => (&*self.socket).write_all(&batch[1..]),
+            Some(sealer) => (&*self.socket).write_all(sealer.seal(batch)?),
+        }
+    }
+
+    /// Writes the frame that ends the stream, if there are frames. Who has none learns of the end
+    /// by [`shutdown`](Self::shutdown).
+    pub fn write_end(&mut self) -> io::Result<()> {
+        match &mut self.sealer {
+            None => Ok(()),
+            Some(sealer) => (&*self.socket).write_all(sealer.seal_end()?),
+        }
+    }
+
+    /// Ends the stream below, unless its frames have said so already.
+    pub fn shutdown(&self) -> io::Result<()> {
+        match self.sealer {
+            None => self.socket.shutdown(Shutdown::Write),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+/// For lines: each in a frame of its own.
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.sealer {
+            None => (&*self.socket).write(bytes),
+            Some(sealer) => {
+                let mut batch = [&[0], bytes].concat();
+                (&*self.socket).write_all(sealer.seal(&mut batch)?)?;
+                Ok(bytes.len())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
