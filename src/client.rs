@@ -1,6 +1,7 @@
 //! The client, in the original's functions: the control link, and a tunnel for each visitor.
 
 use std::fmt;
+use std::io::ErrorKind::{ConnectionReset, UnexpectedEof};
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::slice::from_ref;
@@ -16,7 +17,7 @@ use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
 use crate::limits::LogLimit;
-use crate::net;
+use crate::net::{self, timed_out};
 use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
 use crate::relay::{End, Pairs, SWEEP, Visitor};
@@ -204,7 +205,8 @@ impl Shared {
             bond,
         } = link.map_err(|error| no_session(why_ended(&error)))?;
         let proto = Proto::agreed(&first, *pool, bond.is_some()).map_err(no_session)?;
-        info!("connected to {address}: {proto}; visitors go to {local}");
+        let sealed = if bond.is_some() { ", sealed" } else { "" };
+        info!("connected to {address}: {proto}{sealed}; visitors go to {local}");
 
         let (to_server, to_write) = unbounded();
         let session = Arc::new(Session {
@@ -242,7 +244,14 @@ impl Shared {
             session: None,
         };
         send(&mut writer, &hello)?;
-        let first = lines.next_line_by(Instant::now() + SILENCE)?;
+        let first = lines
+            .next_line_by(Instant::now() + SILENCE)
+            .map_err(|error| match error.kind() {
+                UnexpectedEof | ConnectionReset if bond.is_none() => {
+                    io::Error::other("it closed the connection: it may want a key (--key-file)")
+                }
+                _ => error,
+            })?;
         lines.limit_silence()?;
         Ok(Link {
             lines,
@@ -535,7 +544,10 @@ impl fmt::Display for Proto {
 fn initiate(conn: &mut Conn, purpose: &Purpose) -> io::Result<Bond> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     conn.reader.set_deadline(Some(deadline))?;
-    let bond = conn.initiate(purpose)?;
+    let bond = conn.initiate(purpose).map_err(|error| match error {
+        late if timed_out(&late) => io::Error::other("its half of the handshake took too long"),
+        error => error,
+    })?;
     conn.reader.set_deadline(None)?;
     Ok(bond)
 }

@@ -26,7 +26,7 @@ const TAG: usize = 16;
 const MESSAGE: usize = 32 + TAG;
 
 /// What a side that has a key begins with. No line of the protocol begins with a NUL.
-pub const OPENING: [u8; LENGTH] = (MESSAGE as u16).to_be_bytes();
+const OPENING: [u8; LENGTH] = (MESSAGE as u16).to_be_bytes();
 
 /// What a frame adds to the bytes that it carries, its length field not counted.
 pub const OVERHEAD: usize = 1 + TAG;
@@ -51,6 +51,13 @@ pub struct Bond {
     key: Key,
     /// The hash of all that went over the wire in the control link's handshake.
     hash: [u8; 32],
+}
+
+impl Bond {
+    /// True if the client has this key.
+    pub fn has(&self, key: &Key) -> bool {
+        self.key == *key
+    }
 }
 
 /// A handshake's part in the protocol: one that was made for another part fails.
@@ -397,4 +404,248 @@ fn frame_size(bytes: &[u8], nonce: u64) -> io::Result<Option<usize>> {
 
 fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::LazyLock;
+
+    /// What a handshake with everything fixed leads to: the two messages, and both sides.
+    fn fixed_handshake(purpose: &Purpose) -> ([Vec<u8>; 2], [Secured; 2]) {
+        let (key, prologue) = (&purpose.keys()[0], purpose.prologue());
+        let begin = || begin(key, &prologue).unwrap();
+        let mut client = begin()
+            .fixed_ephemeral_key_for_testing_only(&[0x11; 32])
+            .build_initiator()
+            .unwrap();
+        let mut server = begin()
+            .fixed_ephemeral_key_for_testing_only(&[0x22; 32])
+            .build_responder()
+            .unwrap();
+        let first = write_message(&mut client).unwrap();
+        server.read_message(&first[LENGTH..], &mut []).unwrap();
+        let second = write_message(&mut server).unwrap();
+        client.read_message(&second[LENGTH..], &mut []).unwrap();
+        let sides = [client, server].map(|state| Secured::new(state, key).unwrap());
+        ([first.to_vec(), second.to_vec()], sides)
+    }
+
+    fn fixed_key() -> Key {
+        let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+        key.parse().unwrap()
+    }
+
+    /// What the client writes with and the server reads with. The same handshake is behind all of
+    /// them: it is slow where nothing is optimised.
+    fn pair() -> (Sealer, Opener) {
+        static CIPHERS: LazyLock<[Arc<StatelessTransportState>; 2]> = LazyLock::new(|| {
+            let key = fixed_key();
+            let purpose = Purpose::Control(std::slice::from_ref(&key));
+            let (_, [client, server]) = fixed_handshake(&purpose);
+            [client.sealer.cipher, server.opener.cipher]
+        });
+        let [client, server] = CIPHERS.clone();
+        (Sealer::new(client), Opener::new(server))
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn seal(sealer: &mut Sealer, bytes: &[u8]) -> Vec<u8> {
+        sealer.seal(&mut [&[0], bytes].concat()).unwrap().to_vec()
+    }
+
+    /// A small seeded source of numbers.
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn below(&mut self, below: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % below as u64) as usize
+        }
+
+        fn bytes(&mut self, count: usize) -> Vec<u8> {
+            (0..count).map(|_| self.below(256) as u8).collect()
+        }
+    }
+
+    /// Hands bytes out in pieces of random sizes.
+    struct Pieces<'a>(&'a [u8], usize, &'a mut Numbers);
+
+    impl Read for Pieces<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let most = (1 + self.2.below(self.1)).min(buffer.len());
+            self.0.read(&mut buffer[..most])
+        }
+    }
+
+    /// Reads with batches of this size until an end or an error; and what came before.
+    fn drain(
+        opener: &mut Opener,
+        from: &mut impl Read,
+        size: usize,
+    ) -> (Vec<u8>, io::Result<usize>) {
+        let (mut got, mut batch) = (Vec::new(), vec![0; 1 + size + TAG]);
+        loop {
+            match opener.read_batch(from, &mut batch) {
+                Ok(Some(0)) => return (got, Ok(0)),
+                Ok(Some(count)) => got.extend_from_slice(&batch[1..1 + count]),
+                Ok(None) => match opener.open_one(from) {
+                    Ok(bytes) => got.extend(bytes),
+                    error => return (got, error.map(|_| 0)),
+                },
+                error => return (got, error.map(|_| 0)),
+            }
+        }
+    }
+
+    /// From an implementation of its own, written after the Noise specification alone.
+    #[test]
+    fn the_wire_format_is_what_it_was() {
+        let key = fixed_key();
+        let control = Purpose::Control(std::slice::from_ref(&key));
+        let (messages, [mut client, mut server]) = fixed_handshake(&control);
+        assert_eq!(
+            messages.map(|message| hex(&message)),
+            [
+                "00307b4e909bbe7ffe44c465a220037d608ee35897d31ef972f07f74892cb0f73f13\
+                 b3f339e5ceb4be1e2726df51b596900b",
+                "00300faa684ed28867b97f4a6a2dee5df8ce974e76b7018e3f22a1c4cf2678570f20\
+                 aba7d47fad56ad23dc2e2c4f83653954",
+            ]
+        );
+        assert_eq!(
+            hex(&client.bond.hash),
+            "4aa3e376b8a00dbe2821facf480354b5e18d6658e31475c161bd734fe10d3125"
+        );
+        let hello = seal(&mut client.sealer, b"hello proto=1 pool=8\n");
+        assert_eq!(
+            hex(&hello) + &hex(client.sealer.seal_end().unwrap()),
+            "0026e9b38a3f3c6f37be1897fa1b0619fd3a0eca5e3955a295b745b35ee6084fdfda3625e3ade150\
+             0011cb696958f416525489f2fd74ff31cd7c25"
+        );
+        let hi = seal(&mut server.sealer, b"hi\n");
+        assert_eq!(hex(&hi), "001430bc307079ce948459eb8afdb2f18b2fa8df1a67");
+
+        let bond = client.bond;
+        let (messages, _) = fixed_handshake(&Purpose::Tunnel(&bond));
+        assert_eq!(
+            messages.map(|message| hex(&message)),
+            [
+                "00307b4e909bbe7ffe44c465a220037d608ee35897d31ef972f07f74892cb0f73f13\
+                 089585d862ea5057fee9f3e025075dc4",
+                "00300faa684ed28867b97f4a6a2dee5df8ce974e76b7018e3f22a1c4cf2678570f20\
+                 cbf0885fe969791c5ba998accb065665",
+            ]
+        );
+    }
+
+    #[test]
+    fn bytes_survive_however_they_are_cut_and_batched() {
+        let mut numbers = Numbers(7);
+        for size in [1, 100, 8 * 1024, DATA_SIZE, DATA_SIZE + 1, 64 * 1024] {
+            let (mut sealer, mut opener) = pair();
+            // The first frame is a line.
+            let mut sent = b"hi\n".to_vec();
+            let mut wire = seal(&mut sealer, b"hi\n");
+            for _ in 0..8 {
+                let bytes = vec![numbers.below(256) as u8; 1 + numbers.below(100_000)];
+                wire.extend(seal(&mut sealer, &bytes));
+                sent.extend(bytes);
+            }
+            wire.extend(sealer.seal_end().unwrap());
+            let piece = 1 + numbers.below(100_000);
+            let mut pieces = Pieces(&wire, piece, &mut numbers);
+            let (got, end) = drain(&mut opener, &mut pieces, size);
+            assert!(got == sent, "batches of {size}, pieces of {piece}");
+            assert_eq!(end.unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn an_end_counts_only_in_its_frame() {
+        let (mut sealer, mut opener) = pair();
+        let mut wire = seal(&mut sealer, b"hi\n");
+        wire.extend(sealer.seal_end().unwrap());
+        let whole = wire.len();
+        for cut in 0..whole {
+            let (_, end) = drain(&mut pair().1, &mut &wire[..cut], 100);
+            assert_eq!(end.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        }
+        wire.extend(b"what nobody reads");
+        let (got, end) = drain(&mut opener, &mut &wire[..], 100);
+        assert_eq!((got.as_slice(), end.unwrap()), (&b"hi\n"[..], 0));
+        assert_eq!(opener.open_one(&mut io::empty()).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_first_frame_is_no_longer_than_a_line() {
+        let (mut sealer, mut opener) = pair();
+        let longest = seal(&mut sealer, &[b'x'; MAX_LINE]);
+        assert_eq!(opener.open_one(&mut &longest[..]).unwrap().len(), MAX_LINE);
+        let later = seal(&mut sealer, &[b'x'; MAX_LINE + 1]);
+        let opened = opener.open_one(&mut &later[..]).unwrap();
+        assert_eq!(opened.len(), MAX_LINE + 1);
+
+        let (mut sealer, mut opener) = pair();
+        let longer = seal(&mut sealer, &[b'x'; MAX_LINE + 1]);
+        let error = opener.open_one(&mut &longer[..]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(opener.sealed.len() <= SMALL_BUFFER);
+    }
+
+    #[test]
+    fn impossible_frames_are_refused() {
+        for (content, valid) in [
+            (&[DATA][..], true),
+            (&[END], true),
+            (&[END, 0], false),
+            (&[2], false),
+            (&[255, 1, 2, 3], false),
+        ] {
+            let (mut sealer, mut opener) = pair();
+            let size = sealer.frame(content, 0).unwrap();
+            let mut wire = sealer.frames[..size].to_vec();
+            wire.extend(sealer.seal_end().unwrap());
+            let (_, end) = drain(&mut opener, &mut &wire[..], 100);
+            assert_eq!(end.is_ok(), valid, "{content:?}");
+        }
+        for length in [0_u16, 1, 15, 16, 17, 274, 65_535] {
+            let wire = [&length.to_be_bytes()[..], &[0x5a; 65_535]].concat();
+            let (got, end) = drain(&mut pair().1, &mut &wire[..], 100);
+            assert_eq!(end.unwrap_err().kind(), io::ErrorKind::InvalidData);
+            assert_eq!(got, b"", "{length}");
+        }
+    }
+
+    /// 100,000 inputs that are random, or right up to a place: nothing panics, no byte comes out
+    /// that was not put in, and no memory is taken beyond a frame.
+    #[test]
+    fn random_frames_never_panic_nor_deliver() {
+        let mut numbers = Numbers(3);
+        for _ in 0..100_000 {
+            let (mut sealer, mut opener) = pair();
+            let mut sent = numbers.bytes(100);
+            let mut wire = seal(&mut sealer, &sent);
+            let more = numbers.bytes(50);
+            wire.extend(seal(&mut sealer, &more));
+            sent.extend(more);
+            let place = numbers.below(wire.len());
+            match numbers.below(4) {
+                0 => wire.truncate(place),
+                1 => wire[place] ^= 1 << numbers.below(8),
+                2 => drop(wire.drain(place..wire.len().min(place + 40))),
+                _ => wire = numbers.bytes(place),
+            }
+            let size = 1 + numbers.below(200);
+            let (got, end) = drain(&mut opener, &mut &wire[..], size);
+            assert!(end.is_err());
+            assert!(sent.starts_with(&got));
+            assert!(opener.sealed.len() <= LENGTH + usize::from(u16::MAX));
+        }
+    }
 }

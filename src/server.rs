@@ -237,11 +237,13 @@ impl Server {
         ] {
             info!("listening on {} for {whom}", listener.addr);
         }
-        if shared.options.insecure && shared.options.keys.is_empty() {
-            warn!(
+        match (shared.options.insecure, shared.options.keys.is_empty()) {
+            (true, true) => warn!(
                 "--insecure: whoever reaches {} or {} can become the client or read along",
                 shared.tunnel.addr, shared.control.addr
-            );
+            ),
+            (true, false) => warn!("--insecure changes nothing: a client needs the key"),
+            (false, _) => {}
         }
         thread::scope(|scope| {
             let start = |name: &str, work: fn(&Arc<Shared>)| {
@@ -377,6 +379,7 @@ impl Shared {
         for line in std::iter::once(proto.first_line(id)).chain(waiting) {
             let _ = to_client.send(line);
         }
+        let mut remarks = self.sealed(bond.as_ref());
         let replaced = state.cache.replace(Session {
             id,
             client,
@@ -385,22 +388,28 @@ impl Shared {
             to_client,
         });
         drop(state);
-        self.log_came(client, id, proto, replaced);
-        Ok((id, to_write))
-    }
-
-    fn log_came(&self, client: SocketAddr, id: SessionId, proto: Proto, before: Option<Session>) {
-        let before = match before {
-            Some(before) => format!(", and takes the place of {}", before.client),
-            None => String::new(),
-        };
+        if let Some(before) = replaced {
+            remarks += &format!(", and takes the place of {}", before.client);
+        }
         self.logs.client_came.say(|more| match proto {
             Proto::Tp1 { pool } => {
                 let id = id.short();
-                info!("client {client} came: session {id}, pool {pool}{before}{more}");
+                info!("client {client} came: session {id}, pool {pool}{remarks}{more}");
             }
             Proto::Original => info!("client {client} came, does not speak tp/1{more}"),
         });
+        Ok((id, to_write))
+    }
+
+    /// For the log: which key a client has. Who changes keys sees when the old one can go.
+    fn sealed(&self, bond: Option<&Bond>) -> String {
+        let keys = &self.options.keys;
+        let place = bond.and_then(|bond| keys.iter().position(|key| bond.has(key)));
+        match place {
+            None => String::new(),
+            Some(_) if keys.len() == 1 => ", sealed".to_owned(),
+            Some(place) => format!(", sealed with key {} of {}", place + 1, keys.len()),
+        }
     }
 
     /// Ends a session, if it is still the live one, and closes its idle tunnels.
