@@ -1,9 +1,11 @@
 //! The tunnel from outside: through the library's API, through the two programs, and through peers
 //! made by hand that speak the protocol's bytes.
 
+mod between;
 mod bounds;
 mod command_line;
 mod half_close_and_abort;
+mod key;
 mod original;
 mod protocol;
 mod sessions;

@@ -1,0 +1,221 @@
+//! Somebody who sits between the two programs: sees all that passes, and can change it, message by
+//! message. Handshake messages and frames both stand behind their length, so that they are found
+//! without the key.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tunnel_proxy::{ClientOptions, Key};
+
+use crate::support::{DEADLINE, RunningServer, connect};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Port {
+    Control,
+    Tunnel,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    ToServer,
+    ToClient,
+}
+
+/// Which message it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub port: Port,
+    pub way: Way,
+    /// The connection, and the message in its direction, counted from 0.
+    pub conn: usize,
+    pub index: usize,
+}
+
+/// What becomes of a message.
+pub enum Verdict {
+    /// These bytes go on in its place.
+    Pass(Vec<u8>),
+    /// The same, one by one with this pause between them.
+    Drip(Vec<u8>, Duration),
+    /// These bytes go on, and then both sides see the end of the connection.
+    Cut(Vec<u8>),
+    /// These bytes go on, and those go back to where the message came from.
+    Reflect(Vec<u8>, Vec<u8>),
+}
+
+/// Decides about each message.
+type Judge = dyn FnMut(Place, Vec<u8>) -> Verdict + Send;
+
+/// All that was seen of one connection: to the server, and to the client.
+pub type Seen = [Vec<u8>; 2];
+
+pub struct Between {
+    control: Gate,
+    tunnel: Gate,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    judge: Mutex<Box<Judge>>,
+    /// For each port, its connections.
+    seen: [Mutex<Vec<Seen>>; 2],
+}
+
+/// One port of the one between.
+struct Gate {
+    addr: SocketAddr,
+    stopped: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Between {
+    /// Between this server and whoever has [`options`](Self::options).
+    pub fn start(
+        server: &RunningServer,
+        judge: impl FnMut(Place, Vec<u8>) -> Verdict + Send + 'static,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            judge: Mutex::new(Box::new(judge)),
+            seen: Default::default(),
+        });
+        Self {
+            control: Gate::open(Port::Control, server.control, &shared),
+            tunnel: Gate::open(Port::Tunnel, server.tunnel, &shared),
+            shared,
+        }
+    }
+
+    /// A judge that changes nothing.
+    pub fn listen(_: Place, message: Vec<u8>) -> Verdict {
+        Verdict::Pass(message)
+    }
+
+    /// The options of a client that gets to the server only through here.
+    pub fn options(&self, local: SocketAddr, key: Option<&Key>) -> ClientOptions {
+        ClientOptions {
+            control_port: self.control.addr.port(),
+            tunnel_port: self.tunnel.addr.port(),
+            local: local.into(),
+            key: key.cloned(),
+            ..ClientOptions::default()
+        }
+    }
+
+    /// What was seen so far at this port, connection by connection.
+    pub fn seen(&self, port: Port) -> Vec<Seen> {
+        self.shared.seen[port as usize].lock().clone()
+    }
+}
+
+impl Gate {
+    fn open(port: Port, server: SocketAddr, shared: &Arc<Shared>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (shared, stop) = (shared.clone(), stopped.clone());
+        let thread = thread::spawn(move || {
+            for conn in 0.. {
+                let Ok((client, _)) = listener.accept() else {
+                    return;
+                };
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                shared.seen[port as usize].lock().push(Seen::default());
+                let server = Arc::new(connect(server));
+                let client = Arc::new(client);
+                for (way, from, to) in [
+                    (Way::ToServer, client.clone(), server.clone()),
+                    (Way::ToClient, server, client),
+                ] {
+                    let shared = shared.clone();
+                    thread::spawn(move || shared.carry(port, conn, way, &from, &to));
+                }
+            }
+        });
+        Self {
+            addr,
+            stopped,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.addr);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Carries one direction, message by message. However it ends, both sides see a proper end:
+    /// nothing but what was inside can tell them that there was more to come.
+    fn carry(&self, port: Port, conn: usize, way: Way, from: &TcpStream, to: &TcpStream) {
+        from.set_nodelay(true).unwrap();
+        from.set_read_timeout(Some(3 * DEADLINE)).unwrap();
+        for index in 0.. {
+            let Some(message) = read_message(from) else {
+                break;
+            };
+            self.seen[port as usize].lock()[conn][way as usize].extend_from_slice(&message);
+            let place = Place {
+                port,
+                way,
+                conn,
+                index,
+            };
+            let verdict = (self.judge.lock())(place, message);
+            if !verdict.carry_out(from, to) {
+                let _ = from.shutdown(Shutdown::Both);
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both);
+    }
+}
+
+impl Verdict {
+    /// False if the connection is to end, or has ended.
+    fn carry_out(self, mut from: &TcpStream, mut to: &TcpStream) -> bool {
+        match self {
+            Verdict::Pass(bytes) => to.write_all(&bytes).is_ok(),
+            Verdict::Drip(bytes, pause) => bytes.iter().all(|byte| {
+                thread::sleep(pause);
+                to.write_all(&[*byte]).is_ok()
+            }),
+            Verdict::Cut(bytes) => {
+                let _ = to.write_all(&bytes);
+                false
+            }
+            Verdict::Reflect(bytes, back) => {
+                to.write_all(&bytes).is_ok() && from.write_all(&back).is_ok()
+            }
+        }
+    }
+}
+
+/// A message with its length; of a plain connection, whatever there is. None at the end.
+fn read_message(mut from: &TcpStream) -> Option<Vec<u8>> {
+    let mut message = vec![0; 2];
+    from.read_exact(&mut message).ok()?;
+    if message.is_ascii() && message[0] >= b' ' {
+        // The beginning of a line: no frame of a test is that long.
+        message.resize(64 * 1024, 0);
+        let count = from.read(&mut message[2..]).ok()?;
+        message.truncate(2 + count);
+        return Some(message);
+    }
+    let size = u16::from_be_bytes([message[0], message[1]]);
+    message.resize(2 + usize::from(size), 0);
+    from.read_exact(&mut message[2..]).ok()?;
+    Some(message)
+}
