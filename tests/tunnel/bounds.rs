@@ -8,8 +8,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Program, Service, assert_echo, connect, eventually, reset_on_close, send_pattern,
+    Program, Protection, Service, assert_echo, connect, eventually, plain_and_sealed,
+    reset_on_close, send_pattern,
 };
+
+plain_and_sealed! {
+    connections_that_have_ended_leave_nothing,
+    a_visitor_that_never_reads_does_not_fill_the_memory,
+    what_strangers_cause_is_logged_once_a_second,
+    both_programs_together_idle_below_four_mib,
+}
 
 /// How many descriptors and threads both programs have.
 fn holdings(programs: [&Program; 2]) -> [usize; 4] {
@@ -35,11 +43,10 @@ fn settled(programs: [&Program; 2]) -> [usize; 4] {
     last
 }
 
-#[test]
-fn connections_that_have_ended_leave_nothing() {
+fn connections_that_have_ended_leave_nothing(protection: Protection) {
     let service = Service::echo();
-    let (server, addresses) = Program::server(&[]);
-    let client = Program::client(addresses, service.addr, &[]);
+    let (server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, service.addr, &[]);
     let programs = [&server, &client];
     assert_echo(&connect(addresses[0]), "all is up");
     let before = settled(programs);
@@ -62,8 +69,7 @@ fn connections_that_have_ended_leave_nothing() {
 }
 
 /// Memory is the processes' own share (PSS), before and while the visitor does not read.
-#[test]
-fn a_visitor_that_never_reads_does_not_fill_the_memory() {
+fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
     const GIB: usize = 1024 * 1024 * 1024;
     const PIECE: usize = 64 * 1024;
     let sent = Arc::new(AtomicUsize::new(0));
@@ -80,8 +86,8 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory() {
             progress.fetch_add(PIECE, Ordering::SeqCst);
         }
     });
-    let (server, addresses) = Program::server(&[]);
-    let client = Program::client(addresses, service.addr, &[]);
+    let (server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, service.addr, &[]);
     let ping = || {
         let mut other = connect(addresses[0]);
         other.write_all(b"ping").unwrap();
@@ -110,9 +116,8 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory() {
     assert!(start.elapsed() < Duration::from_secs(1), "others wait");
 }
 
-#[test]
-fn what_strangers_cause_is_logged_once_a_second() {
-    let (server, addresses) = Program::server(&["--pair-timeout", "1"]);
+fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
+    let (server, addresses) = Program::server(protection, &["--pair-timeout", "1"]);
     let start = Instant::now();
     for _ in 0..300 {
         for address in addresses {
@@ -134,11 +139,10 @@ fn what_strangers_cause_is_logged_once_a_second() {
     });
 }
 
-#[test]
-fn both_programs_together_idle_below_four_mib() {
+fn both_programs_together_idle_below_four_mib(protection: Protection) {
     let service = Service::echo();
-    let (server, addresses) = Program::server(&[]);
-    let client = Program::client(addresses, service.addr, &[]);
+    let (server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, service.addr, &[]);
     let visitor = connect(addresses[0]);
     assert_echo(&visitor, "up");
     send_pattern(&visitor, 1, 1);

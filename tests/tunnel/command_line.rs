@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{Program, connect};
+use crate::support::{Program, Protection, connect};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");
 const CLIENT: &str = env!("CARGO_BIN_EXE_tpclient");
@@ -140,7 +140,7 @@ fn what_the_machine_refuses_is_exit_code_1() {
 #[test]
 fn the_level_follows_the_options_and_rust_log_rules() {
     let start = |arguments: &[&str], rust_log| {
-        let (server, addresses) = Program::server_with_log(arguments, rust_log);
+        let (server, addresses) = Program::server_with_log(Protection::Plain, arguments, rust_log);
         drop(connect(addresses[0]));
         server
     };

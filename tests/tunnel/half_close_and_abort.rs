@@ -7,23 +7,40 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    DEADLINE, Program, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
-    assert_reset, client_options, closed_port, eventually, expect_pattern, reset_on_close,
-    send_pattern, server_options,
+    DEADLINE, Program, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo,
+    assert_ended, assert_reset, client_options, closed_port, eventually, expect_pattern,
+    plain_and_sealed, reset_on_close, send_pattern, server_options,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
+
+plain_and_sealed! {
+    the_visitor_ends_first_and_still_gets_its_reply,
+    the_service_ends_first_and_still_gets_its_reply,
+    an_abort_by_the_visitor_reaches_the_service,
+    an_abort_by_the_service_reaches_the_visitor,
+    an_abort_after_a_half_close_is_still_an_abort,
+    an_abort_by_the_end_that_half_closed_ends_the_pair,
+    an_abort_in_the_middle_of_a_stream_is_never_an_end,
+    an_abort_while_both_directions_wait_is_never_an_end,
+    a_local_service_that_refuses_closes_the_visitor,
+    a_half_closed_pair_that_stands_still_is_aborted_at_linger,
+    the_clients_linger_holds_as_well,
+    a_stop_drains_first_and_cuts_what_is_left,
+    a_client_that_stops_drains_as_well,
+    #[cfg(unix)]
+    a_killed_program_looks_like_an_abort_to_both_ends,
+}
 
 const REPLY: usize = 8 * 1024 * 1024;
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-#[test]
-fn the_visitor_ends_first_and_still_gets_its_reply() {
+fn the_visitor_ends_first_and_still_gets_its_reply(protection: Protection) {
     let service = Service::start(|socket| {
         expect_pattern(&socket, 1, 1000);
         assert_ended(&socket);
         send_pattern(&socket, 2, REPLY);
     });
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitor = tunnel.visit();
     send_pattern(&visitor, 1, 1000);
     visitor.shutdown(Shutdown::Write).unwrap();
@@ -31,8 +48,7 @@ fn the_visitor_ends_first_and_still_gets_its_reply() {
     assert_ended(&visitor);
 }
 
-#[test]
-fn the_service_ends_first_and_still_gets_its_reply() {
+fn the_service_ends_first_and_still_gets_its_reply(protection: Protection) {
     let (done, result) = mpsc::channel();
     let service = Service::start(move |socket| {
         send_pattern(&socket, 1, 1000);
@@ -41,7 +57,7 @@ fn the_service_ends_first_and_still_gets_its_reply() {
         assert_ended(&socket);
         done.send(()).unwrap();
     });
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitor = tunnel.visit();
     expect_pattern(&visitor, 1, 1000);
     assert_ended(&visitor);
@@ -67,34 +83,31 @@ fn read_hello(mut visitor: &TcpStream) {
 }
 
 /// A visitor and the service's end of its connection, and what joins them.
-fn joined() -> (TcpStream, TcpStream, (Tunnel, Service)) {
+fn joined(protection: Protection) -> (TcpStream, TcpStream, (Tunnel, Service)) {
     let (service, sockets) = handing_out();
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitor = tunnel.visit();
     read_hello(&visitor);
     let served = sockets.recv_timeout(DEADLINE).unwrap();
     (visitor, served, (tunnel, service))
 }
 
-#[test]
-fn an_abort_by_the_visitor_reaches_the_service() {
-    let (visitor, served, _tunnel) = joined();
+fn an_abort_by_the_visitor_reaches_the_service(protection: Protection) {
+    let (visitor, served, _tunnel) = joined(protection);
     reset_on_close(&visitor);
     drop(visitor);
     assert_reset(&served, AT_ONCE);
 }
 
-#[test]
-fn an_abort_by_the_service_reaches_the_visitor() {
-    let (visitor, served, _tunnel) = joined();
+fn an_abort_by_the_service_reaches_the_visitor(protection: Protection) {
+    let (visitor, served, _tunnel) = joined(protection);
     reset_on_close(&served);
     drop(served);
     assert_reset(&visitor, AT_ONCE);
 }
 
-#[test]
-fn an_abort_after_a_half_close_is_still_an_abort() {
-    let (visitor, served, _tunnel) = joined();
+fn an_abort_after_a_half_close_is_still_an_abort(protection: Protection) {
+    let (visitor, served, _tunnel) = joined(protection);
     visitor.shutdown(Shutdown::Write).unwrap();
     assert_ended(&served);
     reset_on_close(&served);
@@ -104,11 +117,10 @@ fn an_abort_after_a_half_close_is_still_an_abort() {
 
 /// Nobody reads from an end that has finished: the reset is found all the same, and passed on to
 /// a service that only learns of it when it writes.
-#[test]
-fn an_abort_by_the_end_that_half_closed_ends_the_pair() {
+fn an_abort_by_the_end_that_half_closed_ends_the_pair(protection: Protection) {
     let (service, sockets) = handing_out();
-    let (server, addresses) = Program::server(&[]);
-    let client = Program::client(addresses, service.addr, &[]);
+    let (server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, service.addr, &[]);
     let visitor = crate::support::connect(addresses[0]);
     read_hello(&visitor);
     let served = sockets.recv_timeout(DEADLINE).unwrap();
@@ -123,10 +135,9 @@ fn an_abort_by_the_end_that_half_closed_ends_the_pair() {
     });
 }
 
-#[test]
-fn an_abort_in_the_middle_of_a_stream_is_never_an_end() {
+fn an_abort_in_the_middle_of_a_stream_is_never_an_end(protection: Protection) {
     let (service, sockets) = handing_out();
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     for _ in 0..20 {
         let visitor = tunnel.visit();
         read_hello(&visitor);
@@ -142,8 +153,7 @@ fn an_abort_in_the_middle_of_a_stream_is_never_an_end() {
 
 /// Both directions wait for the visitor when it resets, one to write and one to read. Only one of
 /// them is told by its kernel.
-#[test]
-fn an_abort_while_both_directions_wait_is_never_an_end() {
+fn an_abort_while_both_directions_wait_is_never_an_end(protection: Protection) {
     let (sender, stuck) = mpsc::channel();
     let service = Service::start(move |mut socket| {
         socket.set_nonblocking(true).unwrap();
@@ -157,7 +167,7 @@ fn an_abort_while_both_directions_wait_is_never_an_end() {
         socket.set_nonblocking(false).unwrap();
         sender.send(socket).unwrap();
     });
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitors: Vec<_> = (0..20).map(|_| tunnel.visit()).collect();
     let served: Vec<_> = visitors
         .iter()
@@ -170,11 +180,10 @@ fn an_abort_while_both_directions_wait_is_never_an_end() {
     }
 }
 
-#[test]
-fn a_local_service_that_refuses_closes_the_visitor() {
+fn a_local_service_that_refuses_closes_the_visitor(protection: Protection) {
     let refusing = closed_port();
-    let (_server, addresses) = Program::server(&[]);
-    let client = Program::client(addresses, refusing.addr, &[]);
+    let (_server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, refusing.addr, &[]);
     client.wait_for_line("pool 8");
     let visitor = crate::support::connect(addresses[0]);
     assert_reset(&visitor, AT_ONCE);
@@ -187,13 +196,12 @@ fn a_local_service_that_refuses_closes_the_visitor() {
     assert!(line.contains("refused"), "{line}");
 }
 
-#[test]
-fn a_half_closed_pair_that_stands_still_is_aborted_at_linger() {
+fn a_half_closed_pair_that_stands_still_is_aborted_at_linger(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(1);
     let (service, sockets) = handing_out();
     let server = RunningServer::start(ServerOptions {
         linger: LINGER,
-        ..server_options()
+        ..server_options(protection)
     });
     let _client = RunningClient::start(client_options(&server, service.addr));
     let visitor = server.visit();
@@ -223,11 +231,10 @@ fn a_half_closed_pair_that_stands_still_is_aborted_at_linger() {
     });
 }
 
-#[test]
-fn the_clients_linger_holds_as_well() {
+fn the_clients_linger_holds_as_well(protection: Protection) {
     const LINGER: Duration = Duration::from_millis(500);
     let (service, sockets) = handing_out();
-    let server = RunningServer::start(server_options());
+    let server = RunningServer::start(server_options(protection));
     let _client = RunningClient::start(ClientOptions {
         linger: LINGER,
         ..client_options(&server, service.addr)
@@ -240,10 +247,9 @@ fn the_clients_linger_holds_as_well() {
     assert_reset(&served, LINGER + Duration::from_secs(3));
 }
 
-#[test]
-fn a_stop_drains_first_and_cuts_what_is_left() {
+fn a_stop_drains_first_and_cuts_what_is_left(protection: Protection) {
     let service = Service::echo();
-    let mut tunnel = Tunnel::start(service.addr, 8);
+    let mut tunnel = Tunnel::start(protection, service.addr, 8);
     let (ends, stays) = (tunnel.visit(), tunnel.visit());
     assert_echo(&ends, "one");
     assert_echo(&stays, "other");
@@ -260,10 +266,9 @@ fn a_stop_drains_first_and_cuts_what_is_left() {
     tunnel.server.wait_for_end();
 }
 
-#[test]
-fn a_client_that_stops_drains_as_well() {
+fn a_client_that_stops_drains_as_well(protection: Protection) {
     let service = Service::echo();
-    let mut tunnel = Tunnel::start(service.addr, 8);
+    let mut tunnel = Tunnel::start(protection, service.addr, 8);
     let visitor = tunnel.visit();
     assert_echo(&visitor, "before");
     tunnel.client.handle().stop(Duration::from_secs(3600));
@@ -274,12 +279,11 @@ fn a_client_that_stops_drains_as_well() {
 
 /// The kernel of a killed process closes what it held.
 #[cfg(unix)]
-#[test]
-fn a_killed_program_looks_like_an_abort_to_both_ends() {
+fn a_killed_program_looks_like_an_abort_to_both_ends(protection: Protection) {
     for killed in ["tpserver", "tpclient"] {
         let (service, sockets) = handing_out();
-        let (server, addresses) = Program::server(&[]);
-        let client = Program::client(addresses, service.addr, &[]);
+        let (server, addresses) = Program::server(protection, &[]);
+        let client = Program::client(protection, addresses, service.addr, &[]);
         let visitor = crate::support::connect(addresses[0]);
         read_hello(&visitor);
         let served = sockets.recv_timeout(DEADLINE).unwrap();

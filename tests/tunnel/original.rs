@@ -5,9 +5,10 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::peer::Peer;
 use crate::support::{
-    Peer, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended, closed_port,
-    connect, eventually, expect_pattern, send_pattern, server_options,
+    Protection, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended,
+    closed_port, connect, eventually, expect_pattern, send_pattern, server_options,
 };
 use tunnel_proxy::ServerOptions;
 
@@ -39,7 +40,7 @@ fn copy_and_close(mut from: TcpStream, mut to: TcpStream) {
 #[test]
 fn an_original_client_is_served() {
     let service = Service::echo();
-    let server = RunningServer::start(server_options());
+    let server = RunningServer::start(server_options(Protection::Plain));
     // Waits from before the client is known to be an original one.
     let early = server.visit();
     let _link = original_client(server.control, server.tunnel, service.addr);
@@ -56,8 +57,8 @@ fn an_original_client_is_served() {
 
 #[test]
 fn an_original_client_gets_the_originals_bytes() {
-    let server = RunningServer::start(server_options());
-    let mut client = Peer::new(connect(server.control));
+    let server = RunningServer::start(server_options(Protection::Plain));
+    let mut client = Peer::dial_control(&server);
     let mut lines = vec![client.line(), client.line()];
     let _visitors = (server.visit(), server.visit());
     while lines.iter().filter(|line| *line == "new\n").count() < 2 {
@@ -80,7 +81,7 @@ fn an_original_client_gets_the_originals_bytes() {
 #[test]
 fn an_original_client_is_undisturbed_by_refused_ones() {
     let service = Service::echo();
-    let server = RunningServer::start(server_options());
+    let server = RunningServer::start(server_options(Protection::Plain));
     let _link = original_client(server.control, server.tunnel, service.addr);
     let visitor = server.visit();
     assert_echo(&visitor, "before");
@@ -103,10 +104,10 @@ fn an_original_client_is_undisturbed_by_refused_ones() {
 
 #[test]
 fn a_client_that_never_said_hello_gives_way_to_one_that_does() {
-    let server = RunningServer::start(server_options());
-    let mut original = Peer::new(connect(server.control));
+    let server = RunningServer::start(server_options(Protection::Plain));
+    let mut original = Peer::dial_control(&server);
     assert_eq!(original.line(), "hi\n");
-    let mut client = Peer::new(connect(server.control));
+    let mut client = Peer::dial_control(&server);
     assert_eq!(client.say_hello(8).len(), 32);
     assert_eq!(original.line_after_hi(), "");
     // And not the other way round.
@@ -120,11 +121,11 @@ fn a_client_that_never_said_hello_gives_way_to_one_that_does() {
 
 #[test]
 fn an_original_client_that_leaves_makes_room() {
-    let server = RunningServer::start(server_options());
-    let mut first = Peer::new(connect(server.control));
+    let server = RunningServer::start(server_options(Protection::Plain));
+    let mut first = Peer::dial_control(&server);
     assert_eq!(first.line(), "hi\n");
     drop(first);
-    let mut second = Peer::new(connect(server.control));
+    let mut second = Peer::dial_control(&server);
     assert_eq!(second.line(), "hi\n");
 }
 
@@ -139,8 +140,8 @@ impl OriginalServer {
     fn start(local: SocketAddr) -> Self {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::of(&controls, &tunnels, local, 8);
-        let control = Peer::new(accept(&controls));
+        let client = RunningClient::of(Protection::Plain, &controls, &tunnels, local, 8);
+        let mut control = Peer::accept_control(&controls, Protection::Plain);
         control.write("hi\n");
         Self {
             control,
@@ -149,7 +150,7 @@ impl OriginalServer {
         }
     }
 
-    fn visit(&self) -> TcpStream {
+    fn visit(&mut self) -> TcpStream {
         self.control.write("new\n");
         accept(&self.tunnels)
     }
@@ -163,7 +164,7 @@ fn an_original_server_is_served() {
         assert_ended(&socket);
         send_pattern(&socket, 2, 1_000_000);
     });
-    let server = OriginalServer::start(service.addr);
+    let mut server = OriginalServer::start(service.addr);
     for _ in 0..10 {
         // Raw from the first byte: no line of the tunnel's own before the service's greeting.
         let tunnel = server.visit();
@@ -180,7 +181,7 @@ fn an_original_server_is_served() {
 #[test]
 fn an_original_server_sees_a_refused_local_service_at_once() {
     let refusing = closed_port();
-    let server = OriginalServer::start(refusing.addr);
+    let mut server = OriginalServer::start(refusing.addr);
     let tunnel = server.visit();
     crate::support::assert_reset(&tunnel, Duration::from_secs(1));
 }
@@ -209,7 +210,7 @@ fn an_original_server_is_told_hello_and_nothing_more() {
 fn an_original_clients_visitors_time_out_as_they_did() {
     let server = RunningServer::start(ServerOptions {
         pair_timeout: Duration::from_millis(1500),
-        ..server_options()
+        ..server_options(Protection::Plain)
     });
     // Says nothing and dials nothing, as a client whose local service refuses does.
     let _client = connect(server.control);

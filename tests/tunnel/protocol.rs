@@ -1,16 +1,31 @@
 //! The protocol's exact bytes, spoken by hand with either program.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::peer::Peer;
 use crate::support::{
-    DEADLINE, Peer, RunningClient, RunningServer, Service, accept, assert_ended, assert_reset,
-    closed_port, connect, server_options,
+    DEADLINE, Protection, RunningClient, RunningServer, Service, closed_port, plain_and_sealed,
+    server_options,
 };
 use tunnel_proxy::ServerOptions;
+
+plain_and_sealed! {
+    the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut,
+    a_line_of_single_bytes_is_understood,
+    a_client_keeps_its_pool_full_and_dials_one_more_on_new,
+    a_refused_local_service_aborts_the_tunnel_and_the_next_is_dialled,
+    bad_lines_end_the_link_with_either_side,
+    the_server_grants_at_most_sixty_four_idle_tunnels,
+    a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed,
+    a_control_link_that_starts_with_anything_but_hello_is_closed,
+    a_stopping_server_says_bye,
+    a_stopping_client_says_bye,
+    visitors_beyond_max_conns_wait_their_turn,
+}
 
 const SESSION: &str = "00112233445566778899aabbccddeeff";
 
@@ -22,13 +37,13 @@ struct HandMadeServer {
 }
 
 impl HandMadeServer {
-    fn start(local: std::net::SocketAddr, pool: usize) -> Self {
+    fn start(protection: Protection, local: std::net::SocketAddr, pool: usize) -> Self {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::of(&controls, &tunnels, local, pool);
-        let mut control = Peer::new(accept(&controls));
+        let client = RunningClient::of(protection, &controls, &tunnels, local, pool);
+        let mut control = Peer::accept_control(&controls, protection);
         assert_eq!(control.line(), format!("hello proto=1 pool={pool}\n"));
-        control.write(&format!("hello proto=1 session={SESSION} pool={pool}\n"));
+        control.write(format!("hello proto=1 session={SESSION} pool={pool}\n"));
         Self {
             tunnels,
             control,
@@ -37,12 +52,9 @@ impl HandMadeServer {
     }
 
     /// The next tunnel, after its first line.
-    fn tunnel(&self) -> TcpStream {
-        let mut tunnel = accept(&self.tunnels);
-        let line = format!("tunnel session={SESSION}\n");
-        let mut got = vec![0; line.len()];
-        tunnel.read_exact(&mut got).unwrap();
-        assert_eq!(got, line.as_bytes());
+    fn tunnel(&self) -> Peer {
+        let mut tunnel = Peer::accept_tunnel(&self.tunnels, &self.control);
+        assert_eq!(tunnel.line(), format!("tunnel session={SESSION}\n"));
         tunnel
     }
 }
@@ -58,108 +70,97 @@ fn recording() -> (Service, mpsc::Receiver<Vec<u8>>) {
     (service, records)
 }
 
-#[test]
-fn the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut() {
+fn the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut(protection: Protection) {
     let (service, records) = recording();
-    let server = HandMadeServer::start(service.addr, 1);
+    let server = HandMadeServer::start(protection, service.addr, 1);
     let line = b"new visitor=192.0.2.1:50000\n";
     let first = b"GET /first\nnew visitor=192.0.2.2:2\n\0\xff";
     let bytes = [&line[..], first].concat();
     for cut in 0..=bytes.len() {
         let mut tunnel = server.tunnel();
-        tunnel.write_all(&bytes[..cut]).unwrap();
+        tunnel.write(&bytes[..cut]);
         if cut > 0 && cut < bytes.len() {
             // So that the two pieces are two reads.
             thread::sleep(Duration::from_millis(3));
         }
-        tunnel.write_all(&bytes[cut..]).unwrap();
-        tunnel.shutdown(Shutdown::Write).unwrap();
+        tunnel.write(&bytes[cut..]);
+        tunnel.end();
         let record = records.recv_timeout(DEADLINE).unwrap();
         assert_eq!(record, first, "cut at {cut}");
     }
 }
 
-#[test]
-fn a_line_of_single_bytes_is_understood() {
+fn a_line_of_single_bytes_is_understood(protection: Protection) {
     let (service, records) = recording();
-    let server = HandMadeServer::start(service.addr, 1);
+    let server = HandMadeServer::start(protection, service.addr, 1);
     let mut tunnel = server.tunnel();
     for byte in b"some=thing\nnew later=1 visitor=[2001:db8::1]:9\nabc" {
-        tunnel.write_all(&[*byte]).unwrap();
+        tunnel.write([*byte]);
         thread::sleep(Duration::from_millis(1));
     }
-    tunnel.shutdown(Shutdown::Write).unwrap();
+    tunnel.end();
     assert_eq!(records.recv_timeout(DEADLINE).unwrap(), b"abc");
 }
 
-#[test]
-fn a_client_keeps_its_pool_full_and_dials_one_more_on_new() {
+fn a_client_keeps_its_pool_full_and_dials_one_more_on_new(protection: Protection) {
     let (service, records) = recording();
-    let server = HandMadeServer::start(service.addr, 2);
+    let mut server = HandMadeServer::start(protection, service.addr, 2);
     let (mut one, _two) = (server.tunnel(), server.tunnel());
     server.control.write("new\nwhat=ever\nnew\n");
     let _beyond = (server.tunnel(), server.tunnel());
     // Four are spare, two more than the pool: those that are taken are not replaced.
-    one.write_all(b"new visitor=192.0.2.1:1\nx").unwrap();
-    one.shutdown(Shutdown::Write).unwrap();
+    one.write("new visitor=192.0.2.1:1\nx");
+    one.end();
     assert_eq!(records.recv_timeout(DEADLINE).unwrap(), b"x");
     server.tunnels.set_nonblocking(true).unwrap();
     thread::sleep(Duration::from_millis(300));
     assert!(server.tunnels.accept().is_err(), "one tunnel too many");
 }
 
-#[test]
-fn a_refused_local_service_aborts_the_tunnel_and_the_next_is_dialled() {
+fn a_refused_local_service_aborts_the_tunnel_and_the_next_is_dialled(protection: Protection) {
     let refusing = closed_port();
-    let server = HandMadeServer::start(refusing.addr, 1);
+    let server = HandMadeServer::start(protection, refusing.addr, 1);
     for _ in 0..10 {
         let mut tunnel = server.tunnel();
-        let start = Instant::now();
-        tunnel.write_all(b"new visitor=192.0.2.1:1\n").unwrap();
-        assert_reset(&tunnel, Duration::from_secs(1));
-        assert!(start.elapsed() < Duration::from_secs(1));
+        tunnel.write("new visitor=192.0.2.1:1\n");
+        tunnel.assert_aborted(Duration::from_secs(1));
     }
 }
 
-#[test]
-fn bad_lines_end_the_link_with_either_side() {
+fn bad_lines_end_the_link_with_either_side(protection: Protection) {
     let long = "x".repeat(256);
     for bad in ["\0\n", "h\u{e9}\n", &long, "hello proto=x\n"] {
         let (service, _records) = recording();
-        let mut server = HandMadeServer::start(service.addr, 0);
+        let mut server = HandMadeServer::start(protection, service.addr, 0);
         server.control.write(bad);
-        // What the client wrote last may have met a closed socket.
-        let mut rest = String::new();
-        let _ = server.control.socket.read_to_string(&mut rest);
+        server.control.read_until_closed();
 
-        let server = RunningServer::start(server_options());
-        let mut client = Peer::new(connect(server.control));
+        let server = RunningServer::start(server_options(protection));
+        let mut client = Peer::dial_control(&server);
         client.say_hello(0);
         client.write(bad);
-        let _ = client.socket.read_to_string(&mut rest);
-        let mut next = Peer::new(connect(server.control));
+        client.read_until_closed();
+        let mut next = Peer::dial_control(&server);
         assert_eq!(next.say_hello(0).len(), 32, "the place is free again");
     }
 }
 
-#[test]
-fn the_server_grants_at_most_sixty_four_idle_tunnels() {
-    let server = RunningServer::start(server_options());
-    let mut client = Peer::new(connect(server.control));
+fn the_server_grants_at_most_sixty_four_idle_tunnels(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
+    let mut client = Peer::dial_control(&server);
     client.write("hello colour=blue proto=1 pool=1000\n");
     let line = client.line();
     assert!(line.starts_with("hello proto=1 session="), "{line}");
     assert!(line.ends_with(" pool=64\n"), "{line}");
 }
 
-#[test]
-fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed() {
-    let server = RunningServer::start(server_options());
-    let mut client = Peer::new(connect(server.control));
+fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
+    let mut client = Peer::dial_control(&server);
     let session = client.say_hello(2);
     let tunnel = || {
-        let tunnel = Peer::new(connect(server.tunnel));
-        tunnel.write(&format!("tunnel session={session}\n"));
+        let mut tunnel = Peer::dial_tunnel(&server, &client);
+        tunnel.write(format!("tunnel session={session}\n"));
         tunnel
     };
     // The server grants two: of three, one is closed.
@@ -199,56 +200,55 @@ fn wait_for_a_closed_one(tunnels: &mut [Peer]) -> usize {
     closed.unwrap()
 }
 
-#[test]
-fn a_control_link_that_starts_with_anything_but_hello_is_closed() {
-    let server = RunningServer::start(server_options());
+fn a_control_link_that_starts_with_anything_but_hello_is_closed(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
     for first in [
         "GET / HTTP/1.0\r\n\r\n",
         "hi\n",
         "tunnel session=1\n",
         "hello\n",
     ] {
-        let stranger = Peer::new(connect(server.control));
+        let mut stranger = Peer::dial_control(&server);
         stranger.write(first);
-        let mut got = String::new();
-        let _ = (&stranger.socket).read_to_string(&mut got);
-        assert_eq!(got, "", "{first:?}");
+        assert_eq!(stranger.read_until_closed(), b"", "{first:?}");
     }
     // A hello that drips in too slowly is none.
     let start = Instant::now();
-    let slow = Peer::new(connect(server.control));
+    let mut slow = Peer::dial_control(&server);
     slow.write("hello proto=1");
-    assert_ended(&slow.socket);
-    let bounds = Duration::from_millis(900)..Duration::from_millis(2500);
+    assert_eq!(slow.line(), "");
+    let deadline = match protection {
+        // An original client says nothing at all, and its visitors must not wait for long.
+        Protection::Plain => Duration::from_secs(1),
+        Protection::Sealed => Duration::from_secs(5),
+    };
+    let bounds = deadline * 9 / 10..deadline + Duration::from_millis(1500);
     assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());
 }
 
-#[test]
-fn a_stopping_server_says_bye() {
-    let server = RunningServer::start(server_options());
-    let mut client = Peer::new(connect(server.control));
+fn a_stopping_server_says_bye(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
+    let mut client = Peer::dial_control(&server);
     client.say_hello(0);
     server.handle().stop(Duration::ZERO);
     assert_eq!(client.line_after_hi(), "bye reason=draining\n");
     assert_eq!(client.line(), "");
 }
 
-#[test]
-fn a_stopping_client_says_bye() {
+fn a_stopping_client_says_bye(protection: Protection) {
     let (service, _records) = recording();
-    let mut server = HandMadeServer::start(service.addr, 1);
+    let mut server = HandMadeServer::start(protection, service.addr, 1);
     let _tunnel = server.tunnel();
     server.client.handle().stop(Duration::ZERO);
     assert_eq!(server.control.line_after_hi(), "bye reason=draining\n");
     assert_eq!(server.control.line(), "");
 }
 
-#[test]
-fn visitors_beyond_max_conns_wait_their_turn() {
+fn visitors_beyond_max_conns_wait_their_turn(protection: Protection) {
     let service = Service::echo();
     let server = RunningServer::start(ServerOptions {
         max_conns: 2,
-        ..server_options()
+        ..server_options(protection)
     });
     let options = crate::support::client_options(&server, service.addr);
     let _client = RunningClient::start(options);

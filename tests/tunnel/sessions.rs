@@ -6,15 +6,28 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::peer::Peer;
 use crate::support::{
-    DEADLINE, Peer, RunningClient, RunningServer, Service, Tunnel, accept, assert_echo,
-    assert_ended, client_options, closed_port, connect, server_options,
+    DEADLINE, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
+    client_options, closed_port, connect, plain_and_sealed, server_options,
 };
 use tunnel_proxy::{Address, ClientOptions, ServerOptions};
 
-#[test]
-fn without_a_client_the_visitor_is_closed_at_the_pair_timeout() {
-    let server = RunningServer::start(server_options());
+plain_and_sealed! {
+    without_a_client_the_visitor_is_closed_at_the_pair_timeout,
+    a_client_that_comes_in_time_serves_the_visitors_that_wait,
+    a_client_dials_for_ever_even_if_the_first_dial_fails,
+    a_second_client_is_refused_and_the_first_is_undisturbed,
+    a_session_outlives_a_thousand_refused_ones,
+    a_server_that_restarts_on_its_ports_serves_within_three_seconds,
+    silence_ends_a_session_and_heartbeats_keep_it,
+    the_dials_of_a_client_come_further_and_further_apart,
+    a_port_scanner_never_gets_a_visitor,
+    visitors_are_served_through_a_crowd_of_silent_strangers,
+}
+
+fn without_a_client_the_visitor_is_closed_at_the_pair_timeout(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
     let start = Instant::now();
     let early = server.visit();
     let late = thread::scope(|scope| {
@@ -36,11 +49,10 @@ fn assert_pair_timeout(waited: Duration) {
     assert!(bounds.contains(&waited), "{waited:?}");
 }
 
-#[test]
-fn a_client_that_comes_in_time_serves_the_visitors_that_wait() {
+fn a_client_that_comes_in_time_serves_the_visitors_that_wait(protection: Protection) {
     for pool in [0, 8] {
         let service = Service::echo();
-        let server = RunningServer::start(server_options());
+        let server = RunningServer::start(server_options(protection));
         let visitors: Vec<_> = (0..20).map(|_| server.visit()).collect();
         thread::sleep(Duration::from_secs(1));
         let _client = RunningClient::start(ClientOptions {
@@ -53,10 +65,9 @@ fn a_client_that_comes_in_time_serves_the_visitors_that_wait() {
     }
 }
 
-#[test]
-fn a_client_dials_for_ever_even_if_the_first_dial_fails() {
+fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) {
     let service = Service::echo();
-    let later = RunningServer::start(server_options());
+    let later = RunningServer::start(server_options(protection));
     let address = later.control;
     let options = client_options(&later, service.addr);
     drop(later);
@@ -64,18 +75,17 @@ fn a_client_dials_for_ever_even_if_the_first_dial_fails() {
     // Several of its dials find nobody.
     thread::sleep(Duration::from_millis(1200));
     let listener = TcpListener::bind(address).unwrap();
-    let mut peer = Peer::new(accept(&listener));
+    let mut peer = Peer::accept_control(&listener, protection);
     assert_eq!(peer.line(), "hello proto=1 pool=8\n");
 }
 
-#[test]
-fn a_second_client_is_refused_and_the_first_is_undisturbed() {
+fn a_second_client_is_refused_and_the_first_is_undisturbed(protection: Protection) {
     let service = Service::echo();
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitor = tunnel.visit();
     assert_echo(&visitor, "before");
     for number in 0..1000 {
-        let mut second = Peer::new(connect(tunnel.server.control));
+        let mut second = Peer::dial_control(&tunnel.server);
         second.write("hello proto=1 pool=8\n");
         assert_eq!(second.line(), "bye reason=busy\n");
         assert_eq!(second.line(), "");
@@ -86,34 +96,35 @@ fn a_second_client_is_refused_and_the_first_is_undisturbed() {
     }
 }
 
-#[test]
-fn a_session_outlives_a_thousand_refused_ones() {
-    let server = RunningServer::start(server_options());
-    let mut first = Peer::new(connect(server.control));
+fn a_session_outlives_a_thousand_refused_ones(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
+    let mut first = Peer::dial_control(&server);
     let session = first.say_hello(0);
     for _ in 0..1000 {
-        let second = Peer::new(connect(server.control));
+        let mut second = Peer::dial_control(&server);
         second.write("hello proto=1 pool=8\n");
     }
     // The same session still gets its visitors.
     let visitor = server.visit();
     assert_eq!(first.line_after_hi(), "new\n");
-    let mut tunnel = Peer::new(connect(server.tunnel));
-    tunnel.write(&format!("tunnel session={session}\n"));
+    let mut tunnel = Peer::dial_tunnel(&server, &first);
+    tunnel.write(format!("tunnel session={session}\n"));
     let from = visitor.local_addr().unwrap();
     assert_eq!(tunnel.line(), format!("new visitor={from}\n"));
 }
 
-#[test]
-fn a_server_that_restarts_on_its_ports_serves_within_three_seconds() {
+fn a_server_that_restarts_on_its_ports_serves_within_three_seconds(protection: Protection) {
     // An address that no other test uses, whose connections might take a port of the server's.
-    let any = Address::new("127.0.77.1", 0);
+    let any = match protection {
+        Protection::Plain => Address::new("127.0.77.1", 0),
+        Protection::Sealed => Address::new("127.0.77.2", 0),
+    };
     let service = Service::echo();
     let mut options = ServerOptions {
         public: any.clone(),
         tunnel: any.clone(),
         control: any,
-        ..ServerOptions::default()
+        ..server_options(protection)
     };
     let mut server = RunningServer::start(options.clone());
     options.public = server.public.into();
@@ -139,22 +150,21 @@ const SILENCE_NOTICED: std::ops::Range<Duration> =
     Duration::from_millis(5500)..Duration::from_millis(8000);
 
 /// All at once, as each takes its seconds.
-#[test]
-fn silence_ends_a_session_and_heartbeats_keep_it() {
+fn silence_ends_a_session_and_heartbeats_keep_it(protection: Protection) {
     thread::scope(|scope| {
-        scope.spawn(a_silent_client_is_dropped_and_the_next_one_taken);
-        scope.spawn(a_silent_server_is_left_and_dialled_again);
-        scope.spawn(a_client_that_only_sends_heartbeats_lives);
-        scope.spawn(a_visitor_may_be_silent_for_longer_than_any_handshake);
+        scope.spawn(move || a_silent_client_is_dropped_and_the_next_one_taken(protection));
+        scope.spawn(move || a_silent_server_is_left_and_dialled_again(protection));
+        scope.spawn(move || a_client_that_only_sends_heartbeats_lives(protection));
+        scope.spawn(move || a_visitor_may_be_silent_for_longer_than_any_handshake(protection));
     });
 }
 
-fn a_silent_client_is_dropped_and_the_next_one_taken() {
-    let server = RunningServer::start(server_options());
-    let mut silent = Peer::new(connect(server.control));
+fn a_silent_client_is_dropped_and_the_next_one_taken(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
+    let mut silent = Peer::dial_control(&server);
     let session = silent.say_hello(8);
-    let mut idle = Peer::new(connect(server.tunnel));
-    idle.write(&format!("tunnel session={session}\n"));
+    let mut idle = Peer::dial_tunnel(&server, &silent);
+    idle.write(format!("tunnel session={session}\n"));
     let start = Instant::now();
     assert_eq!(silent.line_after_hi(), "");
     assert!(
@@ -168,9 +178,9 @@ fn a_silent_client_is_dropped_and_the_next_one_taken() {
     assert_echo(&server.visit(), "served by the next");
 }
 
-fn a_client_that_only_sends_heartbeats_lives() {
-    let server = RunningServer::start(server_options());
-    let mut peer = Peer::new(connect(server.control));
+fn a_client_that_only_sends_heartbeats_lives(protection: Protection) {
+    let server = RunningServer::start(server_options(protection));
+    let mut peer = Peer::dial_control(&server);
     peer.say_hello(0);
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(7) {
@@ -179,10 +189,10 @@ fn a_client_that_only_sends_heartbeats_lives() {
     }
 }
 
-fn a_visitor_may_be_silent_for_longer_than_any_handshake() {
+fn a_visitor_may_be_silent_for_longer_than_any_handshake(protection: Protection) {
     let service = Service::echo();
     for_each_pool(|pool| {
-        let tunnel = Tunnel::start(service.addr, pool);
+        let tunnel = Tunnel::start(protection, service.addr, pool);
         let visitor = tunnel.visit();
         assert_echo(&visitor, "before");
         thread::sleep(Duration::from_millis(6500));
@@ -199,15 +209,16 @@ fn for_each_pool(test: impl Fn(usize) + Sync) {
     });
 }
 
-fn a_silent_server_is_left_and_dialled_again() {
+fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
     let refusing = closed_port();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
         control_port: listener.local_addr().unwrap().port(),
         tunnel_port: refusing.addr.port(),
+        key: protection.key(),
         ..ClientOptions::default()
     });
-    let mut silent = Peer::new(accept(&listener));
+    let mut silent = Peer::accept_control(&listener, protection);
     assert_eq!(silent.line(), "hello proto=1 pool=8\n");
     silent.write("hello proto=1 session=00112233445566778899aabbccddeeff pool=0\n");
     let start = Instant::now();
@@ -217,20 +228,20 @@ fn a_silent_server_is_left_and_dialled_again() {
         "{:?}",
         start.elapsed()
     );
-    let mut again = Peer::new(accept(&listener));
+    let mut again = Peer::accept_control(&listener, protection);
     assert_eq!(again.line(), "hello proto=1 pool=8\n");
 }
 
-#[test]
-fn the_dials_of_a_client_come_further_and_further_apart() {
+fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
         control_port: listener.local_addr().unwrap().port(),
+        key: protection.key(),
         ..ClientOptions::default()
     });
     let mut times = Vec::new();
     for _ in 0..6 {
-        let mut peer = Peer::new(accept(&listener));
+        let mut peer = Peer::accept_control(&listener, protection);
         times.push(Instant::now());
         assert_eq!(peer.line(), "hello proto=1 pool=8\n");
         peer.write("bye reason=busy\n");
@@ -268,14 +279,13 @@ fn scan(server: &RunningServer) -> Vec<TcpStream> {
     scanners.into()
 }
 
-#[test]
-fn a_port_scanner_never_gets_a_visitor() {
-    for_each_pool(scan_a_tunnel);
+fn a_port_scanner_never_gets_a_visitor(protection: Protection) {
+    for_each_pool(|pool| scan_a_tunnel(protection, pool));
 }
 
-fn scan_a_tunnel(pool: usize) {
+fn scan_a_tunnel(protection: Protection, pool: usize) {
     let service = Service::echo();
-    let tunnel = Tunnel::start(service.addr, pool);
+    let tunnel = Tunnel::start(protection, service.addr, pool);
     assert_echo(&tunnel.visit(), "the client is there");
     let scanners = scan(&tunnel.server);
     let start = Instant::now();
@@ -292,10 +302,9 @@ fn scan_a_tunnel(pool: usize) {
     assert!(closed < Duration::from_secs(7), "{closed:?}");
 }
 
-#[test]
-fn visitors_are_served_through_a_crowd_of_silent_strangers() {
+fn visitors_are_served_through_a_crowd_of_silent_strangers(protection: Protection) {
     let service = Service::echo();
-    let server = RunningServer::start(server_options());
+    let server = RunningServer::start(server_options(protection));
     let strangers: Vec<_> = (0..150)
         .flat_map(|_| [connect(server.tunnel), connect(server.control)])
         .collect();

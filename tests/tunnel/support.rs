@@ -4,16 +4,61 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use tunnel_proxy::{Address, Client, ClientOptions, Handle, Server, ServerOptions};
+use tunnel_proxy::{Address, Client, ClientOptions, Handle, Key, Server, ServerOptions};
 
 /// How long a test waits before it fails: generous, as both cores may be busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Whether the two halves of a tunnel share a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    Plain,
+    Sealed,
+}
+
+static KEY: LazyLock<Key> = LazyLock::new(|| Key::generate().unwrap());
+
+impl Protection {
+    pub fn key(self) -> Option<Key> {
+        (self == Self::Sealed).then(|| KEY.clone())
+    }
+
+    pub fn keys(self) -> Vec<Key> {
+        self.key().into_iter().collect()
+    }
+}
+
+/// Makes two tests of each of these functions: one without a key, and one with.
+macro_rules! plain_and_sealed {
+    ($($(#[$attribute:meta])* $name:ident,)*) => {
+        mod plain {
+            $(
+                $(#[$attribute])*
+                #[test]
+                fn $name() {
+                    super::$name($crate::support::Protection::Plain);
+                }
+            )*
+        }
+
+        mod sealed {
+            $(
+                $(#[$attribute])*
+                #[test]
+                fn $name() {
+                    super::$name($crate::support::Protection::Sealed);
+                }
+            )*
+        }
+    };
+}
+pub(crate) use plain_and_sealed;
 
 /// Any free port on the loopback address.
 pub fn any() -> Address {
@@ -37,22 +82,24 @@ pub fn closed_port() -> ClosedPort {
 }
 
 /// The server's options for tests: the defaults on free ports.
-pub fn server_options() -> ServerOptions {
+pub fn server_options(protection: Protection) -> ServerOptions {
     ServerOptions {
         public: any(),
         tunnel: any(),
         control: any(),
+        keys: protection.keys(),
         ..ServerOptions::default()
     }
 }
 
-/// The client's options for this server and this local service.
+/// The client's options for this server, its key included, and this local service.
 pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOptions {
     ClientOptions {
         server: server.control.ip().to_string(),
         control_port: server.control.port(),
         tunnel_port: server.tunnel.port(),
         local: local.into(),
+        key: server.key.clone(),
         ..ClientOptions::default()
     }
 }
@@ -240,13 +287,17 @@ pub struct RunningServer {
     pub public: SocketAddr,
     pub tunnel: SocketAddr,
     pub control: SocketAddr,
+    /// The first one of its keys, if it has any.
+    pub key: Option<Key>,
     running: Running,
 }
 
 impl RunningServer {
     pub fn start(options: ServerOptions) -> Self {
+        let key = options.keys.first().cloned();
         let server = Server::bind(options).unwrap();
         Self {
+            key,
             public: server.public_addr(),
             tunnel: server.tunnel_addr(),
             control: server.control_addr(),
@@ -283,6 +334,7 @@ impl RunningClient {
 
     /// A client of a server made by hand, which listens there.
     pub fn of(
+        protection: Protection,
         controls: &TcpListener,
         tunnels: &TcpListener,
         local: SocketAddr,
@@ -293,6 +345,7 @@ impl RunningClient {
             tunnel_port: tunnels.local_addr().unwrap().port(),
             local: local.into(),
             pool,
+            key: protection.key(),
             ..ClientOptions::default()
         })
     }
@@ -348,8 +401,8 @@ pub struct Tunnel {
 
 impl Tunnel {
     /// To this local service, with that many idle tunnels.
-    pub fn start(local: SocketAddr, pool: usize) -> Self {
-        let server = RunningServer::start(server_options());
+    pub fn start(protection: Protection, local: SocketAddr, pool: usize) -> Self {
+        let server = RunningServer::start(server_options(protection));
         let client = RunningClient::start(ClientOptions {
             pool,
             ..client_options(&server, local)
@@ -369,11 +422,18 @@ pub struct Program {
 }
 
 impl Program {
-    fn start(path: &str, arguments: &[&str], rust_log: Option<&str>) -> Self {
+    fn start(
+        path: &str,
+        protection: Protection,
+        arguments: &[&str],
+        rust_log: Option<&str>,
+    ) -> Self {
         let mut child = Command::new(path)
             .args(arguments)
             .env_remove("RUST_LOG")
             .envs(rust_log.map(|value| ("RUST_LOG", value)))
+            .env_remove("TP_KEY")
+            .envs(protection.key().map(|key| ("TP_KEY", key.to_base64())))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -391,15 +451,24 @@ impl Program {
     }
 
     /// `tpserver` on free ports, with these options besides; and the addresses of its three ports.
-    pub fn server(arguments: &[&str]) -> (Self, [SocketAddr; 3]) {
-        Self::server_with_log(arguments, None)
+    pub fn server(protection: Protection, arguments: &[&str]) -> (Self, [SocketAddr; 3]) {
+        Self::server_with_log(protection, arguments, None)
     }
 
     /// The same with `RUST_LOG` set.
-    pub fn server_with_log(arguments: &[&str], rust_log: Option<&str>) -> (Self, [SocketAddr; 3]) {
+    pub fn server_with_log(
+        protection: Protection,
+        arguments: &[&str],
+        rust_log: Option<&str>,
+    ) -> (Self, [SocketAddr; 3]) {
         let ports = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0".split(' ');
         let arguments: Vec<_> = ports.chain(arguments.iter().copied()).collect();
-        let server = Self::start(env!("CARGO_BIN_EXE_tpserver"), &arguments, rust_log);
+        let server = Self::start(
+            env!("CARGO_BIN_EXE_tpserver"),
+            protection,
+            &arguments,
+            rust_log,
+        );
         let addresses = ["visitors", "tunnels", "the control link"].map(|whom| {
             let line = server.wait_for_line(&format!(" for {whom}"));
             let address = line.split("listening on ").nth(1).unwrap();
@@ -409,7 +478,12 @@ impl Program {
     }
 
     /// `tpclient` for that server and this local service, with these options besides.
-    pub fn client(server: [SocketAddr; 3], local: SocketAddr, arguments: &[&str]) -> Self {
+    pub fn client(
+        protection: Protection,
+        server: [SocketAddr; 3],
+        local: SocketAddr,
+        arguments: &[&str],
+    ) -> Self {
         let [_, tunnel, control] = server.map(|address| address.port().to_string());
         let local = local.to_string();
         let all: Vec<_> = ["--control-port", &control, "--tunnel-port", &tunnel]
@@ -417,7 +491,7 @@ impl Program {
             .chain(["--local", &local])
             .chain(arguments.iter().copied())
             .collect();
-        Self::start(env!("CARGO_BIN_EXE_tpclient"), &all, None)
+        Self::start(env!("CARGO_BIN_EXE_tpclient"), protection, &all, None)
     }
 
     /// The first line of the log that contains this text, now or in time.
@@ -462,50 +536,5 @@ impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// A peer made by hand on a control link: reads and writes lines.
-pub struct Peer {
-    pub socket: TcpStream,
-    reader: BufReader<TcpStream>,
-}
-
-impl Peer {
-    pub fn new(socket: TcpStream) -> Self {
-        let reader = BufReader::new(socket.try_clone().unwrap());
-        Self { socket, reader }
-    }
-
-    pub fn write(&self, text: &str) {
-        (&self.socket).write_all(text.as_bytes()).unwrap();
-    }
-
-    /// The next line with its LF; empty at the end.
-    pub fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.reader.read_line(&mut line).unwrap();
-        line
-    }
-
-    /// The next line that is not a heartbeat.
-    pub fn line_after_hi(&mut self) -> String {
-        loop {
-            let line = self.line();
-            if line != "hi\n" {
-                return line;
-            }
-        }
-    }
-
-    /// Says hello as a client, and returns the session id that the server gives.
-    pub fn say_hello(&mut self, pool: usize) -> String {
-        self.write(&format!("hello proto=1 pool={pool}\n"));
-        let line = self.line();
-        let session = line
-            .split("session=")
-            .nth(1)
-            .unwrap_or_else(|| panic!("{line:?}"));
-        session.split(' ').next().unwrap().to_owned()
     }
 }

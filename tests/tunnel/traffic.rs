@@ -5,11 +5,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use crate::support::{Service, Tunnel, assert_echo, assert_ended, expect_pattern, send_pattern};
+use crate::support::{
+    Protection, Service, Tunnel, assert_echo, assert_ended, expect_pattern, plain_and_sealed,
+    send_pattern,
+};
 use std::net::Shutdown;
 
+plain_and_sealed! {
+    one_byte_each_way,
+    sixty_four_kib_each_way,
+    sixty_four_mib_each_way,
+    two_hundred_connections_at_once,
+    the_service_speaks_first_with_a_pool,
+    the_service_speaks_first_without_a_pool,
+    ipv6_and_names_work,
+}
+
 /// Sends `size` bytes each way at once through one connection.
-fn both_ways(size: usize) {
+fn both_ways(protection: Protection, size: usize) {
     const UP: u64 = 1;
     const DOWN: u64 = 2;
     let service = Service::start(move |socket| {
@@ -22,7 +35,7 @@ fn both_ways(size: usize) {
             assert_ended(&socket);
         });
     });
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitor = tunnel.visit();
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -35,27 +48,23 @@ fn both_ways(size: usize) {
     });
 }
 
-#[test]
-fn one_byte_each_way() {
-    both_ways(1);
+fn one_byte_each_way(protection: Protection) {
+    both_ways(protection, 1);
 }
 
-#[test]
-fn sixty_four_kib_each_way() {
-    both_ways(64 * 1024);
+fn sixty_four_kib_each_way(protection: Protection) {
+    both_ways(protection, 64 * 1024);
 }
 
-#[test]
-fn sixty_four_mib_each_way() {
-    both_ways(64 * 1024 * 1024);
+fn sixty_four_mib_each_way(protection: Protection) {
+    both_ways(protection, 64 * 1024 * 1024);
 }
 
-#[test]
-fn two_hundred_connections_at_once() {
+fn two_hundred_connections_at_once(protection: Protection) {
     const VISITORS: u64 = 200;
     const SIZE: usize = 100_000;
     let service = Service::echo();
-    let tunnel = Tunnel::start(service.addr, 8);
+    let tunnel = Tunnel::start(protection, service.addr, 8);
     let visitors: Vec<_> = (0..VISITORS)
         .map(|number| {
             let visitor = tunnel.visit();
@@ -72,7 +81,7 @@ fn two_hundred_connections_at_once() {
 }
 
 /// The service greets before the visitor has sent anything, and not before there is a visitor.
-fn server_first(pool: usize) {
+fn server_first(protection: Protection, pool: usize) {
     const GREETING: &str = "SSH-2.0-service\r\n";
     let greeted = Arc::new(AtomicUsize::new(0));
     let count = greeted.clone();
@@ -83,7 +92,7 @@ fn server_first(pool: usize) {
         socket.read_exact(&mut answer).unwrap();
         socket.write_all(&answer).unwrap();
     });
-    let tunnel = Tunnel::start(service.addr, pool);
+    let tunnel = Tunnel::start(protection, service.addr, pool);
     for visits in 1..=20 {
         let mut visitor = tunnel.visit();
         let mut greeting = [0; GREETING.len()];
@@ -95,18 +104,15 @@ fn server_first(pool: usize) {
     }
 }
 
-#[test]
-fn the_service_speaks_first_with_a_pool() {
-    server_first(8);
+fn the_service_speaks_first_with_a_pool(protection: Protection) {
+    server_first(protection, 8);
 }
 
-#[test]
-fn the_service_speaks_first_without_a_pool() {
-    server_first(0);
+fn the_service_speaks_first_without_a_pool(protection: Protection) {
+    server_first(protection, 0);
 }
 
-#[test]
-fn ipv6_and_names_work() {
+fn ipv6_and_names_work(protection: Protection) {
     use crate::support::{RunningClient, RunningServer, client_options, server_options};
     use tunnel_proxy::{Address, ClientOptions, ServerOptions};
 
@@ -115,7 +121,7 @@ fn ipv6_and_names_work() {
         public: Address::new("::", 0),
         tunnel: Address::new("::1", 0),
         control: Address::new("::1", 0),
-        ..server_options()
+        ..server_options(protection)
     });
     let _client = RunningClient::start(ClientOptions {
         // Both addresses of the name are tried: the service has only one of them.

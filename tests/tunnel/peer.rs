@@ -1,0 +1,350 @@
+//! Peers made by hand, on control links and on tunnels. They speak the protocol's bytes, plain or
+//! sealed, and share no code with the two programs.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use snow::{Builder, HandshakeState, TransportState};
+use tunnel_proxy::Key;
+
+use crate::support::{Protection, RunningServer, accept, connect};
+
+const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
+
+/// What the two messages of a handshake have, without a payload: an ephemeral key and a tag.
+const HANDSHAKE_MESSAGE: usize = 48;
+
+/// The types of frames, and what a frame has besides its payload: the type, and a tag.
+const DATA: u8 = 0;
+const END: u8 = 1;
+const OVERHEAD: usize = 17;
+
+/// The longest frame is the longest line at first, and then what the length can say.
+const FIRST_FRAME: usize = 256 + OVERHEAD;
+const MAX_FRAME: usize = 65535;
+
+/// What a handshake is for; a tunnel's is bound to one control link besides.
+pub const CONTROL: &[u8] = b"tp/1 control";
+pub const TUNNEL: &[u8] = b"tp/1 tunnel";
+
+/// A peer on a control link or a tunnel: writes and reads bytes and lines.
+pub struct Peer {
+    pub socket: TcpStream,
+    seal: Option<Seal>,
+    /// Has come, but nobody has asked for it yet.
+    unread: Vec<u8>,
+}
+
+/// What comes from the other side.
+#[derive(Debug, PartialEq, Eq)]
+enum Came {
+    Bytes(Vec<u8>),
+    /// The stream is complete.
+    End,
+    /// Sealed: the connection ended before the stream did.
+    Cut,
+}
+
+impl Peer {
+    /// A peer that never has a key.
+    pub fn plain(socket: TcpStream) -> Self {
+        let unread = Vec::new();
+        Self {
+            socket,
+            seal: None,
+            unread,
+        }
+    }
+
+    /// A peer with this key; `dials` tells which half of the handshake is its own.
+    pub fn sealed(socket: TcpStream, key: &Key, dials: bool, prologue: &[u8]) -> io::Result<Self> {
+        let seal = Some(Seal::agree(&socket, key, dials, prologue)?);
+        let unread = Vec::new();
+        Ok(Self {
+            socket,
+            seal,
+            unread,
+        })
+    }
+
+    fn new(socket: TcpStream, key: Option<&Key>, dials: bool, prologue: &[u8]) -> Self {
+        match key {
+            Some(key) => Self::sealed(socket, key, dials, prologue).unwrap(),
+            None => Self::plain(socket),
+        }
+    }
+
+    /// A client's control link.
+    pub fn dial_control(server: &RunningServer) -> Self {
+        let socket = connect(server.control);
+        Self::new(socket, server.key.as_ref(), true, CONTROL)
+    }
+
+    /// A server's end of a control link.
+    pub fn accept_control(listener: &TcpListener, protection: Protection) -> Self {
+        let socket = accept(listener);
+        Self::new(socket, protection.key().as_ref(), false, CONTROL)
+    }
+
+    /// A client's tunnel, which belongs to this control link.
+    pub fn dial_tunnel(server: &RunningServer, control: &Peer) -> Self {
+        control.dial_tunnel_to(server.tunnel)
+    }
+
+    pub fn dial_tunnel_to(&self, address: SocketAddr) -> Self {
+        self.tunnel(connect(address), true)
+    }
+
+    /// A server's end of a tunnel, which belongs to this control link.
+    pub fn accept_tunnel(listener: &TcpListener, control: &Peer) -> Self {
+        control.tunnel(accept(listener), false)
+    }
+
+    fn tunnel(&self, socket: TcpStream, dials: bool) -> Self {
+        match &self.seal {
+            Some(seal) => Self::new(socket, Some(&seal.key), dials, &seal.of_its_tunnels()),
+            None => Self::plain(socket),
+        }
+    }
+
+    pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        let wire = self.wire(bytes);
+        self.socket.write_all(&wire).unwrap();
+    }
+
+    /// What these bytes are on the wire, where they have to come next.
+    pub fn wire(&mut self, bytes: impl AsRef<[u8]>) -> Vec<u8> {
+        match &mut self.seal {
+            Some(seal) => seal.data(bytes.as_ref()),
+            None => bytes.as_ref().to_vec(),
+        }
+    }
+
+    /// Ends what it writes, as a half-close does.
+    pub fn end(&mut self) {
+        match &mut self.seal {
+            Some(seal) => {
+                let end = seal.frame(END, &[]);
+                self.socket.write_all(&end).unwrap();
+            }
+            None => self.socket.shutdown(Shutdown::Write).unwrap(),
+        }
+    }
+
+    /// The next line with its LF; empty at the end.
+    pub fn line(&mut self) -> String {
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                let line = self.unread.drain(..=end).collect();
+                return String::from_utf8(line).unwrap();
+            }
+            match self.receive().unwrap() {
+                Came::Bytes(bytes) => self.unread.extend(bytes),
+                Came::End | Came::Cut => return String::from_utf8(self.rest()).unwrap(),
+            }
+        }
+    }
+
+    /// The next line that is not a heartbeat.
+    pub fn line_after_hi(&mut self) -> String {
+        loop {
+            let line = self.line();
+            if line != "hi\n" {
+                return line;
+            }
+        }
+    }
+
+    /// The next bytes, as many as that.
+    pub fn read(&mut self, count: usize) -> Vec<u8> {
+        while self.unread.len() < count {
+            match self.receive().unwrap() {
+                Came::Bytes(bytes) => self.unread.extend(bytes),
+                end => panic!("{end:?} after {} of {count} bytes", self.unread.len()),
+            }
+        }
+        self.unread.drain(..count).collect()
+    }
+
+    fn rest(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.unread)
+    }
+
+    /// Asserts that nothing comes any more but a proper end.
+    pub fn assert_ended(&mut self) {
+        assert_eq!(self.rest(), b"", "bytes where the end was due");
+        assert_eq!(self.receive().unwrap(), Came::End);
+    }
+
+    /// Asserts that the tunnel is aborted, and how long that took at most.
+    pub fn assert_aborted(&mut self, within: Duration) {
+        let start = Instant::now();
+        loop {
+            match self.receive() {
+                Ok(Came::Bytes(_)) => {}
+                Ok(Came::End) => panic!("a proper end in the place of an abort"),
+                Ok(Came::Cut) => break,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+                    break;
+                }
+            }
+        }
+        assert!(start.elapsed() < within, "after {:?}", start.elapsed());
+    }
+
+    /// Reads until the connection is closed, and be it by a reset: that is how it looks where
+    /// bytes of this peer were left unread. What came before is the answer.
+    pub fn read_until_closed(&mut self) -> Vec<u8> {
+        let mut bytes = self.rest();
+        loop {
+            match self.receive() {
+                Ok(Came::Bytes(more)) => bytes.extend(more),
+                Ok(Came::End | Came::Cut) => return bytes,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+                    return bytes;
+                }
+            }
+        }
+    }
+
+    fn receive(&mut self) -> io::Result<Came> {
+        if let Some(seal) = &mut self.seal {
+            return seal.receive(&self.socket);
+        }
+        let mut bytes = vec![0; 4096];
+        let count = self.socket.read(&mut bytes)?;
+        bytes.truncate(count);
+        Ok(match count {
+            0 => Came::End,
+            _ => Came::Bytes(bytes),
+        })
+    }
+
+    /// Says hello as a client, and returns the session id that the server gives.
+    pub fn say_hello(&mut self, pool: usize) -> String {
+        self.write(format!("hello proto=1 pool={pool}\n"));
+        let line = self.line();
+        let session = line
+            .split("session=")
+            .nth(1)
+            .unwrap_or_else(|| panic!("{line:?}"));
+        session.split(' ').next().unwrap().to_owned()
+    }
+}
+
+/// What a peer with a key does to its bytes.
+struct Seal {
+    key: Key,
+    transport: TransportState,
+    /// Of the handshake: no two have the same.
+    hash: Vec<u8>,
+    /// How long the next frame may be that goes out, and that comes in.
+    longest_out: usize,
+    longest_in: usize,
+}
+
+impl Seal {
+    /// Both messages of the handshake.
+    fn agree(socket: &TcpStream, key: &Key, dials: bool, prologue: &[u8]) -> io::Result<Self> {
+        let mut noise = handshake(key, dials, prologue);
+        for writes in [dials, !dials] {
+            if writes {
+                write_message(&mut noise, socket)?;
+            } else {
+                read_message(&mut noise, socket)?;
+            }
+        }
+        Ok(Self {
+            key: key.clone(),
+            hash: noise.get_handshake_hash().to_vec(),
+            transport: noise.into_transport_mode().unwrap(),
+            longest_out: FIRST_FRAME,
+            longest_in: FIRST_FRAME,
+        })
+    }
+
+    /// What the handshakes of the tunnels begin with that belong to this control link.
+    fn of_its_tunnels(&self) -> Vec<u8> {
+        [TUNNEL, &self.hash].concat()
+    }
+
+    /// These bytes in as few frames as possible.
+    fn data(&mut self, mut bytes: &[u8]) -> Vec<u8> {
+        let mut wire = Vec::new();
+        while !bytes.is_empty() {
+            let (piece, rest) = bytes.split_at(bytes.len().min(self.longest_out - OVERHEAD));
+            wire.extend(self.frame(DATA, piece));
+            bytes = rest;
+        }
+        wire
+    }
+
+    fn frame(&mut self, kind: u8, payload: &[u8]) -> Vec<u8> {
+        let text = [&[kind], payload].concat();
+        let mut sealed = vec![0; MAX_FRAME];
+        let length = self.transport.write_message(&text, &mut sealed).unwrap();
+        self.longest_out = MAX_FRAME;
+        with_length(&sealed[..length])
+    }
+
+    fn receive(&mut self, mut socket: &TcpStream) -> io::Result<Came> {
+        let mut length = [0; 2];
+        if socket.read(&mut length[..1])? == 0 {
+            return Ok(Came::Cut);
+        }
+        socket.read_exact(&mut length[1..])?;
+        let mut sealed = vec![0; u16::from_be_bytes(length).into()];
+        let bounds = OVERHEAD..=self.longest_in;
+        assert!(bounds.contains(&sealed.len()), "{} bytes", sealed.len());
+        self.longest_in = MAX_FRAME;
+        socket.read_exact(&mut sealed)?;
+        let mut text = vec![0; sealed.len()];
+        let length = self.transport.read_message(&sealed, &mut text).unwrap();
+        text.truncate(length);
+        let payload = text.split_off(1);
+        match (text[0], payload.len()) {
+            (DATA, _) => Ok(Came::Bytes(payload)),
+            (END, 0) => Ok(Came::End),
+            frame => panic!("a frame that is none: {frame:?}"),
+        }
+    }
+}
+
+fn handshake(key: &Key, dials: bool, prologue: &[u8]) -> HandshakeState {
+    let key = STANDARD.decode(key.to_base64()).unwrap();
+    let key = key.try_into().unwrap();
+    let noise = Builder::new(PATTERN.parse().unwrap());
+    let noise = noise.psk(0, &key).unwrap().prologue(prologue).unwrap();
+    if dials {
+        noise.build_initiator().unwrap()
+    } else {
+        noise.build_responder().unwrap()
+    }
+}
+
+fn write_message(noise: &mut HandshakeState, mut socket: &TcpStream) -> io::Result<()> {
+    let mut message = [0; HANDSHAKE_MESSAGE];
+    let length = noise.write_message(&[], &mut message).unwrap();
+    assert_eq!(length, HANDSHAKE_MESSAGE);
+    socket.write_all(&with_length(&message))
+}
+
+fn read_message(noise: &mut HandshakeState, mut socket: &TcpStream) -> io::Result<()> {
+    let mut message = [0; 2 + HANDSHAKE_MESSAGE];
+    socket.read_exact(&mut message)?;
+    let (length, message) = message.split_at(2);
+    assert_eq!(length, [0, 48]);
+    let payload = noise.read_message(message, &mut [0; HANDSHAKE_MESSAGE]);
+    assert_eq!(payload, Ok(0), "a handshake that does not fit");
+    Ok(())
+}
+
+fn with_length(bytes: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(bytes.len()).unwrap();
+    [&length.to_be_bytes(), bytes].concat()
+}
