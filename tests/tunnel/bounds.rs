@@ -16,7 +16,7 @@ plain_and_sealed! {
     connections_that_have_ended_leave_nothing,
     a_visitor_that_never_reads_does_not_fill_the_memory,
     what_strangers_cause_is_logged_once_a_second,
-    both_programs_together_idle_below_four_mib,
+    both_programs_together_idle_in_little_memory,
 }
 
 /// How many descriptors and threads both programs have.
@@ -68,7 +68,8 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
     assert!(start.elapsed() < Duration::from_secs(15));
 }
 
-/// Memory is the processes' own share (PSS), before and while the visitor does not read.
+/// Memory is what both programs have besides their code, before and while the visitor does not
+/// read.
 fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
     const GIB: usize = 1024 * 1024 * 1024;
     const PIECE: usize = 64 * 1024;
@@ -96,7 +97,8 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
         assert_eq!(&answer, b"pong");
     };
     ping();
-    let before = server.memory() + client.memory();
+    let memory = || server.memory("Pss_Anon") + client.memory("Pss_Anon");
+    let before = memory();
     let mut visitor = connect(addresses[0]);
     visitor.write_all(b"1GiB").unwrap();
     let (mut last, mut since) = (0, Instant::now());
@@ -109,7 +111,7 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
     });
     // What the kernel's buffers of three connections hold, and no more.
     assert!(last < GIB / 8, "{last} bytes were taken from the service");
-    let grown = (server.memory() + client.memory()).saturating_sub(before);
+    let grown = memory().saturating_sub(before);
     assert!(grown < 4 * 1024, "{grown} KiB more");
     let start = Instant::now();
     ping();
@@ -139,7 +141,7 @@ fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
     });
 }
 
-fn both_programs_together_idle_below_four_mib(protection: Protection) {
+fn both_programs_together_idle_in_little_memory(protection: Protection) {
     let service = Service::echo();
     let (server, addresses) = Program::server(protection, &[]);
     let client = Program::client(protection, addresses, service.addr, &[]);
@@ -147,6 +149,8 @@ fn both_programs_together_idle_below_four_mib(protection: Protection) {
     assert_echo(&visitor, "up");
     send_pattern(&visitor, 1, 1);
     drop(visitor);
-    let kib = server.memory() + client.memory();
-    assert!(kib < 4 * 1024, "{kib} KiB");
+    let kib = server.memory("Pss") + client.memory("Pss");
+    // The code of a debug build alone is larger than both programs are else, and needs more stack.
+    let limit = if cfg!(debug_assertions) { 12 } else { 4 };
+    assert!(kib < limit * 1024, "{kib} KiB");
 }

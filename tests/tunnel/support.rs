@@ -522,13 +522,15 @@ impl Program {
         std::fs::read_dir(path).unwrap().count()
     }
 
-    /// The process's own share of memory (PSS) in KiB.
+    /// The process's own share of memory in KiB: `Pss` is all of it, `Pss_Anon` what it has besides
+    /// its code, whose share depends on how often the program runs just now.
     #[cfg(target_os = "linux")]
-    pub fn memory(&self) -> usize {
+    pub fn memory(&self, kind: &str) -> usize {
         let path = format!("/proc/{}/smaps_rollup", self.child.id());
         let text = std::fs::read_to_string(path).unwrap();
-        let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+        let (_, value) = lines.find(|(name, _)| *name == kind).unwrap();
+        value.trim().trim_end_matches(" kB").parse().unwrap()
     }
 }
 
