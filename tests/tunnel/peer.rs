@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use snow::{Builder, HandshakeState, TransportState};
 use tunnel_proxy::Key;
 
-use crate::support::{Protection, RunningServer, accept, connect};
+use crate::support::{Protection, RunningClient, RunningServer, accept, connect};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 
@@ -18,17 +18,20 @@ const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 const HANDSHAKE_MESSAGE: usize = 48;
 
 /// The types of frames, and what a frame has besides its payload: the type, and a tag.
-const DATA: u8 = 0;
-const END: u8 = 1;
-const OVERHEAD: usize = 17;
+pub const DATA: u8 = 0;
+pub const END: u8 = 1;
+pub const OVERHEAD: usize = 17;
 
 /// The longest frame is the longest line at first, and then what the length can say.
-const FIRST_FRAME: usize = 256 + OVERHEAD;
-const MAX_FRAME: usize = 65535;
+pub const FIRST_FRAME: usize = 256 + OVERHEAD;
+pub const MAX_FRAME: usize = 65535;
 
 /// What a handshake is for; a tunnel's is bound to one control link besides.
 pub const CONTROL: &[u8] = b"tp/1 control";
 pub const TUNNEL: &[u8] = b"tp/1 tunnel";
+
+/// The session of a server made by hand.
+const SESSION: &str = "00112233445566778899aabbccddeeff";
 
 /// A peer on a control link or a tunnel: writes and reads bytes and lines.
 pub struct Peer {
@@ -105,9 +108,14 @@ impl Peer {
 
     fn tunnel(&self, socket: TcpStream, dials: bool) -> Self {
         match &self.seal {
-            Some(seal) => Self::new(socket, Some(&seal.key), dials, &seal.of_its_tunnels()),
+            Some(seal) => Self::new(socket, Some(&seal.key), dials, &self.prologue_of_tunnels()),
             None => Self::plain(socket),
         }
+    }
+
+    /// What the handshakes of the tunnels begin with that belong to this sealed control link.
+    pub fn prologue_of_tunnels(&self) -> Vec<u8> {
+        [TUNNEL, &self.seal.as_ref().unwrap().hash].concat()
     }
 
     pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
@@ -121,6 +129,11 @@ impl Peer {
             Some(seal) => seal.data(bytes.as_ref()),
             None => bytes.as_ref().to_vec(),
         }
+    }
+
+    /// A frame as it goes on the wire, where it has to come next. Only for those that are sealed.
+    pub fn frame(&mut self, kind: u8, payload: &[u8]) -> Vec<u8> {
+        self.seal.as_mut().unwrap().frame(kind, payload)
     }
 
     /// Ends what it writes, as a half-close does.
@@ -237,6 +250,36 @@ impl Peer {
     }
 }
 
+/// A server made by hand, with a client that has said hello to it.
+pub struct HandMadeServer {
+    pub tunnels: TcpListener,
+    pub control: Peer,
+    pub client: RunningClient,
+}
+
+impl HandMadeServer {
+    pub fn start(protection: Protection, local: SocketAddr, pool: usize) -> Self {
+        let controls = TcpListener::bind("127.0.0.1:0").unwrap();
+        let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = RunningClient::of(protection, &controls, &tunnels, local, pool);
+        let mut control = Peer::accept_control(&controls, protection);
+        assert_eq!(control.line(), format!("hello proto=1 pool={pool}\n"));
+        control.write(format!("hello proto=1 session={SESSION} pool={pool}\n"));
+        Self {
+            tunnels,
+            control,
+            client,
+        }
+    }
+
+    /// The next tunnel, after its first line.
+    pub fn tunnel(&self) -> Peer {
+        let mut tunnel = Peer::accept_tunnel(&self.tunnels, &self.control);
+        assert_eq!(tunnel.line(), format!("tunnel session={SESSION}\n"));
+        tunnel
+    }
+}
+
 /// What a peer with a key does to its bytes.
 struct Seal {
     key: Key,
@@ -266,11 +309,6 @@ impl Seal {
             longest_out: FIRST_FRAME,
             longest_in: FIRST_FRAME,
         })
-    }
-
-    /// What the handshakes of the tunnels begin with that belong to this control link.
-    fn of_its_tunnels(&self) -> Vec<u8> {
-        [TUNNEL, &self.hash].concat()
     }
 
     /// These bytes in as few frames as possible.

@@ -1,15 +1,13 @@
 //! The protocol's exact bytes, spoken by hand with either program.
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::peer::Peer;
+use crate::peer::{HandMadeServer, Peer};
 use crate::support::{
-    DEADLINE, Protection, RunningClient, RunningServer, Service, closed_port, plain_and_sealed,
-    server_options,
+    DEADLINE, Protection, Record, RunningClient, RunningServer, Service, closed_port,
+    plain_and_sealed, server_options,
 };
 use tunnel_proxy::ServerOptions;
 
@@ -27,51 +25,8 @@ plain_and_sealed! {
     visitors_beyond_max_conns_wait_their_turn,
 }
 
-const SESSION: &str = "00112233445566778899aabbccddeeff";
-
-/// A server made by hand, with a client that has said hello to it.
-struct HandMadeServer {
-    tunnels: TcpListener,
-    control: Peer,
-    client: RunningClient,
-}
-
-impl HandMadeServer {
-    fn start(protection: Protection, local: std::net::SocketAddr, pool: usize) -> Self {
-        let controls = TcpListener::bind("127.0.0.1:0").unwrap();
-        let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::of(protection, &controls, &tunnels, local, pool);
-        let mut control = Peer::accept_control(&controls, protection);
-        assert_eq!(control.line(), format!("hello proto=1 pool={pool}\n"));
-        control.write(format!("hello proto=1 session={SESSION} pool={pool}\n"));
-        Self {
-            tunnels,
-            control,
-            client,
-        }
-    }
-
-    /// The next tunnel, after its first line.
-    fn tunnel(&self) -> Peer {
-        let mut tunnel = Peer::accept_tunnel(&self.tunnels, &self.control);
-        assert_eq!(tunnel.line(), format!("tunnel session={SESSION}\n"));
-        tunnel
-    }
-}
-
-/// A service that hands out everything that a connection brought, once it has ended.
-fn recording() -> (Service, mpsc::Receiver<Vec<u8>>) {
-    let (sender, records) = mpsc::channel();
-    let service = Service::start(move |mut socket| {
-        let mut record = Vec::new();
-        socket.read_to_end(&mut record).unwrap();
-        let _ = sender.send(record);
-    });
-    (service, records)
-}
-
 fn the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut(protection: Protection) {
-    let (service, records) = recording();
+    let (service, records) = Service::recording();
     let server = HandMadeServer::start(protection, service.addr, 1);
     let line = b"new visitor=192.0.2.1:50000\n";
     let first = b"GET /first\nnew visitor=192.0.2.2:2\n\0\xff";
@@ -86,12 +41,12 @@ fn the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut(protecti
         tunnel.write(&bytes[cut..]);
         tunnel.end();
         let record = records.recv_timeout(DEADLINE).unwrap();
-        assert_eq!(record, first, "cut at {cut}");
+        assert_eq!(record, Record::whole(first), "cut at {cut}");
     }
 }
 
 fn a_line_of_single_bytes_is_understood(protection: Protection) {
-    let (service, records) = recording();
+    let (service, records) = Service::recording();
     let server = HandMadeServer::start(protection, service.addr, 1);
     let mut tunnel = server.tunnel();
     for byte in b"some=thing\nnew later=1 visitor=[2001:db8::1]:9\nabc" {
@@ -99,11 +54,14 @@ fn a_line_of_single_bytes_is_understood(protection: Protection) {
         thread::sleep(Duration::from_millis(1));
     }
     tunnel.end();
-    assert_eq!(records.recv_timeout(DEADLINE).unwrap(), b"abc");
+    assert_eq!(
+        records.recv_timeout(DEADLINE).unwrap(),
+        Record::whole(b"abc")
+    );
 }
 
 fn a_client_keeps_its_pool_full_and_dials_one_more_on_new(protection: Protection) {
-    let (service, records) = recording();
+    let (service, records) = Service::recording();
     let mut server = HandMadeServer::start(protection, service.addr, 2);
     let (mut one, _two) = (server.tunnel(), server.tunnel());
     server.control.write("new\nwhat=ever\nnew\n");
@@ -111,7 +69,7 @@ fn a_client_keeps_its_pool_full_and_dials_one_more_on_new(protection: Protection
     // Four are spare, two more than the pool: those that are taken are not replaced.
     one.write("new visitor=192.0.2.1:1\nx");
     one.end();
-    assert_eq!(records.recv_timeout(DEADLINE).unwrap(), b"x");
+    assert_eq!(records.recv_timeout(DEADLINE).unwrap(), Record::whole(b"x"));
     server.tunnels.set_nonblocking(true).unwrap();
     thread::sleep(Duration::from_millis(300));
     assert!(server.tunnels.accept().is_err(), "one tunnel too many");
@@ -130,7 +88,7 @@ fn a_refused_local_service_aborts_the_tunnel_and_the_next_is_dialled(protection:
 fn bad_lines_end_the_link_with_either_side(protection: Protection) {
     let long = "x".repeat(256);
     for bad in ["\0\n", "h\u{e9}\n", &long, "hello proto=x\n"] {
-        let (service, _records) = recording();
+        let (service, _records) = Service::recording();
         let mut server = HandMadeServer::start(protection, service.addr, 0);
         server.control.write(bad);
         server.control.read_until_closed();
@@ -236,7 +194,7 @@ fn a_stopping_server_says_bye(protection: Protection) {
 }
 
 fn a_stopping_client_says_bye(protection: Protection) {
-    let (service, _records) = recording();
+    let (service, _records) = Service::recording();
     let mut server = HandMadeServer::start(protection, service.addr, 1);
     let _tunnel = server.tunnel();
     server.client.handle().stop(Duration::ZERO);

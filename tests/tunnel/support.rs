@@ -1,11 +1,11 @@
 //! What the tests share: a tunnel in this process, programs in processes of their own, local
 //! services, and bytes that can be told apart. Every wait has a deadline.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -127,7 +127,7 @@ pub fn accept(listener: &TcpListener) -> TcpStream {
                 socket.set_nonblocking(false).unwrap();
                 return with_deadline(socket);
             }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 assert!(start.elapsed() < DEADLINE, "nobody connected");
                 thread::sleep(Duration::from_millis(1));
             }
@@ -162,7 +162,7 @@ pub fn assert_reset(mut socket: &TcpStream, within: Duration) {
             Err(error) => break error,
         }
     };
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert!(start.elapsed() < within, "after {:?}", start.elapsed());
 }
 
@@ -258,6 +258,15 @@ impl Service {
         }
     }
 
+    /// Hands out the record of each connection once it has ended.
+    pub fn recording() -> (Self, mpsc::Receiver<Record>) {
+        let (sender, records) = mpsc::channel();
+        let service = Self::start(move |socket| {
+            let _ = sender.send(Record::of(&socket));
+        });
+        (service, records)
+    }
+
     /// Sends everything back.
     pub fn echo() -> Self {
         Self::start(|socket| {
@@ -269,6 +278,32 @@ impl Service {
                 }
             }
         })
+    }
+}
+
+/// All that a connection brought, and the error that it ended with, if it did not end well.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Record {
+    pub bytes: Vec<u8>,
+    pub error: Option<ErrorKind>,
+}
+
+impl Record {
+    /// These bytes and a proper end.
+    pub fn whole(bytes: &[u8]) -> Self {
+        Self {
+            bytes: bytes.to_vec(),
+            error: None,
+        }
+    }
+
+    pub fn of(mut socket: &TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        let end = socket.read_to_end(&mut bytes);
+        Self {
+            bytes,
+            error: end.err().map(|error| error.kind()),
+        }
     }
 }
 
