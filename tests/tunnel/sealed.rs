@@ -297,6 +297,20 @@ fn a_client_with_a_key_leaves_a_server_without_one() {
     }
 }
 
+/// The original has no key, so what says no hello behind a handshake is not the original.
+#[test]
+fn a_client_with_a_key_takes_no_server_for_the_original() {
+    let service = Service::echo();
+    let (controls, tunnels) = (listener(), listener());
+    let _client = RunningClient::of(Protection::Sealed, &controls, &tunnels, service.addr, 8);
+    let mut control = Peer::accept_control(&controls, Protection::Sealed);
+    assert_eq!(control.line(), "hello proto=1 pool=8\n");
+    control.write("hi\nnew\n");
+    assert_eq!(control.read_until_closed(), b"");
+    tunnels.set_nonblocking(true).unwrap();
+    assert!(tunnels.accept().is_err(), "a raw tunnel");
+}
+
 fn listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").unwrap()
 }
@@ -433,6 +447,7 @@ fn repeat(address: SocketAddr, bytes: &[u8]) {
     let socket = connect(address);
     // The server may close before it has read all of it.
     let _ = (&socket).write_all(bytes);
+    let _ = socket.shutdown(Shutdown::Write);
     let answer = Record::of(&socket);
     assert!(answer.bytes.len() <= 50, "{answer:?}");
     let closed = [None, Some(ErrorKind::ConnectionReset)].contains(&answer.error);
