@@ -117,15 +117,25 @@ pub fn initiate<S: Read + io::Write>(mut socket: S, purpose: &Purpose) -> io::Re
 /// The server's half of a handshake. What was recorded of another one gets an answer, too: only
 /// the first frame shows that the client is there.
 pub fn respond<S: Read + io::Write>(mut socket: S, purpose: &Purpose) -> io::Result<Secured> {
-    let silent = "it closed the connection";
-    let message = read_message(&mut socket, silent)?
+    let message = read_message(&mut socket, "it closed the connection")?
         .ok_or_else(|| io::Error::other("it came without a key (--key-file)"))?;
+    let (answer, secured) = answer(&message, purpose)?;
+    socket.write_all(&answer)?;
+    Ok(secured)
+}
+
+/// The server's message, and what it leads to. Not inlined: kilobytes of a handshake's state have
+/// no place on the stack of a thread that waits for a stranger.
+#[inline(never)]
+fn answer(
+    message: &[u8; MESSAGE],
+    purpose: &Purpose,
+) -> io::Result<([u8; LENGTH + MESSAGE], Secured)> {
     let prologue = purpose.prologue();
     for key in purpose.keys() {
         let mut state = begin(key, &prologue)?.build_responder().map_err(broken)?;
-        if state.read_message(&message, &mut []).is_ok() {
-            socket.write_all(&write_message(&mut state)?)?;
-            return Secured::new(state, key);
+        if state.read_message(message, &mut []).is_ok() {
+            return Ok((write_message(&mut state)?, Secured::new(state, key)?));
         }
     }
     Err(io::Error::other(match purpose {

@@ -12,18 +12,18 @@ use tunnel_proxy::{ClientOptions, Key, ServerOptions};
 use crate::between::{Between, Place, Port, Verdict, Way};
 use crate::support::*;
 
-/// A server that wants this key.
+/// A server that takes clients with these keys.
 fn server_with(keys: &[&Key]) -> RunningServer {
     RunningServer::start(ServerOptions {
         keys: keys.iter().copied().cloned().collect(),
-        ..server_options()
+        ..server_options(Protection::Plain)
     })
 }
 
 /// A server and its client, with somebody between them; and the connections of the local service.
 struct Watched {
     _client: RunningClient,
-    between: Between,
+    _between: Between,
     server: RunningServer,
     service: mpsc::Receiver<TcpStream>,
     _service: Service,
@@ -35,12 +35,12 @@ impl Watched {
         let (sender, service) = mpsc::channel();
         let _service = Service::start(move |socket| drop(sender.send(socket)));
         let server = server_with(&[&key]);
-        let between = Between::start(&server, judge);
-        let mut options = between.options(_service.addr, Some(&key));
+        let _between = Between::start(&server, judge);
+        let mut options = _between.options(_service.addr, Some(&key));
         options.pool = pool;
         Self {
             _client: RunningClient::start(options),
-            between,
+            _between,
             server,
             service,
             _service,
@@ -292,10 +292,7 @@ fn a_recorded_handshake_is_of_no_use() {
     assert_replay_fails(server.control, &control);
     let waiting = server.visit();
     assert_replay_fails(server.tunnel, &tunnel);
-    let _client = RunningClient::start(ClientOptions {
-        key: Some(key),
-        ..client_options(&server, echo.addr)
-    });
+    let _client = RunningClient::start(client_options(&server, echo.addr));
     assert_echo(&waiting, "served late");
     assert_replay_fails(server.tunnel, &tunnel);
     assert_echo(&server.visit(), "in the later session");
@@ -410,10 +407,7 @@ fn a_mebibyte_of_noise_disturbs_nobody() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();
     let server = server_with(&[&key]);
-    let _client = RunningClient::start(ClientOptions {
-        key: Some(key),
-        ..client_options(&server, echo.addr)
-    });
+    let _client = RunningClient::start(client_options(&server, echo.addr));
     let visitor = server.visit();
     assert_echo(&visitor, "before");
     for (seed, port) in [server.control, server.tunnel].into_iter().enumerate() {
