@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{
     Program, Protection, Service, assert_echo, connect, eventually, plain_and_sealed,
-    reset_on_close, send_pattern,
+    raise_descriptors, reset_on_close, send_pattern,
 };
 
 plain_and_sealed! {
@@ -161,6 +161,7 @@ fn both_programs_together_idle_below_four_mib(protection: Protection) {
 }
 
 fn silent_strangers_take_neither_time_nor_memory(protection: Protection) {
+    raise_descriptors();
     let service = Service::echo();
     let (server, [public, tunnel, control]) = Program::server(protection, &[]);
     let before = server.memory("Pss_Anon");

@@ -1,20 +1,28 @@
 //! The two programs as a person at a terminal meets them.
 
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{Program, Protection, connect};
+use tunnel_proxy::{Address, Error, Key, Server, ServerOptions};
+
+use crate::support::{Program, Protection, connect, server_options};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");
 const CLIENT: &str = env!("CARGO_BIN_EXE_tpclient");
 
 /// Runs a program that ends by itself.
 fn run(program: &str, line: &str) -> Output {
-    Command::new(program)
+    command(program, line).output().unwrap()
+}
+
+fn command(program: &str, line: &str) -> Command {
+    let mut command = Command::new(program);
+    command
         .args(line.split_whitespace())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
+        .env_remove("TP_KEY")
+        .stdin(Stdio::null());
+    command
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -46,7 +54,10 @@ fn help_and_version_go_to_stdout() {
 
 /// Asserts a one-line error with this code that names the program and all of `named`.
 fn assert_error(program: &str, line: &str, code: i32, named: &[&str]) {
-    let output = run(program, line);
+    assert_error_of(&run(program, line), program, line, code, named);
+}
+
+fn assert_error_of(output: &Output, program: &str, line: &str, code: i32, named: &[&str]) {
     let errors = text(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{line}: {errors}");
     assert_eq!(text(&output.stdout), "", "{line}");
@@ -101,13 +112,149 @@ fn words_that_are_not_utf8_are_bad_usage() {
 }
 
 #[test]
+fn a_fresh_key_is_one_line_and_no_other_is_the_same() {
+    let keys = ["-g", "--generate-key"].map(|line| {
+        let output = run(SERVER, line);
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(text(&output.stderr), "");
+        text(&output.stdout).to_owned()
+    });
+    for key in &keys {
+        assert_eq!(key.strip_suffix('\n').unwrap().len(), 44, "{key:?}");
+        key.parse::<Key>().unwrap();
+    }
+    assert_ne!(keys[0], keys[1]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_key_that_cannot_be_written_is_an_error() {
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let output = command(SERVER, "-g")
+        .stdout(full.unwrap())
+        .output()
+        .unwrap();
+    assert_error_of(&output, SERVER, "-g", 1, &["stdout", "space"]);
+}
+
+/// A file with this text, gone when dropped.
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+#[test]
+fn a_key_that_is_none_is_named_and_not_shown() {
+    let secret = "c2VjcmV0IGJ1dCB0b28g";
+    let long = secret.repeat(4);
+    let odd = format!("{secret}!");
+    let hint = "tpserver --generate-key";
+    for (content, why) in [
+        ("", "no key"),
+        (" \n", "no key"),
+        (secret, "fewer than 32"),
+        (&long, "more than 32"),
+        (&odd, "not one key in base64"),
+    ] {
+        let file = file(content);
+        let path = file.path().to_str().unwrap();
+        for program in [SERVER, CLIENT] {
+            let line = format!("--key-file {path}");
+            let output = run(program, &line);
+            assert_error_of(&output, program, &line, 2, &["--key-file", path, why, hint]);
+            assert!(!text(&output.stderr).contains(&secret[..8]));
+            let output = command(program, "")
+                .env("TP_KEY", content)
+                .output()
+                .unwrap();
+            assert_error_of(&output, program, "TP_KEY", 2, &["TP_KEY", why, hint]);
+            assert!(!text(&output.stderr).contains(&secret[..8]));
+        }
+    }
+    for program in [SERVER, CLIENT] {
+        for (path, why) in [
+            ("/does/not/exist", "No such file"),
+            ("/", "directory"),
+            ("/dev/zero", "not one key"),
+        ] {
+            let line = format!("--key-file {path}");
+            assert_error(program, &line, 2, &["--key-file", path, why, hint]);
+        }
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_key_file_that_others_can_read_is_warned_about() {
+    use std::os::unix::fs::PermissionsExt;
+    let file = file(&Key::generate().unwrap().to_base64());
+    let path = file.path().to_str().unwrap();
+    let start = |mode| {
+        let permissions = std::fs::Permissions::from_mode(mode);
+        file.as_file().set_permissions(permissions).unwrap();
+        // The file's key, in the place of the one in the environment.
+        Program::server(Protection::Sealed, &["--key-file", path]).0
+    };
+    start(0o644).wait_for_line(&format!("--key-file {path}: other users"));
+    assert_eq!(start(0o600).lines_with("other users"), [""; 0]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_program_with_a_key_leaves_no_core() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let dumps_core = |key: Option<Key>| {
+        let ports = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0";
+        let mut server = Command::new("sh")
+            .args(["-c", &format!("ulimit -c unlimited; exec {SERVER} {ports}")])
+            .env_remove("TP_KEY")
+            .envs(key.map(|key| ("TP_KEY", key.to_base64())))
+            .current_dir(&folder)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
+        assert!(log.next().unwrap().unwrap().contains("listening on"));
+        let pid = rustix::process::Pid::from_child(&server);
+        rustix::process::kill_process(pid, rustix::process::Signal::ABORT).unwrap();
+        server.wait().unwrap().core_dumped()
+    };
+    // Where a system writes none at all, this shows little.
+    println!("without a key: {}", dumps_core(None));
+    assert!(!dumps_core(Some(Key::generate().unwrap())));
+}
+
+#[test]
+fn a_key_opens_the_ports_to_other_hosts() {
+    let anywhere = Address::new("0.0.0.0", 0);
+    let options = |protection| ServerOptions {
+        tunnel: anywhere.clone(),
+        control: anywhere.clone(),
+        ..server_options(protection)
+    };
+    assert!(Server::bind(options(Protection::Sealed)).is_ok());
+    let error = Server::bind(options(Protection::Plain)).err().unwrap();
+    assert!(
+        matches!(error, Error::NotLoopback("--control", _)),
+        "{error}"
+    );
+}
+
+#[test]
 fn ports_without_protection_need_insecure() {
     for (line, option) in [
         ("--bind 0.0.0.0", "--control"),
         ("--bind ::", "--control"),
         ("--tunnel 0.0.0.0:0 --control 127.0.0.1:0", "--tunnel"),
     ] {
-        assert_error(SERVER, line, 2, &[option, "loopback", "--insecure"]);
+        assert_error(
+            SERVER,
+            line,
+            2,
+            &[option, "loopback", "--key-file", "--insecure"],
+        );
     }
 }
 

@@ -104,6 +104,15 @@ pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOption
     }
 }
 
+/// Lets this process have as many descriptors as its user may, for a test that needs thousands.
+#[cfg(target_os = "linux")]
+pub fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let current = maximum;
+    setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
+}
+
 /// Connects, with a deadline on every later read and write.
 pub fn connect(address: SocketAddr) -> TcpStream {
     let socket = TcpStream::connect_timeout(&address, DEADLINE).unwrap();
