@@ -12,6 +12,10 @@
 //! global. Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes
 //! no thread on the server.
 //!
+//! With a [`Key`] on both sides, nobody without it becomes the client, reads along, or changes or
+//! cuts a stream unnoticed. Without one, nothing is protected, and the control and tunnel ports are
+//! for loopback addresses only, unless `insecure` says otherwise.
+//!
 //! # Glossary
 //!
 //! - **visitor**: who connects to the public port. Its connection is an **accept**.
@@ -56,12 +60,31 @@
 //! The client dials a tunnel whenever fewer than the granted number are idle. The server hands out
 //! the newest one that is still open, and closes the oldest one beyond those it granted.
 //!
+//! With a key, every control link and every tunnel is sealed from its first byte:
+//!
+//! 1. The client begins a handshake, `Noise_NNpsk0_25519_AESGCM_SHA256` of the Noise framework
+//!    with the key as its PSK. The prologue is `tp/1 control` on a control link; on a tunnel
+//!    `tp/1 tunnel`, followed by the handshake hash of its session's control link. So a tunnel
+//!    belongs to one session, and what was recorded of one connection fits no other.
+//! 2. Both messages of the handshake carry nothing. Each of 48 bytes stands behind its length, two
+//!    bytes with the highest first. Who has another key gets no answer but a close.
+//! 3. Frames follow: a length like that, and that many bytes of AES-GCM around a type byte and what
+//!    the frame carries. Each side counts its frames from 0, and the count is the nonce. The first
+//!    frame of a side has at most 273 bytes, later ones 65,535.
+//! 4. Type 0 carries data: the lines above, and behind them on a tunnel a visitor's bytes. Where a
+//!    frame ends means nothing. Type 1 carries nothing, and ends the stream; the connection below
+//!    stays open for the other direction.
+//! 5. The client has proved itself once its first frame has opened: before, nothing is registered,
+//!    replaced or paired. Handshake and first line have 5 s in all.
+//! 6. A frame that does not open, or an end of the connection before that of the stream, aborts
+//!    what the connection was joined with, or ends the link.
+//!
 //! # The original
 //!
 //! Both programs also work with the other half of the program that this one follows. It knows
 //! `hi` and `new` on the control link, both from the server, and its tunnels are raw bytes from
 //! the first one; its client writes nothing. An original server is recognised by a first line that
-//! is no hello.
+//! is no hello. With a key, neither program speaks to it.
 //!
 //! # Limits
 //!
@@ -72,9 +95,8 @@
 //!
 //! # Out of scope
 //!
-//! Encryption and a proof of who the client is: without `insecure` the control and tunnel ports
-//! are therefore for loopback addresses only, to be reached through ssh or a VPN. UDP, several
-//! services on one server, and anything that would have to understand a visitor's bytes.
+//! UDP, several services on one server, and anything that would have to understand a visitor's
+//! bytes, such as their encryption between the visitor and the public port.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]

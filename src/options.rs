@@ -150,11 +150,15 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
         .optmulti(
             "k",
             "key-file",
-            "the key that the client must have; given twice, it may have either. Ports of hosts \
-             other than this one need it",
+            "the key that the client must have; given twice, it may have either. Without a key, \
+             clients of other hosts are not let in",
             "FILE",
         )
-        .optflag("g", "generate-key", "print a fresh key and exit")
+        .optflag(
+            "g",
+            "generate-key",
+            "print a fresh key for both programs and exit",
+        )
         .optflag(
             "i",
             "insecure",
@@ -241,9 +245,9 @@ Examples:
     tpserver
     curl 127.0.0.1:8007
 
-  A public web port; the client comes through ssh, so its two ports stay on loopback
-  (in the LAN: ssh -N -L 8008:127.0.0.1:8008 -L 8009:127.0.0.1:8009 HOST, and tpclient):
-    tpserver --public '[::]:80'
+  A public web port, with a client on another host that has the same key:
+    (umask 077; tpserver --generate-key > tp.key)
+    tpserver --bind :: --public '[::]:80' --key-file tp.key
 
 Environment:
   TP_KEY     the key itself, if there is no --key-file
@@ -256,9 +260,8 @@ Examples:
     tpclient
     curl 127.0.0.1:8007
 
-  Offer the sshd of another host in the LAN through HOST, whose tpserver has its defaults:
-    ssh -f -N -L 8008:127.0.0.1:8008 -L 8009:127.0.0.1:8009 HOST
-    tpclient --local 192.0.2.7:22
+  Offer the sshd of another host in the LAN through HOST, whose tpserver has the same key:
+    tpclient --server HOST --key-file tp.key --local 192.0.2.7:22
 
 Environment:
   TP_KEY     the key itself, if there is no --key-file
