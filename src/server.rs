@@ -44,7 +44,7 @@ const CROWDED_OUT: &str = "others came before it had proved itself";
 /// Why a control link was closed at its deadline.
 const TOO_LATE: &str = "its hello took too long";
 
-/// With `-v`, lines a second that strangers can cause.
+/// Lines a second that strangers can cause with `-v`, and clients that have a key.
 const DETAIL_LINES: u32 = 100;
 
 /// What a stopping server gives its threads for their last words. They need microseconds, if
@@ -175,7 +175,8 @@ impl Server {
             warn!("--max-conns {wanted}: descriptors suffice for {affordable}; raise ulimit -n");
             options.max_conns = affordable;
         }
-        let anywhere = options.insecure || !options.keys.is_empty();
+        let sealed = !options.keys.is_empty();
+        let anywhere = options.insecure || sealed;
         let control = Listener::open("--control", &options.control, anywhere)?;
         let tunnel = Listener::open("--tunnel", &options.tunnel, anywhere)?;
         let public = Listener::open("--public", &options.public, true)?;
@@ -196,7 +197,7 @@ impl Server {
             unproved_tunnels: Lobby::new(),
             pairs: Pairs::new(),
             stop: Stop::new(),
-            logs: Logs::new(),
+            logs: Logs::new(sealed),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -679,15 +680,17 @@ impl Listener {
 }
 
 impl Logs {
-    fn new() -> Self {
+    fn new(sealed: bool) -> Self {
         let once_a_second = || LogLimit::new(1);
+        // Who has a key is no stranger.
+        let client_lines = if sealed { DETAIL_LINES } else { 1 };
         Self {
             accept_failed: once_a_second(),
             no_thread: once_a_second(),
             link_refused: once_a_second(),
             tunnel_refused: once_a_second(),
-            client_came: once_a_second(),
-            client_left: once_a_second(),
+            client_came: LogLimit::new(client_lines),
+            client_left: LogLimit::new(client_lines),
             timed_out: once_a_second(),
             detail: LogLimit::new(DETAIL_LINES),
         }
