@@ -319,7 +319,9 @@ impl Opener {
                 }
             }
             if at == 1 && !self.ended {
-                self.fill(from, batch.len() + LENGTH * 8)?;
+                // What a far side like this one makes of a full batch.
+                let frames = batch.len().div_ceil(DATA_SIZE);
+                self.fill(from, batch.len() + frames * (LENGTH + OVERHEAD))?;
             }
         }
         Ok(Some(at - 1))
