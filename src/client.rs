@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use log::{Level, info, log, warn};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
@@ -20,7 +20,7 @@ use crate::limits::LogLimit;
 use crate::net::{self, timed_out};
 use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
-use crate::relay::{End, Pairs, SWEEP, Visitor};
+use crate::relay::{End, Expected, Pairs, SWEEP, Visitor};
 use crate::secure::{Bond, Purpose};
 use crate::stop::{Handle, Stop};
 use crate::workers::{Workers, set_name};
@@ -32,8 +32,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
 
-/// What a stopping client gives its threads for their last words. They need microseconds, unless a
-/// dial is under way.
+/// What a stopping client gives its threads for their last words, and its server to close the idle
+/// tunnels. Both need no more than a round trip, unless a dial is under way.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The half of the tunnel that runs in the LAN.
@@ -77,6 +77,8 @@ struct Session {
     /// What its tunnels are tied to. None without a key.
     bond: Option<Bond>,
     tunnels: Mutex<Tunnels>,
+    /// No tunnel is spare any more.
+    none_spare: Condvar,
 }
 
 /// A control link to a server that has answered.
@@ -101,6 +103,8 @@ struct Tunnels {
     spare: usize,
     /// Those that are idle, to be ended with their session.
     idle: Vec<Arc<TcpStream>>,
+    /// They have been, and others must not become idle.
+    cut: bool,
     /// What is to be written to the server. None once the session has ended; that ends the writer,
     /// and with it the link.
     to_server: Option<Sender<Line>>,
@@ -217,8 +221,10 @@ impl Shared {
             tunnels: Mutex::new(Tunnels {
                 spare: 0,
                 idle: Vec::new(),
+                cut: false,
                 to_server: Some(to_server),
             }),
+            none_spare: Condvar::new(),
         });
         *self.session.lock() = Some(session.clone());
         if self.stop.stopped() {
@@ -227,6 +233,12 @@ impl Shared {
         }
         let why = self.serve(&session, writer, to_write, first, &mut lines);
         session.end(None);
+        if self.stop.stopped() {
+            // The server closes them when it has read the bye. One that it gave a visitor before
+            // is still served.
+            session.wait_for_spare(LAST_WORDS);
+        }
+        session.cut_idle();
         Ok(format!("lost the server at {address}: {why}"))
     }
 
@@ -347,8 +359,8 @@ impl Shared {
     fn combine(self: &Arc<Self>, session: &Arc<Session>) {
         let to = session.tunnel_addr;
         let waited = match self.connect_remote(session) {
-            Ok(remote) => match session.wait_for_visitor(remote) {
-                Ok(given) => Ok(given),
+            Ok((remote, expected)) => match session.wait_for_visitor(remote) {
+                Ok((visitor, remote)) => Ok((visitor, remote, expected)),
                 // Most likely it was superfluous.
                 Err(error) => {
                     let why = why_ended(&error);
@@ -358,7 +370,7 @@ impl Shared {
             Err(error) => Err((Level::Warn, format!("could not dial a tunnel: {error}"))),
         };
         let live = session.count_used();
-        let (visitor, remote) = match waited {
+        let (visitor, remote, _expected) = match waited {
             Ok(given) => given,
             Err((level, why)) if live => {
                 let limit = &self.logs.tunnel_failed;
@@ -384,7 +396,7 @@ impl Shared {
     }
 
     /// Dials the tunnel port, and names the session, after the handshake if there is a key.
-    fn connect_remote(&self, session: &Session) -> io::Result<Conn> {
+    fn connect_remote(&self, session: &Session) -> io::Result<(Conn, Expected)> {
         let remote = net::dial_one(session.tunnel_addr)?;
         // Once the server has given it a visitor, an end is a complete and empty answer.
         net::reset_on_close(&remote, true);
@@ -392,10 +404,11 @@ impl Shared {
         if let Some(bond) = &session.bond {
             initiate(&mut remote, &Purpose::Tunnel(bond))?;
         }
+        let expected = session.expect_visitor(&self.pairs)?;
         if let Proto::Tp1 { id, .. } = session.proto {
             send(&mut remote.writer, &Line::Tunnel { session: id })?;
         }
-        Ok(remote)
+        Ok((remote, expected))
     }
 
     /// Joins a tunnel with the local service. One direction stays on this thread.
@@ -440,7 +453,14 @@ impl Shared {
     /// See [`Handle::stop`].
     fn stop(&self, drain: Duration) {
         self.pairs.end_after(drain);
+        // No visitor is expected any more when `run` looks; and again for a session that begins in
+        // this moment.
+        self.end_session();
         self.stop.stop();
+        self.end_session();
+    }
+
+    fn end_session(&self) {
         if let Some(session) = self.session.lock().take() {
             session.end(Some(Line::bye(DRAINING)));
         }
@@ -460,7 +480,25 @@ impl Session {
     fn count_used(&self) -> bool {
         let mut tunnels = self.tunnels.lock();
         tunnels.spare -= 1;
+        if tunnels.spare == 0 {
+            self.none_spare.notify_all();
+        }
         tunnels.to_server.is_some()
+    }
+
+    /// Waits until no tunnel is spare, but not longer than that.
+    fn wait_for_spare(&self, limit: Duration) {
+        let mut tunnels = self.tunnels.lock();
+        let some = |tunnels: &mut Tunnels| tunnels.spare > 0;
+        self.none_spare.wait_while_for(&mut tunnels, some, limit);
+    }
+
+    /// To be called before a tunnel says which session it belongs to: the server may then give it a
+    /// visitor, whom a client that stops must not forget. An error once the session has ended.
+    fn expect_visitor(&self, pairs: &Arc<Pairs>) -> io::Result<Expected> {
+        let tunnels = self.tunnels.lock();
+        tunnels.to_server.as_ref().ok_or_else(ended)?;
+        Ok(pairs.expect())
     }
 
     /// Waits until the server gives the tunnel a visitor.
@@ -469,10 +507,11 @@ impl Session {
             return Ok((Visitor::new(None, None), remote));
         }
         let (socket, writer) = (remote.socket().clone(), remote.writer);
-        let ended = || io::Error::from(io::ErrorKind::ConnectionAborted);
         {
             let mut tunnels = self.tunnels.lock();
-            tunnels.to_server.as_ref().ok_or_else(ended)?;
+            if tunnels.cut {
+                return Err(ended());
+            }
             tunnels.idle.push(socket.clone());
         }
         let mut lines = Lines::new(remote.reader);
@@ -492,13 +531,19 @@ impl Session {
         Ok((Visitor::new(address?, None), Conn { reader, writer }))
     }
 
-    /// Ends the control link, with these last words, and every idle tunnel. Visitors that are
-    /// joined go on.
+    /// Ends the control link, with these last words. No tunnel is dialled any more; visitors that
+    /// are joined go on.
     fn end(&self, last_words: Option<Line>) {
-        let mut tunnels = self.tunnels.lock();
-        if let (Some(to_server), Some(line)) = (tunnels.to_server.take(), last_words) {
+        let to_server = self.tunnels.lock().to_server.take();
+        if let (Some(to_server), Some(line)) = (to_server, last_words) {
             let _ = to_server.send(line);
         }
+    }
+
+    /// Ends every idle tunnel.
+    fn cut_idle(&self) {
+        let mut tunnels = self.tunnels.lock();
+        tunnels.cut = true;
         for idle in tunnels.idle.drain(..) {
             // Not a shutdown: if the server hands it to a visitor in this very moment, the visitor
             // must not take that for an empty answer.
@@ -550,6 +595,11 @@ fn initiate(conn: &mut Conn, purpose: &Purpose) -> io::Result<Bond> {
     })?;
     conn.reader.set_deadline(None)?;
     Ok(bond)
+}
+
+/// What ends a tunnel that comes too late.
+fn ended() -> io::Error {
+    io::ErrorKind::ConnectionAborted.into()
 }
 
 /// From 0 to 1.

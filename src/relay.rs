@@ -47,6 +47,8 @@ pub struct Pairs {
 struct PairsState {
     joined: HashMap<u64, Weak<Pair>>,
     next_key: u64,
+    /// How many more may be joined before long.
+    expected: usize,
     end_by: Option<Instant>,
     /// What is joined from now on is cut at once.
     closed: bool,
@@ -59,6 +61,7 @@ impl Pairs {
             state: Mutex::new(PairsState {
                 joined: HashMap::new(),
                 next_key: 0,
+                expected: 0,
                 end_by: None,
                 closed: false,
             }),
@@ -116,6 +119,12 @@ impl Pairs {
         )
     }
 
+    /// Lets [`wait`](Self::wait) wait for a pair that is not joined yet, as long as the answer lives.
+    pub fn expect(self: &Arc<Self>) -> Expected {
+        self.state.lock().expected += 1;
+        Expected(self.clone())
+    }
+
     /// Pairs that are still joined after this time are to be aborted then. A later instant than
     /// the one already set changes nothing.
     pub fn end_after(&self, time: Duration) {
@@ -125,12 +134,14 @@ impl Pairs {
         self.changed.notify_all();
     }
 
-    /// Waits until no pair is joined any more, see [`Pairs::end_after`]. None can be joined then.
+    /// Waits until no pair is joined or expected any more, see [`Pairs::end_after`]. None can be
+    /// joined then.
     pub fn wait(&self) {
         loop {
             let mut state = self.state.lock();
             let now = Instant::now();
-            if state.joined.is_empty() || state.end_by.is_some_and(|end_by| end_by <= now) {
+            let done = state.joined.is_empty() && state.expected == 0;
+            if done || state.end_by.is_some_and(|end_by| end_by <= now) {
                 state.closed = true;
                 break;
             }
@@ -158,6 +169,16 @@ impl Pairs {
     fn all(&self) -> Vec<Arc<Pair>> {
         let state = self.state.lock();
         state.joined.values().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// A pair that may be joined before long.
+pub struct Expected(Arc<Pairs>);
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        self.0.state.lock().expected -= 1;
+        self.0.changed.notify_all();
     }
 }
 

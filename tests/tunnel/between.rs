@@ -3,16 +3,15 @@
 //! without the key.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tunnel_proxy::{ClientOptions, Key};
 
-use crate::support::{DEADLINE, RunningServer, connect};
+use crate::support::{DEADLINE, RunningServer, Service, connect};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
@@ -55,8 +54,8 @@ type Judge = dyn FnMut(Place, Vec<u8>) -> Verdict + Send;
 pub type Seen = [Vec<u8>; 2];
 
 pub struct Between {
-    control: Gate,
-    tunnel: Gate,
+    control: Service,
+    tunnel: Service,
     shared: Arc<Shared>,
 }
 
@@ -64,13 +63,6 @@ struct Shared {
     judge: Mutex<Box<Judge>>,
     /// For each port, its connections.
     seen: [Mutex<Vec<Seen>>; 2],
-}
-
-/// One port of the one between.
-struct Gate {
-    addr: SocketAddr,
-    stopped: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Between {
@@ -84,8 +76,8 @@ impl Between {
             seen: Default::default(),
         });
         Self {
-            control: Gate::open(Port::Control, server.control, &shared),
-            tunnel: Gate::open(Port::Tunnel, server.tunnel, &shared),
+            control: shared.between(Port::Control, server.control),
+            tunnel: shared.between(Port::Tunnel, server.tunnel),
             shared,
         }
     }
@@ -112,55 +104,26 @@ impl Between {
     }
 }
 
-impl Gate {
-    fn open(port: Port, server: SocketAddr, shared: &Arc<Shared>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = listener.local_addr().unwrap();
-        let stopped = Arc::new(AtomicBool::new(false));
-        let (shared, stop) = (shared.clone(), stopped.clone());
-        let thread = thread::spawn(move || {
-            for conn in 0.. {
-                let Ok((client, _)) = listener.accept() else {
-                    return;
-                };
-                if stop.load(Ordering::SeqCst) {
-                    return;
-                }
-                shared.seen[port as usize].lock().push(Seen::default());
-                let server = Arc::new(connect(server));
-                let client = Arc::new(client);
-                for (way, from, to) in [
-                    (Way::ToServer, client.clone(), server.clone()),
-                    (Way::ToClient, server, client),
-                ] {
-                    let shared = shared.clone();
-                    thread::spawn(move || shared.carry(port, conn, way, &from, &to));
-                }
-            }
-        });
-        Self {
-            addr,
-            stopped,
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for Gate {
-    fn drop(&mut self) {
-        self.stopped.store(true, Ordering::SeqCst);
-        let _ = TcpStream::connect(self.addr);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 impl Shared {
+    fn between(self: &Arc<Self>, port: Port, server: SocketAddr) -> Service {
+        let shared = self.clone();
+        Service::start(move |client| {
+            let server = connect(server);
+            let conn = {
+                let mut seen = shared.seen[port as usize].lock();
+                seen.push(Seen::default());
+                seen.len() - 1
+            };
+            thread::scope(|scope| {
+                scope.spawn(|| shared.carry(port, conn, Way::ToServer, &client, &server));
+                shared.carry(port, conn, Way::ToClient, &server, &client);
+            });
+        })
+    }
+
     /// Carries one direction, message by message. However it ends, both sides see a proper end:
     /// nothing but what was inside can tell them that there was more to come.
     fn carry(&self, port: Port, conn: usize, way: Way, from: &TcpStream, to: &TcpStream) {
-        from.set_nodelay(true).unwrap();
         from.set_read_timeout(Some(3 * DEADLINE)).unwrap();
         for index in 0.. {
             let Some(message) = read_message(from) else {
