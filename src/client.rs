@@ -16,7 +16,7 @@ use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
-use crate::limits::LogLimit;
+use crate::limits::{LogLimit, MAX_UNPROVED, Slots};
 use crate::net::{self, timed_out};
 use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
@@ -31,6 +31,10 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 /// Tunnels that wait for a visitor or are being dialled. A server never has more visitors waiting
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
+
+/// Tunnels that are in their handshake, a round trip or two each. The server has no places for more
+/// than 64 that have not proved themselves, and strangers take some.
+const MAX_HANDSHAKES: usize = MAX_UNPROVED - 8;
 
 /// What a stopping client gives its threads for their last words, and its server to close the idle
 /// tunnels. Both need no more than a round trip, unless a dial is under way.
@@ -56,6 +60,7 @@ struct Shared {
     options: ClientOptions,
     workers: Workers,
     pairs: Arc<Pairs>,
+    handshakes: Arc<Slots>,
     /// The session with the server, while there is one.
     session: Mutex<Option<Arc<Session>>>,
     stop: Stop,
@@ -120,6 +125,7 @@ impl Client {
                 options,
                 workers: Workers::new(),
                 pairs: Pairs::new(),
+                handshakes: Slots::new(MAX_HANDSHAKES),
                 session: Mutex::new(None),
                 stop: Stop::new(),
                 logs: Logs {
@@ -245,9 +251,14 @@ impl Shared {
     /// What a control link begins with: the handshake, if there is a key, and a line each way.
     fn open_link(&self, mut conn: Conn) -> io::Result<Link> {
         conn.socket().set_write_timeout(Some(SILENCE))?;
-        let bond = match &self.options.key {
-            None => None,
-            Some(key) => Some(initiate(&mut conn, &Purpose::Control(from_ref(key)))?),
+        let start = Instant::now();
+        let (bond, deadline) = match &self.options.key {
+            None => (None, start + SILENCE),
+            Some(key) => {
+                let (purpose, deadline) =
+                    (Purpose::Control(from_ref(key)), start + HANDSHAKE_TIMEOUT);
+                (Some(initiate(&mut conn, &purpose, deadline)?), deadline)
+            }
         };
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
         let hello = Line::Hello {
@@ -257,7 +268,7 @@ impl Shared {
         };
         send(&mut writer, &hello)?;
         let first = lines
-            .next_line_by(Instant::now() + SILENCE)
+            .next_line_by(deadline)
             .map_err(|error| match error.kind() {
                 UnexpectedEof | ConnectionReset if bond.is_none() => {
                     io::Error::other("it closed the connection: it may want a key (--key-file)")
@@ -397,12 +408,17 @@ impl Shared {
 
     /// Dials the tunnel port, and names the session, after the handshake if there is a key.
     fn connect_remote(&self, session: &Session) -> io::Result<(Conn, Expected)> {
+        let _slot = match session.bond {
+            Some(_) => Some(self.handshakes.take().ok_or_else(ended)?),
+            None => None,
+        };
         let remote = net::dial_one(session.tunnel_addr)?;
         // Once the server has given it a visitor, an end is a complete and empty answer.
         net::reset_on_close(&remote, true);
         let mut remote = Conn::new(Arc::new(remote));
         if let Some(bond) = &session.bond {
-            initiate(&mut remote, &Purpose::Tunnel(bond))?;
+            let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+            initiate(&mut remote, &Purpose::Tunnel(bond), deadline)?;
         }
         let expected = session.expect_visitor(&self.pairs)?;
         if let Proto::Tp1 { id, .. } = session.proto {
@@ -458,6 +474,7 @@ impl Shared {
         self.end_session();
         self.stop.stop();
         self.end_session();
+        self.handshakes.close();
     }
 
     fn end_session(&self) {
@@ -586,8 +603,7 @@ impl fmt::Display for Proto {
 }
 
 /// The client's part of a handshake, in time.
-fn initiate(conn: &mut Conn, purpose: &Purpose) -> io::Result<Bond> {
-    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+fn initiate(conn: &mut Conn, purpose: &Purpose, deadline: Instant) -> io::Result<Bond> {
     conn.reader.set_deadline(Some(deadline))?;
     let bond = conn.initiate(purpose).map_err(|error| match error {
         late if timed_out(&late) => io::Error::other("its half of the handshake took too long"),

@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::secure::{self, Bond, OVERHEAD, Opener, Purpose, Sealer, Secured};
+use crate::secure::{self, Bond, Opener, Purpose, Sealer, Secured, TAG};
 
 /// A connection.
 pub struct Conn {
@@ -42,36 +42,21 @@ impl Conn {
 
     /// The client's handshake; it must be over by the reader's deadline.
     pub fn initiate(&mut self, purpose: &Purpose) -> io::Result<Bond> {
-        let secured = secure::initiate(&mut *self, purpose)?;
-        Ok(self.secured(secured))
+        let secured = secure::initiate(&mut self.reader, &mut self.writer, purpose)?;
+        Ok(self.seal(secured))
     }
 
-    /// The server's handshake; it must be over by the reader's deadline.
-    pub fn respond(&mut self, purpose: &Purpose) -> io::Result<Bond> {
-        let secured = secure::respond(&mut *self, purpose)?;
-        Ok(self.secured(secured))
+    /// The server's handshake; it must be over by the reader's deadline. `known` is called when the
+    /// client has begun as if it had the key.
+    pub fn respond(&mut self, purpose: &Purpose, known: impl FnOnce()) -> io::Result<Bond> {
+        let secured = secure::respond(&mut self.reader, &mut self.writer, purpose, known)?;
+        Ok(self.seal(secured))
     }
 
-    fn secured(&mut self, secured: Secured) -> Bond {
+    fn seal(&mut self, secured: Secured) -> Bond {
         self.reader.opener = Some(secured.opener);
         self.writer.sealer = Some(secured.sealer);
         secured.bond
-    }
-}
-
-impl Read for Conn {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.reader.read(buffer)
-    }
-}
-
-impl Write for Conn {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.writer.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -125,7 +110,7 @@ impl Reader {
     /// how many bytes that is, 0 at the end.
     pub fn read_batch(&mut self, batch: &mut [u8]) -> io::Result<usize> {
         let mut source = Source(&self.socket, self.deadline);
-        let space = 1..batch.len() - TAIL;
+        let space = 1..batch.len() - TAG;
         if self.rest.is_empty() {
             let Some(opener) = &mut self.opener else {
                 return source.read(&mut batch[space]);
@@ -133,7 +118,7 @@ impl Reader {
             if let Some(count) = opener.read_batch(&mut source, batch)? {
                 return Ok(count);
             }
-            self.rest = opener.open_one(&mut source)?.into();
+            self.rest = opener.open_one(&mut source)?;
         }
         self.take_rest(&mut batch[space])
     }
@@ -155,7 +140,7 @@ impl Read for Reader {
         if self.rest.is_empty() {
             match &mut self.opener {
                 None => return source.read(buffer),
-                Some(opener) => self.rest = opener.open_one(&mut source)?.into(),
+                Some(opener) => self.rest = opener.open_one(&mut source)?,
             }
         }
         self.take_rest(buffer)
@@ -190,9 +175,6 @@ impl Read for Source<'_> {
     }
 }
 
-/// Room behind a batch in which the tag of its last frame is checked.
-const TAIL: usize = OVERHEAD - 1;
-
 /// The half of a connection that is written.
 pub struct Writer {
     socket: Arc<TcpStream>,
@@ -204,11 +186,11 @@ impl Writer {
     /// A buffer for a [reader](Reader::read_batch) to put `size` bytes into. One byte in front and a
     /// tag's room behind are for those that come in frames: so no byte is moved between the two.
     pub fn batch(&mut self, size: usize) -> &mut [u8] {
-        let size = 1 + size + TAIL;
+        let size = 1 + size + TAG;
         if self.batch.len() != size {
             self.batch = vec![0; size];
             if let Some(sealer) = &mut self.sealer {
-                sealer.shrink();
+                sealer.release();
             }
         }
         &mut self.batch

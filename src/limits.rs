@@ -1,7 +1,6 @@
 //! What bounds a stranger: how many visitors there are, how many connections have yet to prove
 //! that they are a client, and how many log lines they cause.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -14,9 +13,13 @@ use crate::protocol::MAX_POOL;
 /// Connections of one port that have not proved themselves yet: each has a thread.
 pub const MAX_UNPROVED: usize = 64;
 
-/// When there are too many, the oldest goes, but not before it has had this long: a client on this
-/// host needs microseconds, and a burst of its tunnels must not push its own out.
+/// When there are too many, the oldest goes, but not before it has had this long: a client needs
+/// microseconds for what it says first, and a burst of its tunnels must not push its own out.
 const UNPROVED_GRACE: Duration = Duration::from_millis(50);
+
+/// One that began like somebody who has the key has this long: what it says next takes a round
+/// trip, and nobody must be able to push a far client out.
+const KNOWN_GRACE: Duration = Duration::from_secs(1);
 
 /// What a server needs besides its visitors, or half of what it has if that is less: three ports,
 /// strangers at two of them, a full pool, and a few for the system.
@@ -108,39 +111,50 @@ impl Drop for Slot {
 
 /// The connections of a port that have not proved themselves yet.
 pub struct Lobby {
-    unproved: Mutex<VecDeque<Unproved>>,
+    unproved: Mutex<Vec<Unproved>>,
     left: Condvar,
 }
 
 struct Unproved {
     socket: Arc<TcpStream>,
-    since: Instant,
+    /// Until then it stays, however full it gets.
+    stays: Instant,
+    /// Shut down; its thread is about to notice, and counts until it has.
+    sent_away: bool,
 }
 
 impl Lobby {
     /// An empty lobby.
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
-            unproved: Mutex::new(VecDeque::new()),
+            unproved: Mutex::new(Vec::new()),
             left: Condvar::new(),
         })
     }
 
     /// Lets a connection in. In a full lobby that shuts the oldest one down, whose thread then
-    /// reads the end; at worst it waits for as long as that one may stay in any case, 50 ms.
+    /// reads the end; and waits until that one has gone, after it has had its time.
     pub fn enter(self: &Arc<Self>, socket: &Arc<TcpStream>) -> Place {
         let mut unproved = self.unproved.lock();
         while unproved.len() >= MAX_UNPROVED {
-            let goes = unproved[0].since + UNPROVED_GRACE;
-            if Instant::now() < goes {
-                self.left.wait_until(&mut unproved, goes);
-            } else if let Some(oldest) = unproved.pop_front() {
-                let _ = oldest.socket.shutdown(Shutdown::Both);
+            let leaves = unproved.iter().any(|it| it.sent_away);
+            let oldest = unproved.iter_mut().min_by_key(|it| it.stays);
+            match oldest.filter(|_| !leaves) {
+                Some(oldest) if oldest.stays <= Instant::now() => {
+                    oldest.sent_away = true;
+                    let _ = oldest.socket.shutdown(Shutdown::Both);
+                }
+                Some(oldest) => {
+                    let stays = oldest.stays;
+                    self.left.wait_until(&mut unproved, stays);
+                }
+                None => self.left.wait(&mut unproved),
             }
         }
-        unproved.push_back(Unproved {
+        unproved.push(Unproved {
             socket: socket.clone(),
-            since: Instant::now(),
+            stays: Instant::now() + UNPROVED_GRACE,
+            sent_away: false,
         });
         Place {
             lobby: self.clone(),
@@ -169,14 +183,25 @@ impl Place {
         self.remove()
     }
 
+    /// Lets the connection stay longer than others: it began like one that has the key. That may
+    /// have been recorded, so it proves nothing yet.
+    pub fn extend(&self) {
+        let mut unproved = self.lobby.unproved.lock();
+        if let Some(own) = self.find(&unproved) {
+            unproved[own].stays += KNOWN_GRACE;
+        }
+    }
+
+    fn find(&self, unproved: &[Unproved]) -> Option<usize> {
+        let is_own = |it: &Unproved| Arc::ptr_eq(&it.socket, &self.socket);
+        unproved.iter().position(is_own)
+    }
+
     fn remove(&self) -> bool {
         let mut unproved = self.lobby.unproved.lock();
-        let place = unproved
-            .iter()
-            .position(|it| Arc::ptr_eq(&it.socket, &self.socket));
-        let found = place.and_then(|place| unproved.remove(place));
+        let own = self.find(&unproved).map(|own| unproved.swap_remove(own));
         self.lobby.left.notify_one();
-        found.is_some()
+        own.is_some_and(|own| !own.sent_away)
     }
 }
 
@@ -275,31 +300,39 @@ mod tests {
         assert!(!waiting.join().unwrap());
     }
 
+    /// A connection to this listener, and its other end.
+    fn connect(listener: &TcpListener) -> (TcpStream, Arc<TcpStream>) {
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        near.set_read_timeout(Some(DEADLINE)).unwrap();
+        (near, Arc::new(listener.accept().unwrap().0))
+    }
+
     #[test]
-    fn a_full_lobby_sends_the_oldest_away() {
+    fn a_full_lobby_sends_the_oldest_away_and_waits_for_it() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let connect = || {
-            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            near.set_read_timeout(Some(DEADLINE)).unwrap();
-            (near, Arc::new(listener.accept().unwrap().0))
-        };
         let lobby = Lobby::new();
-        let (mut oldest, socket) = connect();
         let start = Instant::now();
-        let oldest_place = lobby.enter(&socket);
-        let others: Vec<_> = (1..MAX_UNPROVED)
+        let mut inside: Vec<_> = (0..MAX_UNPROVED)
             .map(|_| {
-                let (near, socket) = connect();
+                let (near, socket) = connect(&listener);
                 (near, lobby.enter(&socket))
             })
             .collect();
-        let (_near, socket) = connect();
-        let place = lobby.enter(&socket);
-        assert!(start.elapsed() >= UNPROVED_GRACE);
+        // The oldest began as if it had the key: the second one goes in its place.
+        inside[0].1.extend();
+        let (mut oldest, oldest_place) = inside.remove(1);
+        let (_near, newcomer) = connect(&listener);
+        let entering = thread::spawn({
+            let lobby = lobby.clone();
+            move || lobby.enter(&newcomer)
+        });
         assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
-        assert_eq!(lobby.unproved.lock().len(), MAX_UNPROVED);
+        assert!(start.elapsed() >= UNPROVED_GRACE);
+        assert!(!entering.is_finished(), "in before the other is out");
         assert!(!oldest_place.leave());
-        drop(others);
+        let place = entering.join().unwrap();
+        assert_eq!(lobby.unproved.lock().len(), MAX_UNPROVED);
+        drop(inside);
         assert_eq!(lobby.unproved.lock().len(), 1);
         assert!(place.leave());
         assert_eq!(lobby.unproved.lock().len(), 0);

@@ -118,6 +118,8 @@ pub enum Command<O> {
     Run(O, Common),
     /// Print this text and end.
     Print(String),
+    /// Print a fresh key and end.
+    GenerateKey,
 }
 
 /// What a command line says that is the same for both programs.
@@ -171,7 +173,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
         Parsed::Print(text) => return Ok(Command::Print(text)),
     };
     if given.opt_present("generate-key") {
-        return Ok(Command::Print(Key::generate()?.to_base64() + "\n"));
+        return Ok(Command::GenerateKey);
     }
 
     let mut options = ServerOptions::default();
@@ -293,6 +295,12 @@ fn parse(
     program: &str,
     examples: &str,
 ) -> Result<Parsed, Error> {
+    let words: Vec<_> = words.into_iter().collect();
+    if words.iter().any(holds_key) {
+        let what = "a key is among the words of the command, where others can see it: use \
+                    --key-file FILE, and a fresh key";
+        return Err(usage(what.to_owned()));
+    }
     let given = grammar
         .parse(words)
         .map_err(|error| usage(error.to_string()))?;
@@ -308,6 +316,23 @@ fn parse(
         Some(word) => Err(usage(format!("unexpected word '{word}'"))),
         None => Ok(Parsed::Given(given)),
     }
+}
+
+/// True for a key, alone or as the value of an option, its padding lost or not: no message must
+/// quote it.
+fn holds_key(word: &OsString) -> bool {
+    let word = word.to_string_lossy();
+    let values = [
+        Some(&*word),
+        word.get(2..),
+        word.split_once('=').map(|it| it.1),
+    ];
+    let is_key = |text: &str| {
+        format!("{}=", text.trim_end_matches('='))
+            .parse::<Key>()
+            .is_ok()
+    };
+    values.into_iter().flatten().any(is_key)
 }
 
 fn usage(what: String) -> Error {
@@ -372,11 +397,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn common(given: &Matches) -> Result<Common, Error> {
     let files = given.opt_strs("key-file");
-    if files.iter().any(|file| file.parse::<Key>().is_ok()) {
-        let what = "--key-file: this is a key, and the name of a file is needed: others can see \
-                    the words of a command";
-        return Err(usage(what.to_owned()));
-    }
     Ok(Common {
         level: level(given)?,
         key_files: files.into_iter().map(PathBuf::from).collect(),
@@ -403,21 +423,21 @@ mod tests {
     fn server_options(line: &str) -> ServerOptions {
         match server(words(line)).unwrap() {
             Command::Run(options, _) => options,
-            Command::Print(text) => panic!("prints {text}"),
+            other => panic!("{other:?}"),
         }
     }
 
     fn client_common(line: &str) -> Common {
         match client(words(line)).unwrap() {
             Command::Run(_, common) => common,
-            Command::Print(text) => panic!("prints {text}"),
+            other => panic!("{other:?}"),
         }
     }
 
     fn client_options(line: &str) -> ClientOptions {
         match client(words(line)).unwrap() {
             Command::Run(options, _) => options,
-            Command::Print(text) => panic!("prints {text}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -501,13 +521,23 @@ mod tests {
         let error = client(words("-k a -k b")).unwrap_err().to_string();
         assert!(error.contains("key-file"), "{error}");
 
-        let Ok(Command::Print(key)) = server(words("--generate-key")) else {
-            panic!("not understood");
-        };
-        key.parse::<Key>().unwrap();
-        for line in [format!("-k {key}"), format!("--key-file={key}")] {
+        let generate = server(words("--generate-key")).unwrap();
+        assert_eq!(generate, Command::GenerateKey);
+
+        let key = Key::generate().unwrap().to_base64();
+        let key = key.trim_end_matches('=');
+        for line in [
+            "-k KEY",
+            "-k KEY=",
+            "-kKEY=",
+            "--key-file=KEY=",
+            "KEY",
+            "-b KEY=",
+        ] {
+            let line = line.replace("KEY", key);
             let error = server(words(&line)).unwrap_err().to_string();
-            assert!(!error.contains(key.trim_end()), "{error}");
+            assert!(!error.contains(key), "{error}");
+            assert!(error.contains("--key-file FILE"), "{error}");
         }
     }
 

@@ -12,7 +12,7 @@ use log::warn;
 use crate::error::Error;
 use crate::key::Key;
 use crate::limits::raise_descriptors;
-use crate::options::Common;
+use crate::options::{Command, Common};
 
 /// The key itself, where a file does not suit.
 const KEY_VARIABLE: &str = "TP_KEY";
@@ -20,12 +20,24 @@ const KEY_VARIABLE: &str = "TP_KEY";
 /// What is read of a key file at most, in bytes: a key has 44, and `/dev/zero` no end.
 const KEY_FILE_SIZE: u64 = 1024;
 
-/// Starts the logger on stderr, where `RUST_LOG` rules if it is set, takes as many descriptors as
-/// the user may have, and reads the keys: those in the files, or else the one in `TP_KEY`.
+/// Does what a command asks for, if it is no more than to print something; otherwise gets ready to
+/// run, and answers with the options and the keys.
 ///
 /// # Errors
-/// There is no key where one should be.
-pub fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
+/// There is no key where one should be, or what was to be printed could not be.
+pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>)>, Error> {
+    match command {
+        Command::Print(text) => print(&text).map(|()| None),
+        Command::GenerateKey => {
+            print(&format!("{}\n", Key::generate()?.to_base64())).map(|()| None)
+        }
+        Command::Run(options, common) => Ok(Some((options, prepare(&common)?))),
+    }
+}
+
+/// Starts the logger on stderr, where `RUST_LOG` rules if it is set, takes as many descriptors as
+/// the user may have, and reads the keys: those in the files, or else the one in `TP_KEY`.
+fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     raise_descriptors();
     let default = env_logger::Env::default().default_filter_or(common.level.as_str());
     env_logger::Builder::from_env(default)
@@ -92,11 +104,9 @@ fn forbid_core() {
     }
 }
 
-/// Prints a text on stdout. That nobody reads it is no error: it may be piped into `head`.
-///
-/// # Errors
-/// The text did not arrive where it was to go, such as in a file on a full disk.
-pub fn print(text: &str) -> Result<(), Error> {
+/// Prints a text on stdout. That nobody reads it is no error: it may be piped into `head`. That it
+/// did not get into a file is one: it may be a key.
+fn print(text: &str) -> Result<(), Error> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Print(error)),
         _ => Ok(()),

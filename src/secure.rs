@@ -7,7 +7,8 @@
 //! type byte and what is carried. Both sides count their frames, from 0, and the count is the
 //! nonce: a frame that was changed, dropped, repeated or moved does not open.
 
-use std::io::{self, Read};
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use snow::{Builder, HandshakeState, StatelessTransportState};
@@ -20,7 +21,8 @@ const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 /// A frame's length field, and that of a handshake message.
 const LENGTH: usize = 2;
 
-const TAG: usize = 16;
+/// The end of a frame: with the key, and only with it, it can be told that nothing was changed.
+pub const TAG: usize = 16;
 
 /// A handshake message: an ephemeral public key of 32 bytes, and the tag of nothing.
 const MESSAGE: usize = 32 + TAG;
@@ -29,7 +31,7 @@ const MESSAGE: usize = 32 + TAG;
 const OPENING: [u8; LENGTH] = (MESSAGE as u16).to_be_bytes();
 
 /// What a frame adds to the bytes that it carries, its length field not counted.
-pub const OVERHEAD: usize = 1 + TAG;
+const OVERHEAD: usize = 1 + TAG;
 
 /// The most bytes that are put into one frame; any size up to 65,518 is understood. AES-GCM is
 /// fastest about here, and the far side need not wait long for the end of a frame.
@@ -38,7 +40,7 @@ const DATA_SIZE: usize = 16 * 1024;
 /// The first frame of a side is a line, and nothing larger gets memory before it has opened.
 const FIRST_FRAME: usize = MAX_LINE + OVERHEAD;
 
-/// The buffer for frames that are lines.
+/// The buffer for frames that are opened one by one: most of them are lines.
 const SMALL_BUFFER: usize = 512;
 
 /// Types of frames.
@@ -54,8 +56,8 @@ pub struct Bond {
 }
 
 impl Bond {
-    /// True if the client has this key.
-    pub fn has(&self, key: &Key) -> bool {
+    /// True if it was made with this key.
+    pub fn key_is(&self, key: &Key) -> bool {
         self.key == *key
     }
 }
@@ -96,18 +98,22 @@ pub struct Secured {
 
 /// The client's half of a handshake: its own message, and then the server's. Only the first key
 /// counts.
-pub fn initiate<S: Read + io::Write>(mut socket: S, purpose: &Purpose) -> io::Result<Secured> {
+pub fn initiate(
+    reader: &mut impl Read,
+    writer: &mut impl Write,
+    purpose: &Purpose,
+) -> io::Result<Secured> {
     let prologue = purpose.prologue();
     let [key, ..] = purpose.keys() else {
         return Err(io::Error::other("there is no key"));
     };
     let mut state = begin(key, &prologue)?.build_initiator().map_err(broken)?;
-    socket.write_all(&write_message(&mut state)?)?;
-    let silent = match purpose {
+    writer.write_all(&write_message(&mut state)?)?;
+    let closed = match purpose {
         Purpose::Control(_) => "it closed the connection: most likely it has another key",
         Purpose::Tunnel(_) => "it closed the connection",
     };
-    let message = read_message(&mut socket, silent)?
+    let message = read_message(reader, closed)?
         .ok_or_else(|| io::Error::other("it answered without a key: it has none (--key-file)"))?;
     let opened = state.read_message(&message, &mut []);
     opened.map_err(|_| io::Error::other("its half of the handshake is not valid"))?;
@@ -116,11 +122,19 @@ pub fn initiate<S: Read + io::Write>(mut socket: S, purpose: &Purpose) -> io::Re
 
 /// The server's half of a handshake. What was recorded of another one gets an answer, too: only
 /// the first frame shows that the client is there.
-pub fn respond<S: Read + io::Write>(mut socket: S, purpose: &Purpose) -> io::Result<Secured> {
-    let message = read_message(&mut socket, "it closed the connection")?
+///
+/// `known` is called once the client's message has opened.
+pub fn respond(
+    reader: &mut impl Read,
+    writer: &mut impl Write,
+    purpose: &Purpose,
+    known: impl FnOnce(),
+) -> io::Result<Secured> {
+    let message = read_message(reader, "it closed the connection")?
         .ok_or_else(|| io::Error::other("it came without a key (--key-file)"))?;
     let (answer, secured) = answer(&message, purpose)?;
-    socket.write_all(&answer)?;
+    known();
+    writer.write_all(&answer)?;
     Ok(secured)
 }
 
@@ -161,16 +175,16 @@ fn write_message(state: &mut HandshakeState) -> io::Result<[u8; LENGTH + MESSAGE
     Ok(bytes)
 }
 
-/// The far side's message; None as soon as it is clear that this is none. `silent` is what to say
-/// if nothing comes.
-fn read_message(socket: &mut impl Read, silent: &str) -> io::Result<Option<[u8; MESSAGE]>> {
+/// The far side's message; None as soon as it is clear that this is none. `closed` is what to say if
+/// the far side has closed the connection instead.
+fn read_message(reader: &mut impl Read, closed: &str) -> io::Result<Option<[u8; MESSAGE]>> {
     let (mut opening, mut message) = (OPENING, [0; MESSAGE]);
     let mut read = |buffer: &mut [u8]| {
-        socket
+        reader
             .read_exact(buffer)
             .map_err(|error| match error.kind() {
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-                    io::Error::other(silent.to_owned())
+                    io::Error::other(closed.to_owned())
                 }
                 _ => error,
             })
@@ -241,7 +255,7 @@ impl Sealer {
     }
 
     /// Gives the memory back that a large batch has taken.
-    pub fn shrink(&mut self) {
+    pub fn release(&mut self) {
         self.frames = Vec::new();
     }
 
@@ -332,10 +346,10 @@ impl Opener {
     ///
     /// # Errors
     /// As above.
-    pub fn open_one(&mut self, from: &mut impl Read) -> io::Result<Vec<u8>> {
+    pub fn open_one(&mut self, from: &mut impl Read) -> io::Result<VecDeque<u8>> {
         loop {
             if self.ended {
-                return Ok(Vec::new());
+                return Ok(VecDeque::new());
             }
             let Some(size) = self.whole_frame()? else {
                 self.fill(from, SMALL_BUFFER)?;
@@ -345,8 +359,9 @@ impl Opener {
             let carried = self.open(size, &mut content)?;
             if carried > 0 {
                 content.truncate(1 + carried);
-                content.remove(0);
-                return Ok(content);
+                let mut carried = VecDeque::from(content);
+                carried.pop_front();
+                return Ok(carried);
             }
         }
     }

@@ -41,9 +41,6 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 /// Why a connection was closed although nothing was wrong with it.
 const CROWDED_OUT: &str = "others came before it had proved itself";
 
-/// Why a control link was closed at its deadline.
-const TOO_LATE: &str = "its hello took too long";
-
 /// Lines a second that strangers can cause with `-v`, and clients that have a key.
 const DETAIL_LINES: u32 = 100;
 
@@ -284,7 +281,7 @@ impl Shared {
 
     /// One control link, from hello to bye. This thread reads, another one writes.
     fn control(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr, place: Place) {
-        let opened = self.open_link(Conn::new(socket.clone()));
+        let opened = self.open_link(Conn::new(socket.clone()), &place);
         if !place.leave() {
             return self.refuse_link(from, CROWDED_OUT);
         }
@@ -295,7 +292,7 @@ impl Shared {
             bond,
         } = match opened {
             Ok(link) => link,
-            Err(error) if timed_out(&error) => return self.refuse_link(from, TOO_LATE),
+            Err(error) if timed_out(&error) => return self.refuse_link(from, self.too_late()),
             Err(error) => return self.refuse_link(from, &why_ended(&error)),
         };
         let (id, to_write) = match self.register(from, proto, bond) {
@@ -332,7 +329,7 @@ impl Shared {
     }
 
     /// What a control link begins with: the handshake, if there is a key, and hello.
-    fn open_link(&self, mut conn: Conn) -> io::Result<Link> {
+    fn open_link(&self, mut conn: Conn, place: &Place) -> io::Result<Link> {
         let (start, keys) = (Instant::now(), &self.options.keys);
         let socket = conn.socket().clone();
         socket.set_write_timeout(Some(SILENCE))?;
@@ -341,7 +338,7 @@ impl Shared {
         }
         let deadline = start + HANDSHAKE_TIMEOUT;
         conn.reader.set_deadline(Some(deadline))?;
-        let bond = Some(conn.respond(&Purpose::Control(keys))?);
+        let bond = Some(conn.respond(&Purpose::Control(keys), || place.extend())?);
         let mut lines = Lines::new(conn.reader);
         let proto = read_hello(&mut lines, deadline)?;
         Ok(Link {
@@ -350,6 +347,13 @@ impl Shared {
             proto,
             bond,
         })
+    }
+
+    fn too_late(&self) -> &'static str {
+        match self.options.keys.is_empty() {
+            true => "its hello took too long",
+            false => "its handshake took too long: it may have no key",
+        }
     }
 
     fn refuse_link(&self, from: SocketAddr, why: &str) {
@@ -380,7 +384,7 @@ impl Shared {
         for line in std::iter::once(proto.first_line(id)).chain(waiting) {
             let _ = to_client.send(line);
         }
-        let mut remarks = self.sealed(bond.as_ref());
+        let mut remarks = self.key_remark(bond.as_ref());
         let replaced = state.cache.replace(Session {
             id,
             client,
@@ -403,9 +407,9 @@ impl Shared {
     }
 
     /// For the log: which key a client has. Who changes keys sees when the old one can go.
-    fn sealed(&self, bond: Option<&Bond>) -> String {
+    fn key_remark(&self, bond: Option<&Bond>) -> String {
         let keys = &self.options.keys;
-        let place = bond.and_then(|bond| keys.iter().position(|key| bond.has(key)));
+        let place = bond.and_then(|bond| keys.iter().position(|key| bond.key_is(key)));
         match place {
             None => String::new(),
             Some(_) if keys.len() == 1 => ", sealed".to_owned(),
@@ -493,7 +497,7 @@ impl Shared {
 
     /// Waits until a tunnel has shown which session it belongs to.
     fn tunnel(&self, conn: Conn, bond: Option<Bond>, from: SocketAddr, place: Place) {
-        let opened = open_tunnel(conn, bond.as_ref());
+        let opened = open_tunnel(conn, bond.as_ref(), &place);
         if !place.leave() {
             return self.refuse_tunnel(from, CROWDED_OUT);
         }
@@ -777,11 +781,15 @@ fn read_hello(lines: &mut Lines<Reader>, deadline: Instant) -> io::Result<Proto>
 
 /// What a tunnel begins with: the handshake, if there is a key, and the line that names its
 /// session. The client says no more before it is told a visitor.
-fn open_tunnel(mut conn: Conn, bond: Option<&Bond>) -> io::Result<(Conn, SessionId)> {
+fn open_tunnel(
+    mut conn: Conn,
+    bond: Option<&Bond>,
+    place: &Place,
+) -> io::Result<(Conn, SessionId)> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     if let Some(bond) = bond {
         conn.reader.set_deadline(Some(deadline))?;
-        conn.respond(&Purpose::Tunnel(bond))?;
+        conn.respond(&Purpose::Tunnel(bond), || place.extend())?;
     }
     let mut lines = Lines::new(conn.reader);
     let line = lines.next_line_by(deadline)?;

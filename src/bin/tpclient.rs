@@ -2,20 +2,17 @@
 
 use std::process::ExitCode;
 
-use tunnel_proxy::options::{self, Command};
-use tunnel_proxy::{Client, Error, program};
+use tunnel_proxy::{Client, Error, options, program};
 
 fn main() -> ExitCode {
     program::exit("tpclient", run())
 }
 
 fn run() -> Result<(), Error> {
-    match options::client(std::env::args_os().skip(1))? {
-        Command::Print(text) => program::print(&text)?,
-        Command::Run(mut options, common) => {
-            options.key = program::prepare(&common)?.pop();
-            Client::new(options).run()?;
-        }
+    let command = options::client(std::env::args_os().skip(1))?;
+    if let Some((mut options, mut keys)) = program::start(command)? {
+        options.key = keys.pop();
+        Client::new(options).run()?;
     }
     Ok(())
 }

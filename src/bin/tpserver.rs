@@ -2,20 +2,17 @@
 
 use std::process::ExitCode;
 
-use tunnel_proxy::options::{self, Command};
-use tunnel_proxy::{Error, Server, program};
+use tunnel_proxy::{Error, Server, options, program};
 
 fn main() -> ExitCode {
     program::exit("tpserver", run())
 }
 
 fn run() -> Result<(), Error> {
-    match options::server(std::env::args_os().skip(1))? {
-        Command::Print(text) => program::print(&text)?,
-        Command::Run(mut options, common) => {
-            options.keys = program::prepare(&common)?;
-            Server::bind(options)?.run()?;
-        }
+    let command = options::server(std::env::args_os().skip(1))?;
+    if let Some((mut options, keys)) = program::start(command)? {
+        options.keys = keys;
+        Server::bind(options)?.run()?;
     }
     Ok(())
 }
