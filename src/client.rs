@@ -408,18 +408,15 @@ impl Shared {
 
     /// Dials the tunnel port, and names the session, after the handshake if there is a key.
     fn connect_remote(&self, session: &Session) -> io::Result<(Conn, Expected)> {
-        let _slot = match session.bond {
-            Some(_) => Some(self.handshakes.take().ok_or_else(ended)?),
-            None => None,
+        let mut remote = match &session.bond {
+            None => dial_tunnel(session)?,
+            Some(bond) => {
+                let _slot = self.handshakes.take().ok_or_else(ended)?;
+                let dial = || seal_tunnel(dial_tunnel(session)?, bond);
+                // A server that is flooded may have pushed it out.
+                dial().or_else(|_| dial())?
+            }
         };
-        let remote = net::dial_one(session.tunnel_addr)?;
-        // Once the server has given it a visitor, an end is a complete and empty answer.
-        net::reset_on_close(&remote, true);
-        let mut remote = Conn::new(Arc::new(remote));
-        if let Some(bond) = &session.bond {
-            let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
-            initiate(&mut remote, &Purpose::Tunnel(bond), deadline)?;
-        }
         let expected = session.expect_visitor(&self.pairs)?;
         if let Proto::Tp1 { id, .. } = session.proto {
             send(&mut remote.writer, &Line::Tunnel { session: id })?;
@@ -514,7 +511,7 @@ impl Session {
     /// visitor, whom a client that stops must not forget. An error once the session has ended.
     fn expect_visitor(&self, pairs: &Arc<Pairs>) -> io::Result<Expected> {
         let tunnels = self.tunnels.lock();
-        tunnels.to_server.as_ref().ok_or_else(ended)?;
+        tunnels.check_live()?;
         Ok(pairs.expect())
     }
 
@@ -602,6 +599,20 @@ impl fmt::Display for Proto {
     }
 }
 
+fn dial_tunnel(session: &Session) -> io::Result<Conn> {
+    session.tunnels.lock().check_live()?;
+    let remote = net::dial_one(session.tunnel_addr)?;
+    // Once the server has given it a visitor, an end is a complete and empty answer.
+    net::reset_on_close(&remote, true);
+    Ok(Conn::new(Arc::new(remote)))
+}
+
+fn seal_tunnel(mut remote: Conn, bond: &Bond) -> io::Result<Conn> {
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+    initiate(&mut remote, &Purpose::Tunnel(bond), deadline)?;
+    Ok(remote)
+}
+
 /// The client's part of a handshake, in time.
 fn initiate(conn: &mut Conn, purpose: &Purpose, deadline: Instant) -> io::Result<Bond> {
     conn.reader.set_deadline(Some(deadline))?;
@@ -611,6 +622,16 @@ fn initiate(conn: &mut Conn, purpose: &Purpose, deadline: Instant) -> io::Result
     })?;
     conn.reader.set_deadline(None)?;
     Ok(bond)
+}
+
+impl Tunnels {
+    /// An error once the session has ended.
+    fn check_live(&self) -> io::Result<()> {
+        match self.to_server {
+            Some(_) => Ok(()),
+            None => Err(ended()),
+        }
+    }
 }
 
 /// What ends a tunnel that comes too late.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::net;
 use crate::protocol::MAX_POOL;
 
 /// Connections of one port that have not proved themselves yet: each has a thread.
@@ -109,6 +110,12 @@ impl Drop for Slot {
     }
 }
 
+impl Unproved {
+    fn may_go(&self) -> bool {
+        self.stays <= Instant::now()
+    }
+}
+
 /// The connections of a port that have not proved themselves yet.
 pub struct Lobby {
     unproved: Mutex<Vec<Unproved>>,
@@ -140,7 +147,11 @@ impl Lobby {
             let leaves = unproved.iter().any(|it| it.sent_away);
             let oldest = unproved.iter_mut().min_by_key(|it| it.stays);
             match oldest.filter(|_| !leaves) {
-                Some(oldest) if oldest.stays <= Instant::now() => {
+                // Not the far side is late but its thread here: the host is busy.
+                Some(oldest) if oldest.may_go() && net::has_unread(&oldest.socket) => {
+                    oldest.stays = Instant::now() + UNPROVED_GRACE;
+                }
+                Some(oldest) if oldest.may_go() => {
                     oldest.sent_away = true;
                     let _ = oldest.socket.shutdown(Shutdown::Both);
                 }

@@ -141,6 +141,22 @@ pub fn is_quiet(socket: &TcpStream) -> bool {
     peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
+/// True if bytes have come that nobody has read yet. Never on systems that cannot tell without
+/// waiting.
+pub fn has_unread(socket: &TcpStream) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::net::{RecvFlags, recv};
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        recv(socket, &mut [0], flags).is_ok_and(|(count, _)| count > 0)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = socket;
+        false
+    }
+}
+
 /// Whether a close of this connection, by whomever and for whatever reason, sends RST instead of
 /// FIN.
 pub fn reset_on_close(socket: &TcpStream, reset: bool) {

@@ -1,7 +1,7 @@
 //! The relay: two sockets joined, each direction copied by a thread of its own.
 //!
-//! End of input is passed on as a write shutdown, anything else as an abort of both sockets, so that
-//! a cut stream is not taken for a whole one. That holds for a program that is killed, too: until
+//! End of input is passed on as an end (a write shutdown, or with a key a frame that says so),
+//! anything else as an abort of both sockets, so that a cut stream is not taken for a whole one. That holds for a program that is killed, too: until
 //! both directions have ended well, a close of a joined socket sends RST.
 
 use std::collections::HashMap;
@@ -269,7 +269,8 @@ impl Direction {
             let batch = self.writer.batch(size);
             let count = self.reader.read_batch(batch).map_err(reading)?;
             if count == 0 {
-                // In frames, the end is written like everything else, and may take as long.
+                // The end frame may have to wait for room like any byte, and so must not be written
+                // under the lock; before it is written, the pair is not half-closed.
                 self.pair.check_end(self.way)?;
                 self.writer.write_end().map_err(writing)?;
                 if self.pair.half_close(self.way) {
@@ -346,8 +347,10 @@ impl Pair {
     fn check_end(&self, way: Way) -> Result<(), String> {
         let (from, _) = self.sides(way);
         let progress = self.progress.lock();
-        let first = progress.half_closed.is_none() && progress.aborted.is_none();
-        match first && from.was_reset() {
+        if let Some(why) = &progress.aborted {
+            return Err(why.clone());
+        }
+        match progress.half_closed.is_none() && from.was_reset() {
             true => Err(from.reset()),
             false => Ok(()),
         }
@@ -454,5 +457,65 @@ impl Drop for Joined {
     fn drop(&mut self) {
         self.pairs.state.lock().joined.remove(&self.key);
         self.pairs.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Key;
+    use crate::secure::Purpose;
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::thread;
+
+    /// A connection's two ends.
+    fn connected() -> [TcpStream; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        [far, listener.accept().unwrap().0]
+    }
+
+    /// The far end of a tunnel as bytes, and the near one, sealed or not.
+    fn tunnel(sealed: bool) -> (TcpStream, Conn) {
+        let [far, near] = connected();
+        let mut near = Conn::new(Arc::new(near));
+        if sealed {
+            let (key, far) = (Key::generate().unwrap(), far.try_clone().unwrap());
+            let keys = [key.clone()];
+            let client = thread::spawn(move || {
+                let mut far = Conn::new(Arc::new(far));
+                far.initiate(&Purpose::Control(&[key])).map(|_| ())
+            });
+            near.respond(&Purpose::Control(&keys), || ()).unwrap();
+            client.join().unwrap().unwrap();
+        }
+        (far, near)
+    }
+
+    /// A reset that the kernel has told to another thread reads like an end, and is none.
+    #[test]
+    fn a_reset_that_somebody_else_was_told_is_passed_on() {
+        for sealed in [false, true] {
+            let [visitor, near] = connected();
+            let (mut client, tunnel) = tunnel(sealed);
+            net::reset_on_close(&visitor, true);
+            drop(visitor);
+            while near.take_error().unwrap().is_none() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!((&near).read(&mut [0]).unwrap(), 0);
+
+            let ends = [("visitor", Conn::new(Arc::new(near))), ("client", tunnel)];
+            let [left, right] = ends.map(|(name, conn)| End { name, conn });
+            let visitor = Visitor::new(None, None);
+            let (up, down) = Pairs::new().join(visitor, left, right, Duration::from_secs(600));
+            let down = thread::spawn(move || down.copy());
+            up.copy();
+            down.join().unwrap();
+            let error = client.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{sealed}");
+        }
     }
 }

@@ -41,6 +41,8 @@ pub enum Verdict {
     Pass(Vec<u8>),
     /// The same, one by one with this pause between them.
     Drip(Vec<u8>, Duration),
+    /// The same, so much later.
+    Late(Vec<u8>, Duration),
     /// These bytes go on, and then both sides see the end of the connection.
     Cut(Vec<u8>),
     /// These bytes go on, and those go back to where the message came from.
@@ -155,6 +157,10 @@ impl Verdict {
                 thread::sleep(pause);
                 to.write_all(&[*byte]).is_ok()
             }),
+            Verdict::Late(bytes, delay) => {
+                thread::sleep(delay);
+                to.write_all(&bytes).is_ok()
+            }
             Verdict::Cut(bytes) => {
                 let _ = to.write_all(&bytes);
                 false

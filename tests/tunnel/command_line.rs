@@ -205,25 +205,39 @@ fn a_key_file_that_others_can_read_is_warned_about() {
 fn a_program_with_a_key_leaves_no_core() {
     use std::os::unix::process::ExitStatusExt;
     let folder = tempfile::tempdir().unwrap();
-    let dumps_core = |key: Option<Key>| {
-        let ports = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0";
-        let mut server = Command::new("sh")
-            .args(["-c", &format!("ulimit -c unlimited; exec {SERVER} {ports}")])
+    let dumps_core = |program: &str, key: Option<Key>| {
+        let ports = match program {
+            SERVER => "-p 127.0.0.1:0 -t 127.0.0.1:0 -c 127.0.0.1:0",
+            _ => "-c 9",
+        };
+        let mut running = Command::new("sh")
+            .args([
+                "-c",
+                &format!("ulimit -c unlimited; exec {program} {ports}"),
+            ])
             .env_remove("TP_KEY")
             .envs(key.map(|key| ("TP_KEY", key.to_base64())))
             .current_dir(&folder)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
-        assert!(log.next().unwrap().unwrap().contains("listening on"));
-        let pid = rustix::process::Pid::from_child(&server);
+        let mut log = BufReader::new(running.stderr.take().unwrap()).lines();
+        // It runs: the key was read before.
+        log.next().unwrap().unwrap();
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", running.id())).unwrap();
+        let pid = rustix::process::Pid::from_child(&running);
         rustix::process::kill_process(pid, rustix::process::Signal::ABORT).unwrap();
-        server.wait().unwrap().core_dumped()
+        let dumped = running.wait().unwrap().core_dumped();
+        let limit = limits.lines().find(|line| line.contains("core file"));
+        (dumped, limit.unwrap().to_owned())
     };
-    // Where a system writes none at all, this shows little.
-    println!("without a key: {}", dumps_core(None));
-    assert!(!dumps_core(Some(Key::generate().unwrap())));
+    for program in [SERVER, CLIENT] {
+        let (_, limit) = dumps_core(program, None);
+        assert!(limit.contains("unlimited"), "{limit}");
+        let (dumped, limit) = dumps_core(program, Some(Key::generate().unwrap()));
+        assert!(!dumped);
+        assert!(!limit.contains("unlimited"), "{limit}");
+    }
 }
 
 #[test]

@@ -187,6 +187,22 @@ fn both_programs_say_when_only_one_of_them_has_a_key() {
 }
 
 #[test]
+fn no_log_shows_the_key() {
+    let service = Service::echo();
+    let trace = Some("trace");
+    let (server, addresses) = Program::server_with_log(Protection::Sealed, &[], trace);
+    let client = Program::client(Protection::Sealed, addresses, service.addr, &["-v"]);
+    assert_echo(&connect(addresses[0]), "served");
+    for program in [&server, &client] {
+        program.wait_for_line("bytes down");
+        let key = Protection::Sealed.key().unwrap().to_base64();
+        for start in 0..key.len() - 8 {
+            assert_eq!(program.lines_with(&key[start..start + 8]), [""; 0]);
+        }
+    }
+}
+
+#[test]
 fn both_programs_say_when_they_have_two_keys() {
     let service = Service::echo();
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -265,6 +281,10 @@ fn a_tunnel_belongs_to_one_session_only() {
         &control.prologue_of_tunnels(),
     );
     assert!(of_its_own.is_err(), "another key than the session's");
+    // The client's side of a tunnel is silent before it has a visitor.
+    let mut talkative = Peer::dial_tunnel(&server, &control);
+    talkative.write(format!("tunnel session={session}\nmore"));
+    assert_eq!(talkative.read_until_closed(), b"");
     let mut tunnel = Peer::dial_tunnel(&server, &control);
     tunnel.write(format!("tunnel session={session}\n"));
     let _visitor = server.visit();
