@@ -16,7 +16,7 @@ use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
-use crate::limits::{LogLimit, MAX_UNPROVED, Slots};
+use crate::limits::LogLimit;
 use crate::net::{self, timed_out};
 use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
@@ -31,10 +31,6 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 /// Tunnels that wait for a visitor or are being dialled. A server never has more visitors waiting
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
-
-/// Tunnels that are in their handshake, a round trip or two each. The server has no places for more
-/// than 64 that have not proved themselves, and strangers take some.
-const MAX_HANDSHAKES: usize = MAX_UNPROVED - 8;
 
 /// What a stopping client gives its threads for their last words, and its server to close the idle
 /// tunnels. Both need no more than a round trip, unless a dial is under way.
@@ -60,7 +56,6 @@ struct Shared {
     options: ClientOptions,
     workers: Workers,
     pairs: Arc<Pairs>,
-    handshakes: Arc<Slots>,
     /// The session with the server, while there is one.
     session: Mutex<Option<Arc<Session>>>,
     stop: Stop,
@@ -125,7 +120,6 @@ impl Client {
                 options,
                 workers: Workers::new(),
                 pairs: Pairs::new(),
-                handshakes: Slots::new(MAX_HANDSHAKES),
                 session: Mutex::new(None),
                 stop: Stop::new(),
                 logs: Logs {
@@ -411,7 +405,6 @@ impl Shared {
         let mut remote = match &session.bond {
             None => dial_tunnel(session)?,
             Some(bond) => {
-                let _slot = self.handshakes.take().ok_or_else(ended)?;
                 let dial = || seal_tunnel(dial_tunnel(session)?, bond);
                 // A server that is flooded may have pushed it out.
                 dial().or_else(|_| dial())?
@@ -471,7 +464,6 @@ impl Shared {
         self.end_session();
         self.stop.stop();
         self.end_session();
-        self.handshakes.close();
     }
 
     fn end_session(&self) {

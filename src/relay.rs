@@ -513,9 +513,9 @@ mod tests {
             let (up, down) = Pairs::new().join(visitor, left, right, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
             up.copy();
-            down.join().unwrap();
             let error = client.read(&mut [0]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{sealed}");
+            down.join().unwrap();
         }
     }
 }
