@@ -110,12 +110,6 @@ impl Drop for Slot {
     }
 }
 
-impl Unproved {
-    fn may_go(&self) -> bool {
-        self.stays <= Instant::now()
-    }
-}
-
 /// The connections of a port that have not proved themselves yet.
 pub struct Lobby {
     unproved: Mutex<Vec<Unproved>>,
@@ -130,6 +124,12 @@ struct Unproved {
     sent_away: bool,
 }
 
+impl Unproved {
+    fn may_go(&self) -> bool {
+        self.stays <= Instant::now()
+    }
+}
+
 impl Lobby {
     /// An empty lobby.
     pub fn new() -> Arc<Self> {
@@ -139,15 +139,16 @@ impl Lobby {
         })
     }
 
-    /// Lets a connection in. In a full lobby that shuts the oldest one down, whose thread then
-    /// reads the end; and waits until that one has gone, after it has had its time.
+    /// Lets a connection in. In a full lobby that waits until the oldest one has had its time, shuts
+    /// it down, and waits until its thread has noticed: so there are never more threads than
+    /// places.
     pub fn enter(self: &Arc<Self>, socket: &Arc<TcpStream>) -> Place {
         let mut unproved = self.unproved.lock();
         while unproved.len() >= MAX_UNPROVED {
             let leaves = unproved.iter().any(|it| it.sent_away);
             let oldest = unproved.iter_mut().min_by_key(|it| it.stays);
             match oldest.filter(|_| !leaves) {
-                // Not the far side is late but its thread here: the host is busy.
+                // Not the far side is late but the thread here: the host is busy.
                 Some(oldest) if oldest.may_go() && net::has_unread(&oldest.socket) => {
                     oldest.stays = Instant::now() + UNPROVED_GRACE;
                 }
