@@ -6,6 +6,8 @@ use std::str::FromStr;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::error::Error;
+
 /// A secret of 32 random bytes that a server shares with its client: who does not have it can
 /// neither become the client nor read along.
 ///
@@ -27,9 +29,9 @@ impl Key {
     ///
     /// # Errors
     /// The system has no random source.
-    pub fn generate() -> Result<Self, crate::Error> {
+    pub fn generate() -> Result<Self, Error> {
         let mut bytes = [0; Self::SIZE];
-        getrandom::fill(&mut bytes).map_err(crate::Error::Random)?;
+        getrandom::fill(&mut bytes).map_err(Error::Random)?;
         Ok(Self(bytes))
     }
 
