@@ -441,7 +441,7 @@ fn a_far_client_serves_a_burst() {
             ..between.options(echo.addr, Some(&key))
         });
         assert_echo(&server.visit(), "the client is there");
-        let visitors: Vec<_> = (0..150).map(|_| server.visit()).collect();
+        let visitors: Vec<_> = (0..300).map(|_| server.visit()).collect();
         for (number, visitor) in visitors.iter().enumerate() {
             assert_echo(visitor, &format!("visitor {number}"));
         }
