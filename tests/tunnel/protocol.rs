@@ -22,6 +22,7 @@ plain_and_sealed! {
     a_control_link_that_starts_with_anything_but_hello_is_closed,
     a_stopping_server_says_bye,
     a_stopping_client_says_bye,
+    a_stopping_client_serves_the_visitor_that_it_was_just_given,
     visitors_beyond_max_conns_wait_their_turn,
 }
 
@@ -200,6 +201,20 @@ fn a_stopping_client_says_bye(protection: Protection) {
     server.client.handle().stop(Duration::ZERO);
     assert_eq!(server.control.line_after_hi(), "bye reason=draining\n");
     assert_eq!(server.control.line(), "");
+}
+
+/// Its bye and the server's visitor cross on the way.
+fn a_stopping_client_serves_the_visitor_that_it_was_just_given(protection: Protection) {
+    let (service, records) = Service::recording();
+    let mut server = HandMadeServer::start(protection, service.addr, 1);
+    let mut tunnel = server.tunnel();
+    server.client.handle().stop(DEADLINE);
+    tunnel.write("new visitor=192.0.2.1:50000\nfirst");
+    tunnel.end();
+    let record = records.recv_timeout(DEADLINE).unwrap();
+    assert_eq!(record, Record::whole(b"first"));
+    tunnel.assert_ended();
+    server.client.wait_for_end();
 }
 
 fn visitors_beyond_max_conns_wait_their_turn(protection: Protection) {
