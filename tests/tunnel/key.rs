@@ -241,6 +241,16 @@ fn frames_cannot_be_reflected() {
     }
 }
 
+/// What the client said first at a port: its half of the handshake, of 50 bytes, and a line.
+fn recorded(between: &Between, port: Port) -> Vec<u8> {
+    let mut recorded = Vec::new();
+    eventually("a record", || {
+        recorded = between.seen(port)[0][Way::ToServer as usize].clone();
+        recorded.len() > 50
+    });
+    recorded
+}
+
 /// Says what was recorded, and asserts that only the answer to a handshake comes, and then the end.
 fn assert_replay_fails(port: SocketAddr, recorded: &[u8]) {
     let mut socket = connect(port);
@@ -272,15 +282,7 @@ fn a_recorded_handshake_is_of_no_use() {
         ..between.options(echo.addr, Some(&key))
     });
     assert_echo(&server.visit(), "served");
-    let [control, tunnel] = [Port::Control, Port::Tunnel].map(|port| {
-        let mut recorded = Vec::new();
-        // The handshake, and the first line.
-        eventually("a record", || {
-            recorded = between.seen(port)[0][Way::ToServer as usize].clone();
-            recorded.len() > 50
-        });
-        recorded
-    });
+    let [control, tunnel] = [Port::Control, Port::Tunnel].map(|port| recorded(&between, port));
 
     // In the same session: the client is undisturbed, and a visitor that waits is not handed out.
     for _ in 0..3 {
@@ -384,7 +386,7 @@ fn a_handshake_has_five_seconds_in_all() {
     thread::scope(|scope| {
         for port in [Port::Control, Port::Tunnel] {
             // A whole first message: the answer comes, and the first line is still to come.
-            let first = between.seen(port)[0][Way::ToServer as usize][..50].to_vec();
+            let first = recorded(&between, port)[..50].to_vec();
             let port = match port {
                 Port::Control => server.control,
                 Port::Tunnel => server.tunnel,
