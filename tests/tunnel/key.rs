@@ -53,6 +53,15 @@ impl Watched {
         let visitor = self.server.visit();
         [visitor, self.service.recv_timeout(DEADLINE).unwrap()]
     }
+
+    /// The same two: the one whose bytes go this way through the tunnel, and the one that gets them.
+    fn visit_towards(&self, way: Way) -> [TcpStream; 2] {
+        let [visitor, service] = self.visit();
+        match way {
+            Way::ToClient => [visitor, service],
+            Way::ToServer => [service, visitor],
+        }
+    }
 }
 
 /// Asserts that a stream ends with a reset, after nothing but the beginning of what was sent.
@@ -91,11 +100,8 @@ fn attack(what: &str, judge: impl FnMut(usize, Vec<u8>) -> Verdict + Clone + Sen
                 None => Verdict::Pass(message),
             }
         });
-        let [visitor, service] = watched.visit();
-        let (mut from, to) = match way {
-            Way::ToClient => (&visitor, &service),
-            Way::ToServer => (&service, &visitor),
-        };
+        let [from, to] = &watched.visit_towards(way);
+        let mut from = from;
         for piece in PIECES {
             // One at a time, until the attack has been noticed.
             if from.write_all(piece).is_err() || !passed(&frames, from) {
@@ -126,11 +132,7 @@ fn no_bit_of_a_frame_can_be_changed() {
     // 64 bytes on the wire: length, type, tag, and these.
     let text = [b'x'; 64 - 2 - 1 - 16];
     let mut bit = 0;
-    let key = Key::generate().unwrap();
-    let (sender, service) = mpsc::channel();
-    let echo = Service::start(move |socket| drop(sender.send(socket)));
-    let server = server_with(&[&key]);
-    let between = Between::start(&server, move |place, mut message| {
+    let watched = Watched::start(8, move |place, mut message| {
         if (place.port, place.way) != (Port::Tunnel, Way::ToClient) || place.index != HEAD {
             return Verdict::Pass(message);
         }
@@ -140,11 +142,10 @@ fn no_bit_of_a_frame_can_be_changed() {
         // A longer frame would be waited for.
         Verdict::Cut(message)
     });
-    let _client = RunningClient::start(between.options(echo.addr, Some(&key)));
     for bit in 0..8 * 64 {
-        let mut visitor = server.visit();
+        let mut visitor = watched.server.visit();
         visitor.write_all(&text).unwrap();
-        let service = service.recv_timeout(DEADLINE).unwrap();
+        let service = watched.service.recv_timeout(DEADLINE).unwrap();
         assert_cut(&service, b"", &format!("bit {bit}"));
         assert_cut(&visitor, b"", &format!("bit {bit}"));
     }
@@ -230,11 +231,8 @@ fn frames_cannot_be_reflected() {
                 Verdict::Pass(message)
             }
         });
-        let [visitor, service] = watched.visit();
-        let (mut from, to) = match way {
-            Way::ToClient => (&visitor, &service),
-            Way::ToServer => (&service, &visitor),
-        };
+        let [from, to] = &watched.visit_towards(way);
+        let mut from = from;
         from.write_all(b"back to you").unwrap();
         assert_cut(from, b"", "the sender");
         assert_cut(to, b"", "the receiver");
