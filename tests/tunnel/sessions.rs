@@ -67,7 +67,15 @@ fn a_client_that_comes_in_time_serves_the_visitors_that_wait(protection: Protect
 
 fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) {
     let service = Service::echo();
-    let later = RunningServer::start(server_options(protection));
+    // An address that no other test uses: nobody else gets the port meanwhile.
+    let host = match protection {
+        Protection::Plain => "127.0.77.3",
+        Protection::Sealed => "127.0.77.4",
+    };
+    let later = RunningServer::start(ServerOptions {
+        control: Address::new(host, 0),
+        ..server_options(protection)
+    });
     let address = later.control;
     let options = client_options(&later, service.addr);
     drop(later);
