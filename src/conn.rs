@@ -86,6 +86,11 @@ impl Reader {
         &self.socket
     }
 
+    /// The socket, if what it gives needs no work, and nothing was read ahead.
+    pub fn plain(&self) -> Option<&Arc<TcpStream>> {
+        (self.opener.is_none() && self.rest.is_empty()).then_some(&self.socket)
+    }
+
     /// Gives bytes back, to be read again.
     pub fn put_back(&mut self, bytes: &[u8]) {
         let behind = std::mem::take(&mut self.rest);
@@ -194,6 +199,11 @@ impl Writer {
             }
         }
         &mut self.batch
+    }
+
+    /// The socket, if bytes go to it as they are.
+    pub fn plain(&self) -> Option<&Arc<TcpStream>> {
+        self.sealer.is_none().then_some(&self.socket)
     }
 
     /// Writes the first `count` bytes that were put into the batch.

@@ -119,6 +119,8 @@ mod protocol;
 mod relay;
 mod secure;
 mod server;
+#[cfg(target_os = "linux")]
+mod splice;
 mod stop;
 mod workers;
 

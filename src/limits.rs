@@ -26,11 +26,20 @@ const KNOWN_GRACE: Duration = Duration::from_secs(1);
 /// strangers at two of them, a full pool, and a few for the system.
 const OTHER_DESCRIPTORS: usize = 2 * MAX_UNPROVED + MAX_POOL + 16;
 
+/// Directions that may move their bulk through a pipe at a time, two descriptors each. With 1 MiB a
+/// pipe it is what an ordinary user may have in all (`fs.pipe-user-pages-soft`).
+const MAX_PIPES: usize = 64;
+
 /// How many visitors the process has descriptors for, two each. More must not be accepted: they
 /// would leave none for the tunnels that they wait for.
 pub fn affordable_visitors() -> usize {
     let descriptors = descriptors();
-    (descriptors - OTHER_DESCRIPTORS.min(descriptors / 2)) / 2
+    (descriptors - OTHER_DESCRIPTORS.min(descriptors / 2)) / 2 - affordable_pipes()
+}
+
+/// How many pipes the process has descriptors for: an eighth of all, or what is enough.
+pub fn affordable_pipes() -> usize {
+    MAX_PIPES.min(descriptors() / 16)
 }
 
 #[cfg(target_os = "linux")]
@@ -90,6 +99,13 @@ impl Slots {
             return None;
         }
         state.free -= 1;
+        Some(Slot(self.clone()))
+    }
+
+    /// Takes a place, if there is a free one.
+    pub fn try_take(self: &Arc<Self>) -> Option<Slot> {
+        let mut state = self.state.lock();
+        state.free = state.free.checked_sub(1)?;
         Some(Slot(self.clone()))
     }
 

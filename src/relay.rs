@@ -16,15 +16,23 @@ use log::info;
 use parking_lot::{Condvar, Mutex};
 
 use crate::conn::{Conn, Reader, Writer};
-use crate::limits::{LogLimit, Slot};
-use crate::net;
+use crate::limits::{LogLimit, Slot, Slots, affordable_pipes};
+use crate::net::{self, timed_out};
+#[cfg(target_os = "linux")]
+use crate::splice::{Pipe, refused};
 
 /// A direction begins with a small buffer: most connections never fill it, and to touch memory for
 /// the first time costs more than to copy it.
 const FIRST_BUFFER: usize = 8 * 1024;
 
-/// A direction that fills its buffer gets this one, until a read leaves most of it empty.
-const LARGE_BUFFER: usize = 64 * 1024;
+/// A direction that fills its buffer gets one so many times as large,
+const GROWTH: usize = 8;
+
+/// up to this one, until a read leaves most of it empty.
+const LARGEST_BUFFER: usize = 256 * 1024;
+
+/// Bulk that pauses for longer gives its pipe back.
+const BULK_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why a stop ends what is still joined.
 const CUT_OFF: &str = "cut off by the stop";
@@ -41,6 +49,8 @@ const VISITOR_LINES: u32 = 100;
 pub struct Pairs {
     state: Mutex<PairsState>,
     changed: Condvar,
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code))]
+    pipes: Arc<Slots>,
     log: LogLimit,
 }
 
@@ -66,6 +76,7 @@ impl Pairs {
                 closed: false,
             }),
             changed: Condvar::new(),
+            pipes: Slots::new(affordable_pipes()),
             log: LogLimit::new(VISITOR_LINES),
         })
     }
@@ -280,10 +291,42 @@ impl Direction {
             }
             self.writer.write_batch(count).map_err(writing)?;
             moved.fetch_add(count as u64, Ordering::Relaxed);
-            if count == FIRST_BUFFER {
-                size = LARGE_BUFFER;
+            if count == LARGEST_BUFFER {
+                #[cfg(target_os = "linux")]
+                self.splice()?;
+            } else if count == size {
+                size = (size * GROWTH).min(LARGEST_BUFFER);
             } else if count < FIRST_BUFFER {
                 size = FIRST_BUFFER;
+            }
+        }
+    }
+
+    /// Lets the kernel move bulk, if both sides are plain. Whatever ends that, the end of input
+    /// included, is left for copying to find again.
+    #[cfg(target_os = "linux")]
+    fn splice(&self) -> Result<(), String> {
+        let (Some(input), Some(output)) = (self.reader.plain(), self.writer.plain()) else {
+            return Ok(());
+        };
+        let slot = self.pair.joined.pairs.pipes.try_take();
+        let Some(mut pipe) = slot.and_then(Pipe::open) else {
+            return Ok(());
+        };
+        let (from, to) = self.pair.sides(self.way);
+        let reading = |error| from.went_wrong("reading from", &error);
+        let writing = |error| to.went_wrong("writing to", &error);
+        input.set_read_timeout(Some(BULK_PAUSE)).map_err(reading)?;
+        loop {
+            let count = match pipe.fill(input) {
+                Ok(count) => count,
+                Err(error) if timed_out(&error) || refused(&error) => 0,
+                Err(error) => return Err(reading(error)),
+            };
+            pipe.drain(&**output).map_err(writing)?;
+            self.pair.moved[self.way as usize].fetch_add(count as u64, Ordering::Relaxed);
+            if count < FIRST_BUFFER {
+                return input.set_read_timeout(None).map_err(reading);
             }
         }
     }

@@ -5,16 +5,18 @@
 use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Program, Protection, Service, assert_echo, connect, eventually, plain_and_sealed,
-    raise_descriptors, reset_on_close, send_pattern,
+    Program, Protection, Service, assert_echo, assert_ended, connect, eventually, expect_pattern,
+    plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
 };
 
 plain_and_sealed! {
     connections_that_have_ended_leave_nothing,
     a_visitor_that_never_reads_does_not_fill_the_memory,
+    bulk_that_pauses_holds_no_pipe,
     what_strangers_cause_is_logged_once_a_second,
     silent_strangers_take_neither_time_nor_memory,
     both_programs_together_idle_below_four_mib,
@@ -67,6 +69,35 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
     let start = Instant::now();
     eventually("all is as it was before", || holdings(programs) == before);
     assert!(start.elapsed() < Duration::from_secs(15));
+}
+
+/// Without a key, bulk goes through a pipe in each program, as long as it is bulk.
+fn bulk_that_pauses_holds_no_pipe(protection: Protection) {
+    const SIZE: usize = 32 * 1024 * 1024;
+    let service = Service::start(|mut socket| {
+        for seed in 1..=2 {
+            socket.read_exact(&mut [0]).unwrap();
+            send_pattern(&socket, seed, SIZE);
+        }
+    });
+    let (server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, service.addr, &[]);
+    let pipe_ends = || [&server, &client].map(Program::pipe_ends);
+    let before = pipe_ends();
+    let during = match protection {
+        Protection::Plain => before.map(|ends| ends + 2),
+        Protection::Sealed => before,
+    };
+    let mut visitor = connect(addresses[0]);
+    for seed in 1..=2 {
+        visitor.write_all(b"!").unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| expect_pattern(&visitor, seed, SIZE));
+            eventually("bulk has what it needs", || pipe_ends() == during);
+        });
+        eventually("it is given back", || pipe_ends() == before);
+    }
+    assert_ended(&visitor);
 }
 
 /// Memory is what both programs have besides their code, before and while the visitor does not

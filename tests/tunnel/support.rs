@@ -566,6 +566,17 @@ impl Program {
         std::fs::read_dir(path).unwrap().count()
     }
 
+    /// How many of the process's descriptors are ends of pipes.
+    #[cfg(target_os = "linux")]
+    pub fn pipe_ends(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.child.id());
+        let files = std::fs::read_dir(path).unwrap().flatten();
+        let targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        targets
+            .filter(|it| it.to_string_lossy().starts_with("pipe:"))
+            .count()
+    }
+
     /// The process's own share of memory in KiB: `Pss` is all of it, `Pss_Anon` what it has besides
     /// its code, whose share depends on how often the program runs just now.
     #[cfg(target_os = "linux")]

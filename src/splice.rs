@@ -1,0 +1,126 @@
+//! Bulk that nobody copies: Linux moves a socket's pages into a pipe, and from there into another
+//! socket.
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write, pipe};
+use std::os::fd::AsFd;
+
+use rustix::io::{Errno, retry_on_intr};
+use rustix::pipe::{SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, splice};
+
+use crate::limits::Slot;
+
+/// What a pipe is enlarged to: the most that an ordinary user may have (`fs.pipe-max-size`).
+const PIPE_SIZE: usize = 1024 * 1024;
+
+/// Less is not worth it. Who has many large pipes gets small ones from the system
+/// (`fs.pipe-user-pages-soft`).
+const LEAST_SIZE: usize = 64 * 1024;
+
+/// A pipe between two sockets, empty after each [`drain`](Self::drain).
+pub struct Pipe {
+    output: PipeReader,
+    input: PipeWriter,
+    size: usize,
+    filled: usize,
+    _slot: Slot,
+}
+
+impl Pipe {
+    /// None if the system has no descriptors or no room for it. The slot is given back with it.
+    pub fn open(slot: Slot) -> Option<Self> {
+        let (output, input) = pipe().ok()?;
+        let size = fcntl_setpipe_size(&input, PIPE_SIZE).or_else(|_| fcntl_getpipe_size(&input));
+        let size = size.ok().filter(|size| *size >= LEAST_SIZE)?;
+        Some(Self {
+            output,
+            input,
+            size,
+            filled: 0,
+            _slot: slot,
+        })
+    }
+
+    /// Moves into the empty pipe what is there to be read, after waiting if need be. The answer is
+    /// how much that is, 0 at the end. After an error the pipe is still empty.
+    pub fn fill(&mut self, from: impl AsFd) -> io::Result<usize> {
+        self.filled = step(from, &self.input, self.size)?;
+        Ok(self.filled)
+    }
+
+    /// Moves all that is in the pipe out of it. Where the system does not splice, it is copied:
+    /// nothing is lost.
+    pub fn drain(&mut self, mut to: impl AsFd + Write) -> io::Result<()> {
+        while self.filled > 0 {
+            match step(&self.output, &to, self.filled) {
+                Ok(count) => self.filled -= count,
+                Err(error) if refused(&error) => {
+                    let rest = (&self.output).take(self.filled as u64);
+                    io::copy(&mut { rest }, &mut to)?;
+                    self.filled = 0;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Never with `SPLICE_F_MORE`: the kernel would hold back what may be the last for 200 ms.
+fn step(from: impl AsFd, to: impl AsFd, size: usize) -> io::Result<usize> {
+    let flags = SpliceFlags::empty();
+    Ok(retry_on_intr(|| {
+        splice(&from, None, &to, None, size, flags)
+    })?)
+}
+
+/// True if the system does not splice such files at all, which says nothing about them.
+pub fn refused(error: &io::Error) -> bool {
+    let refusals = [Errno::INVAL, Errno::NOSYS, Errno::PERM];
+    let code = Errno::from_io_error(error);
+    code.is_some_and(|code| refusals.contains(&code))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Slots;
+    use std::fs::File;
+    use std::io::{Seek, Write};
+
+    fn open() -> Pipe {
+        Pipe::open(Slots::new(1).try_take().unwrap()).unwrap()
+    }
+
+    fn file(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        file.rewind().unwrap();
+        file
+    }
+
+    /// What is in the pipe when the system refuses to splice it out arrives all the same.
+    #[test]
+    fn what_cannot_be_spliced_out_is_copied() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("appended");
+        // Linux does not splice into a file that is only appended to.
+        let to = File::options().create(true).append(true).open(&path);
+        let to = to.unwrap();
+        let content: Vec<u8> = (0..100_000_u32).map(|number| number as u8).collect();
+        let mut pipe = open();
+        assert_eq!(pipe.fill(file(&content)).unwrap(), content.len());
+        assert!(refused(&step(&pipe.output, &to, 1).unwrap_err()));
+        pipe.drain(&to).unwrap();
+        assert_eq!(std::fs::read(path).unwrap(), content);
+    }
+
+    #[test]
+    fn what_cannot_be_spliced_in_is_left_alone() {
+        let mut pipe = open();
+        let folder = File::open("/").unwrap();
+        assert!(refused(&pipe.fill(folder).unwrap_err()));
+        let mut to = file(b"");
+        pipe.drain(&to).unwrap();
+        assert_eq!(to.stream_position().unwrap(), 0);
+    }
+}
