@@ -6,6 +6,8 @@
 //! processes of its own, on the loopback address, and shares the cores with them.
 
 #[cfg(target_os = "linux")]
+mod chart;
+#[cfg(target_os = "linux")]
 mod load;
 #[cfg(target_os = "linux")]
 mod options;
@@ -17,6 +19,8 @@ mod rounds;
 mod rows;
 #[cfg(target_os = "linux")]
 mod service;
+#[cfg(target_os = "linux")]
+mod soak;
 #[cfg(target_os = "linux")]
 mod stop;
 #[cfg(target_os = "linux")]

@@ -12,7 +12,7 @@ use crate::rows::ROWS;
 pub const SOAK: &str = "soak";
 
 const ROUNDS: u32 = 5;
-const SECS: f64 = 1.0;
+const SECS: f64 = 0.8;
 const SOAK_SECS: f64 = 60.0;
 
 /// Shorter ones are lost in the clock ticks that processor time is counted in, longer ones are a
@@ -45,7 +45,7 @@ pub enum Command {
 }
 
 pub fn read(words: impl Iterator<Item = String>) -> Result<Command, String> {
-    let names: Vec<_> = row_names().collect();
+    let names: Vec<_> = ROWS.iter().map(|row| row.name).chain([SOAK]).collect();
     let only = format!("measure these alone, of: {}", names.join(", "));
     let mut grammar = getopts::Options::new();
     grammar
@@ -125,10 +125,6 @@ pub fn read(words: impl Iterator<Item = String>) -> Result<Command, String> {
         rathole: peer("rathole"),
         bore: peer("bore"),
     }))
-}
-
-fn row_names() -> impl Iterator<Item = &'static str> {
-    ROWS.iter().map(|row| row.name)
 }
 
 fn seconds(given: &Matches, option: &str, default: f64) -> Result<Duration, String> {

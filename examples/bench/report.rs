@@ -1,11 +1,24 @@
-//! What a run has found: the table.
+//! What a run has found, as a table and as JSON.
 
+use std::env;
 use std::fmt::Write as _;
+use std::fs;
+use std::thread;
+
+use serde_json::{Map, Value, json};
 
 use crate::load::percentile;
-use crate::options::Options;
-use crate::rows::{Better, Figure, ROWS, Row, Sample};
+use crate::options::{Options, SOAK};
+use crate::rows::{Better, COST, Figure, ROWS, Row, Sample};
+use crate::soak::{Soak, WHAT};
 use crate::systems::{Programs, System};
+
+/// What is compared; the last one for processor time alone.
+pub const RATIOS: [(System, System); 3] = [
+    (System::Plain, System::Rathole),
+    (System::Key, System::RatholeNoise),
+    (System::Key, System::Rathole),
+];
 
 /// All values of a row for a system.
 #[derive(Default)]
@@ -16,51 +29,41 @@ pub struct Cell {
 }
 
 impl Cell {
-    pub fn median(&self, figure: usize) -> Option<f64> {
-        let values = self
-            .samples
-            .iter()
-            .filter_map(|sample| sample.values[figure]);
-        let mut values: Vec<_> = values.collect();
+    fn values(&self, figure: usize) -> Vec<f64> {
+        let values = self.samples.iter().map(|sample| sample.values[figure]);
+        values.flatten().collect()
+    }
+
+    fn median(&self, figure: usize) -> Option<f64> {
+        let mut values = self.values(figure);
         (!values.is_empty()).then(|| percentile(&mut values, 50.0))
     }
 }
 
 pub struct Results {
     cells: Vec<(&'static str, System, Cell)>,
+    pub soaks: Vec<Soak>,
+    /// What is missing, and other things to know.
     pub notes: Vec<String>,
-    pub versions: Vec<String>,
-    systems: Vec<System>,
+    versions: Vec<String>,
     rounds: u32,
     secs: f64,
 }
-
-/// A comparison of two systems; the last one for processor time alone.
-const RATIOS: [(System, System); 3] = [
-    (System::Plain, System::Rathole),
-    (System::Key, System::RatholeNoise),
-    (System::Key, System::Rathole),
-];
 
 impl Results {
     pub fn new(options: &Options, programs: &Programs) -> Self {
         let mut results = Self {
             cells: Vec::new(),
+            soaks: Vec::new(),
             notes: Vec::new(),
             versions: vec![programs.version.clone()],
-            systems: System::ALL.to_vec(),
             rounds: options.rounds,
             secs: options.span.as_secs_f64(),
         };
-        for system in System::ALL {
-            match programs.peer(system) {
-                None => {}
-                Some(Ok(version)) => {
-                    results
-                        .versions
-                        .push(format!("{} {version}", system.name()));
-                }
-                Some(Err(why)) => results.notes.push(format!("No {}: {why}.", system.name())),
+        for (name, version) in programs.peers() {
+            match version {
+                Ok(version) => results.versions.push(format!("{name} {version}")),
+                Err(why) => results.notes.push(format!("Without {name}: {why}.")),
             }
         }
         results
@@ -80,73 +83,192 @@ impl Results {
         cells.position(|cell| (cell.0, cell.1) == (row, system))
     }
 
-    fn find(&self, row: &str, system: System) -> Option<&Cell> {
-        self.position(row, system).map(|at| &self.cells[at].2)
-    }
-
-    fn median(&self, row: &Row, figure: usize, system: System) -> Option<f64> {
-        self.find(row.name, system)?.median(figure)
+    fn find(&self, row: &Row, system: System) -> Option<&Cell> {
+        self.position(row.name, system).map(|at| &self.cells[at].2)
     }
 
     /// The quotient of two systems' medians.
     pub fn ratio(&self, row: &Row, figure: usize, of: (System, System)) -> Option<f64> {
-        Some(self.median(row, figure, of.0)? / self.median(row, figure, of.1)?)
+        let median = |system| self.find(row, system)?.median(figure);
+        Some(median(of.0)? / median(of.1)?)
     }
 
-    fn measured(&self, row: &Row) -> bool {
-        self.cells.iter().any(|cell| cell.0 == row.name)
+    /// Each figure of each row that was measured, and its number in the row.
+    pub fn figures(&self) -> impl Iterator<Item = (&'static Row, usize, &'static Figure)> {
+        let measured = |row: &&Row| self.cells.iter().any(|cell| cell.0 == row.name);
+        ROWS.iter().filter(measured).flat_map(|row| {
+            let figures = row.figures.iter().enumerate();
+            figures.map(move |(number, figure)| (row, number, figure))
+        })
     }
-}
 
-pub fn print(results: &Results) {
-    let mut lines = vec![head(results)];
-    for row in ROWS.iter().filter(|row| results.measured(row)) {
-        for (number, figure) in row.figures.iter().enumerate() {
-            lines.push(line(results, row, number, figure));
+    /// Tables in Markdown, and what to know about them.
+    pub fn to_markdown(&self) -> String {
+        let mut lines = vec![head()];
+        lines.extend(
+            self.figures()
+                .map(|(row, at, figure)| self.line(row, at, figure)),
+        );
+        let mut text = String::new();
+        if lines.len() > 1 {
+            text = table(&lines) + "\n" + &self.foot() + "\n";
         }
+        if !self.soaks.is_empty() {
+            text += &(soak_table(&self.soaks) + "\n");
+        }
+        for note in self.notes.iter().cloned().chain(self.failures_and_losses()) {
+            let _ = writeln!(text, "- {note}");
+        }
+        text
     }
-    println!("{}", aligned(&lines));
-    println!("{}", foot(results));
-}
 
-fn head(results: &Results) -> Vec<String> {
-    let mut cells = vec![String::new()];
-    cells.extend(
-        results
-            .systems
-            .iter()
-            .map(|system| system.name().to_owned()),
-    );
-    cells.extend(RATIOS.map(|(one, other)| format!("{} / {}", one.name(), other.name())));
-    cells
-}
-
-fn line(results: &Results, row: &Row, number: usize, figure: &Figure) -> Vec<String> {
-    let arrow = match figure.better {
-        Better::Higher => '↑',
-        Better::Lower => '↓',
-    };
-    let mut cells = vec![format!(
-        "`{}` {}, {} {arrow}",
-        row.name, figure.what, figure.unit
-    )];
-    for system in &results.systems {
-        cells.push(match results.find(row.name, *system) {
-            None if row.systems.contains(system) => "–".to_owned(),
+    fn line(&self, row: &Row, number: usize, figure: &Figure) -> Vec<String> {
+        let arrow = match figure.better {
+            Better::Higher => '↑',
+            Better::Lower => '↓',
+        };
+        let what = format!("`{}` {}, {} {arrow}", row.name, figure.what, figure.unit);
+        let cell = |system| match self.find(row, system) {
+            None if row.systems.contains(&system) => "–".to_owned(),
             None => String::new(),
             Some(cell) => match (cell.median(number), cell.failures.first()) {
                 (Some(median), _) => digits(median),
                 (None, Some(why)) => format!("failed: {why}"),
                 (None, None) => String::new(),
             },
+        };
+        let ratio = |(at, of)| {
+            let wanted = at < 2 || figure.what == COST.what;
+            let ratio = self.ratio(row, number, of).filter(|_| wanted);
+            ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"))
+        };
+        let ratios = RATIOS.into_iter().enumerate().map(ratio);
+        let cells = System::ALL.into_iter().map(cell).chain(ratios);
+        [what].into_iter().chain(cells).collect()
+    }
+
+    fn foot(&self) -> String {
+        let rounds = match self.rounds {
+            1 => "One round".to_owned(),
+            rounds => format!("Medians of {rounds} rounds"),
+        };
+        let mut text = format!(
+            "↑ more is better, ↓ less is better. {rounds}, {} s of load each, between {}. A ratio \
+             is one of medians. Memory is PSS; memory and processor time are those of both \
+             processes together.\n",
+            self.secs,
+            self.versions.join(", "),
+        );
+        if self.figures().any(|(row, ..)| row.name == "wan") {
+            text += "`wan` delays bytes between the two programs, and nothing else: no handshake \
+                     of TCP between them takes longer, no packet is lost, no bandwidth is \
+                     limited, and no congestion window has to open.\n";
+        }
+        text
+    }
+
+    /// What went wrong without failing a whole cell, which says so itself.
+    fn failures_and_losses(&self) -> impl Iterator<Item = String> {
+        let of_cells = self.cells.iter().flat_map(|(row, system, cell)| {
+            let (failed, rounds) = (cell.failures.len(), self.rounds);
+            let sum = |count: fn(&Sample) -> u64| cell.samples.iter().map(count).sum::<u64>();
+            let (lost, no_port) = (sum(|it| it.lost), sum(|it| it.no_port));
+            let why = cell.failures.first().filter(|_| failed < rounds as usize);
+            let failed = why.map(|why| format!("failed in {failed} of {rounds} rounds: {why}"));
+            let lost = (lost > 0).then(|| format!("{lost} exchanges lost"));
+            let paused = format!("paused {no_port} times for want of a free port");
+            let paused = (no_port > 0).then_some(paused);
+            let all = [failed, lost, paused].into_iter().flatten();
+            all.map(move |what| format!("`{row}`, {}: {what}.", system.name()))
         });
+        let lossy = self.soaks.iter().filter(|soak| soak.lost > 0);
+        let of_soaks = lossy.map(|soak| {
+            let name = soak.system.name();
+            format!("`{SOAK}`, {name}: {} exchanges lost.", soak.lost)
+        });
+        of_cells.chain(of_soaks)
     }
-    for (at, of) in RATIOS.into_iter().enumerate() {
-        let ratio = results.ratio(row, number, of);
-        let ratio = ratio.filter(|_| at < 2 || figure.what == crate::rows::COST.what);
-        cells.push(ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")));
+
+    /// Everything, each value of each round.
+    pub fn to_json(&self) -> Value {
+        let file = |path| fs::read_to_string(path).unwrap_or_default();
+        let cpu = file("/proc/cpuinfo");
+        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name"));
+        json!({
+            "command": env::args().collect::<Vec<_>>(),
+            "versions": self.versions,
+            "cpu": cpu.map(|model| model.trim_start_matches(['\t', ':', ' '])),
+            "cores": thread::available_parallelism().map_or(0, usize::from),
+            "kernel": file("/proc/sys/kernel/osrelease").trim(),
+            "rounds": self.rounds,
+            "secs": self.secs,
+            "rows": self.figures().map(|it| self.figure_to_json(it)).collect::<Vec<_>>(),
+            "soak": self.soaks.iter().map(soak_to_json).collect::<Vec<_>>(),
+            "notes": self.notes.iter().cloned().chain(self.failures_and_losses())
+                .collect::<Vec<_>>(),
+        })
     }
-    cells
+
+    fn figure_to_json(&self, (row, number, figure): (&Row, usize, &Figure)) -> Value {
+        let systems = row.systems.iter().filter_map(|system| {
+            let cell = self.find(row, *system)?;
+            let values = json!({
+                "median": cell.median(number),
+                "values": cell.values(number),
+                "failures": cell.failures,
+            });
+            Some((system.name().to_owned(), values))
+        });
+        json!({
+            "row": row.name,
+            "figure": figure.what,
+            "unit": figure.unit,
+            "more_is_better": figure.better == Better::Higher,
+            "systems": systems.collect::<Map<_, _>>(),
+        })
+    }
+}
+
+fn head() -> Vec<String> {
+    let systems = System::ALL.map(|system| system.name().to_owned());
+    let ratios = RATIOS.map(|(one, other)| format!("{} / {}", one.name(), other.name()));
+    let titles = [String::new()].into_iter().chain(systems);
+    titles.chain(ratios).collect()
+}
+
+fn soak_table(soaks: &[Soak]) -> String {
+    let mut lines = vec![vec![format!("`{SOAK}`, start → end")]];
+    lines[0].extend(soaks.iter().map(|soak| soak.system.name().to_owned()));
+    for (at, what) in WHAT.into_iter().enumerate() {
+        let cell = |soak: &Soak| {
+            let flat = if soak.is_flat(at) {
+                "flat"
+            } else {
+                "**not flat**"
+            };
+            format!("{:.0} → {:.0}, {flat}", soak.start[at], soak.end[at])
+        };
+        lines.push(
+            [what.to_owned()]
+                .into_iter()
+                .chain(soaks.iter().map(cell))
+                .collect(),
+        );
+    }
+    let visits = soaks.iter().map(|soak| soak.visits.to_string());
+    lines.push(["visits".to_owned()].into_iter().chain(visits).collect());
+    table(&lines)
+}
+
+fn soak_to_json(soak: &Soak) -> Value {
+    json!({
+        "system": soak.system.name(),
+        "visits": soak.visits,
+        "lost": soak.lost,
+        "what": WHAT,
+        "start": soak.start,
+        "end": soak.end,
+    })
 }
 
 /// Three digits that count, or all before the point.
@@ -159,68 +281,26 @@ fn digits(value: f64) -> String {
     format!("{value:.places$}")
 }
 
-/// A table in Markdown, its columns as wide as they must be.
-fn aligned(lines: &[Vec<String>]) -> String {
-    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
-    let widths: Vec<_> = (0..lines[0].len())
-        .map(|at| width(at).unwrap_or(0))
-        .collect();
+/// A table in Markdown, the first line its head, columns as wide as they must be.
+fn table(lines: &[Vec<String>]) -> String {
+    let length = |line: &Vec<String>, at: usize| line[at].chars().count();
+    let widest = |at| lines.iter().map(|line| length(line, at)).max();
+    let widths: Vec<_> = (0..lines[0].len()).map_while(widest).collect();
     let mut text = String::new();
     for (number, line) in lines.iter().enumerate() {
-        for (at, (cell, width)) in line.iter().zip(&widths).enumerate() {
-            let cell = if at == 0 {
-                format!("{cell:width$}")
-            } else {
-                format!("{cell:>width$}")
+        for (at, (cell, &width)) in line.iter().zip(&widths).enumerate() {
+            let _ = match at {
+                0 => write!(text, "| {cell:width$} "),
+                _ => write!(text, "| {cell:>width$} "),
             };
-            let _ = write!(text, "| {cell} ");
         }
         text += "|\n";
         if number == 0 {
             for (at, width) in widths.iter().enumerate() {
-                let _ = write!(
-                    text,
-                    "|{}{}",
-                    "-".repeat(width + 1),
-                    if at == 0 { "-" } else { ":" }
-                );
+                let dashes = "-".repeat(width + 1);
+                let _ = write!(text, "|{dashes}{}", if at == 0 { '-' } else { ':' });
             }
             text += "|\n";
-        }
-    }
-    text
-}
-
-fn foot(results: &Results) -> String {
-    let mut text = format!(
-        "↑ more is better, ↓ less is better. Medians of {} rounds of {} s; a ratio is one of medians. \
-         Memory is PSS; it and processor time are of both processes together. {}.\n",
-        results.rounds,
-        results.secs,
-        results.versions.join(", "),
-    );
-    for note in &results.notes {
-        let _ = writeln!(text, "{note}");
-    }
-    for (row, system, cell) in &results.cells {
-        let name = format!("`{row}`, {}", system.name());
-        let (failed, all) = (
-            cell.failures.len(),
-            cell.failures.len() + cell.samples.len(),
-        );
-        if let Some(why) = cell.failures.first() {
-            let _ = writeln!(text, "{name}: failed in {failed} of {all} rounds: {why}.");
-        }
-        let lost: u64 = cell.samples.iter().map(|sample| sample.lost).sum();
-        if lost > 0 {
-            let _ = writeln!(text, "{name}: {lost} exchanges lost.");
-        }
-        let no_port: u64 = cell.samples.iter().map(|sample| sample.no_port).sum();
-        if no_port > 0 {
-            let _ = writeln!(
-                text,
-                "{name}: paused {no_port} times for want of a free port."
-            );
         }
     }
     text

@@ -1,6 +1,7 @@
 //! A run: what is there, the rounds, and how far they are.
 
 use std::env;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::options::Options;
-use crate::report::{self, Results};
+use crate::chart;
+use crate::options::{Options, SOAK};
+use crate::report::Results;
 use crate::rows::{DESCRIPTORS, ROWS, Row};
+use crate::soak;
 use crate::stop;
 use crate::systems::{Fallible, Programs, System};
 
@@ -19,6 +22,9 @@ pub fn bench(options: &Options) -> Fallible<()> {
         return Err("a load without optimisation measures itself: run it with --release".into());
     }
     stop::notice_signals()?;
+    for file in [&options.json, &options.svg].into_iter().flatten() {
+        check_writable(file)?;
+    }
     let descriptors = raise_descriptors()?;
     let bins = match &options.bins {
         Some(bins) => bins.clone(),
@@ -28,15 +34,34 @@ pub fn bench(options: &Options) -> Fallible<()> {
     let mut results = Results::new(options, &programs);
     if descriptors < DESCRIPTORS {
         results.notes.push(format!(
-            "`growth` needs {DESCRIPTORS} descriptors, and `ulimit -Hn` is {descriptors}: it may fail."
+            "`growth` needs {DESCRIPTORS} descriptors, and `ulimit -Hn` is {descriptors}."
         ));
     }
     for note in &results.notes {
         eprintln!("bench: {note}");
     }
     measure(options, &programs, &mut results)?;
-    report::print(&results);
+    print!("{}", results.to_markdown());
+    if let Some(file) = &options.json {
+        write(file, &format!("{:#}\n", results.to_json()))?;
+    }
+    if let Some(file) = &options.svg {
+        let chart = chart::draw(&results)?;
+        let chart = chart.ok_or("no chart: nothing was measured that rathole was, too")?;
+        write(file, &chart)?;
+    }
     Ok(())
+}
+
+/// Fails now rather than when all is measured. What is in the file stays until then.
+fn check_writable(path: &Path) -> Fallible<()> {
+    let opened = File::options().create(true).append(true).open(path);
+    opened.map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Fallible<()> {
+    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 /// Builds our programs, and tells the folder that they are in.
@@ -71,16 +96,14 @@ fn raise_descriptors() -> io::Result<u64> {
 
 /// Row by row and system by system in each round, so that whatever drifts hits all alike.
 fn measure(options: &Options, programs: &Programs, results: &mut Results) -> Fallible<()> {
-    let steps = plan(options, programs);
     let weight = |row: &Row| row.nominal.0 + row.nominal.1 * options.span.as_secs_f64();
-    let mut progress = Progress::new(steps.iter().map(|(_, row, _)| weight(row)).sum());
+    let steps = plan(options, programs);
+    let soak = options.has_row(SOAK).then(|| soak::duration(options.soak));
+    let all: f64 = steps.iter().map(|(_, row, _)| weight(row)).sum();
+    let mut progress = Progress::new(all + soak.unwrap_or_default().as_secs_f64());
     for (round, row, system) in steps {
-        progress.show(&format!(
-            "round {round} of {}, {}, {}",
-            options.rounds,
-            row.name,
-            system.name()
-        ));
+        let (rounds, row_name, name) = (options.rounds, row.name, system.name());
+        progress.show(&format!("round {round} of {rounds}, {row_name}, {name}"));
         let sample = (row.measure)(programs, system, options.span);
         stop::check()?;
         let cell = results.cell(row.name, system);
@@ -90,7 +113,15 @@ fn measure(options: &Options, programs: &Programs, results: &mut Results) -> Fal
         }
         progress.done += weight(row);
     }
-    progress.clear();
+    if soak.is_some() {
+        progress.show(SOAK);
+        let soaks = soak::soak(programs, options.soak);
+        stop::check()?;
+        match soaks {
+            Ok(soaks) => results.soaks = soaks,
+            Err(error) => results.notes.push(format!("`{SOAK}` failed: {error}.")),
+        }
+    }
     Ok(())
 }
 
@@ -142,8 +173,10 @@ impl Progress {
             eprintln!("{line}");
         }
     }
+}
 
-    fn clear(&self) {
+impl Drop for Progress {
+    fn drop(&mut self) {
         if self.terminal {
             eprint!("\r\x1b[K");
         }

@@ -103,7 +103,7 @@ impl Programs {
         let key = output(&tpserver, &["--generate-key"])?;
         let folder = tempfile::tempdir()?;
         fs::write(folder.path().join(KEY_FILE), key)?;
-        let mut bore = peer(bore, "bore ");
+        let mut bore = peer(bore, "bore-cli ");
         if let Err(error) = TcpListener::bind(("127.0.0.1", BORE_CONTROL)) {
             bore = bore.and(Err(format!(
                 "its only control port, {BORE_CONTROL}: {error}"
@@ -119,18 +119,20 @@ impl Programs {
         })
     }
 
-    /// The version of the other tunnel that a system needs, or why that is missing.
-    pub fn peer(&self, system: System) -> Option<Result<&str, &str>> {
-        let peer = match system {
-            System::Rathole | System::RatholeNoise => &self.rathole,
-            System::Bore => &self.bore,
-            System::Direct | System::Plain | System::Key => return None,
-        };
-        Some(peer.as_ref().map(|it| &*it.version).map_err(|why| &**why))
+    /// The other tunnels: the version of each, or why it is missing.
+    pub fn peers(&self) -> [(&str, Result<&str, &str>); 2] {
+        [("rathole", &self.rathole), ("bore", &self.bore)].map(|(name, peer)| {
+            let version = peer.as_ref().map(|it| &*it.version);
+            (name, version.map_err(|why| &**why))
+        })
     }
 
     pub fn has(&self, system: System) -> bool {
-        !matches!(self.peer(system), Some(Err(_)))
+        match system {
+            System::Direct | System::Plain | System::Key => true,
+            System::Rathole | System::RatholeNoise => self.rathole.is_ok(),
+            System::Bore => self.bore.is_ok(),
+        }
     }
 
     /// Fresh processes, and a service of their own, ready for visitors.
@@ -303,13 +305,6 @@ pub struct Tunnel {
     pub service: Service,
 }
 
-/// The sums over both processes of a tunnel.
-pub struct Usage {
-    pub descriptors: f64,
-    pub threads: f64,
-    pub pss_kib: f64,
-}
-
 impl Tunnel {
     /// Seconds of processor time so far of both processes together; none if there are none.
     pub fn cpu(&self) -> Fallible<Option<f64>> {
@@ -333,15 +328,13 @@ impl Tunnel {
         })
     }
 
-    pub fn usage(&self) -> Fallible<Usage> {
+    /// Descriptors, threads, and KiB of memory of both processes together.
+    pub fn usage(&self) -> Fallible<[f64; 3]> {
         let entries = |folder: &'static str| {
             self.sum(move |process| Ok(fs::read_dir(process.path(folder))?.count() as f64))
         };
-        Ok(Usage {
-            descriptors: entries("fd")?.unwrap_or_default(),
-            threads: entries("task")?.unwrap_or_default(),
-            pss_kib: self.pss_kib()?.unwrap_or_default(),
-        })
+        let usage = [entries("fd")?, entries("task")?, self.pss_kib()?];
+        Ok(usage.map(Option::unwrap_or_default))
     }
 
     fn sum(&self, figure: impl Fn(&Process) -> Fallible<f64>) -> Fallible<Option<f64>> {
