@@ -10,7 +10,7 @@ use crate::rows::Better;
 
 /// In pixels; as wide as a README is shown.
 const WIDTH: u32 = 900;
-const HEAD: i32 = 84;
+const HEAD: i32 = 100;
 const GROUP: i32 = 46;
 const BAR: i32 = 16;
 /// Where bars begin, and where the longest one ends, with room for its figure.
@@ -79,22 +79,27 @@ fn paint<'a>(area: &Area<'a>, groups: &[Group], height: i32) -> Drawn<'a> {
         HPos::Left,
     )?;
     for (at, (legend, colour)) in LEGEND.into_iter().zip(COLOURS).enumerate() {
-        let x = 16 + 200 * at as i32;
+        let x = 16 + 220 * at as i32;
         area.draw(&bar((x, 48), (x + BAR, 48 + BAR), colour))?;
-        text(area, legend, (x + BAR + 6, 48 + BAR / 2), 15, HPos::Left)?;
+        text(area, legend, (x + BAR + 6, 48 + BAR / 2), 17, HPos::Left)?;
     }
     for (at, group) in groups.iter().enumerate() {
         let top = HEAD + GROUP * at as i32;
-        text(area, &group.label, (LEFT - 10, top + BAR), 15, HPos::Right)?;
+        text(area, &group.label, (LEFT - 10, top + BAR), 17, HPos::Right)?;
         for ((times, colour), y) in group.times.into_iter().zip(COLOURS).zip([top, top + BAR]) {
             let Some(times) = times else { continue };
             area.draw(&bar((LEFT, y), (end(times), y + BAR), colour))?;
-            let middle = (end(times) + 6, y + BAR / 2);
-            text(area, &format!("{times:.2}"), middle, 14, HPos::Left)?;
+            // Behind the line, where the bar does not reach it.
+            let label = (end(times.max(1.0)) + 6, y + BAR / 2);
+            text(area, &format!("{times:.2}"), label, 15, HPos::Left)?;
         }
     }
-    let one = [(end(1.0), HEAD - 8), (end(1.0), height - BAR / 2)];
-    area.draw(&PathElement::new(one, INK))
+    let (one, top) = (end(1.0), HEAD - 6);
+    text(area, "1", (one, top - 8), 15, HPos::Center)?;
+    area.draw(&PathElement::new(
+        [(one, top), (one, height - BAR / 2)],
+        INK,
+    ))
 }
 
 fn bar(from: (i32, i32), to: (i32, i32), colour: RGBColor) -> Rectangle<(i32, i32)> {

@@ -45,15 +45,17 @@ const fn figure(what: &'static str, unit: &'static str, better: Better) -> Figur
     Figure { what, unit, better }
 }
 
+type Measure = fn(&Programs, System, Duration) -> Fallible<Sample>;
+
 pub struct Row {
     pub name: &'static str,
     pub figures: &'static [Figure],
     pub systems: &'static [System],
     /// In the first round only: it takes long, and varies little.
     pub once: bool,
-    /// Seconds that it takes, beside how often `--secs`; for the time that is left.
+    /// How long it takes: seconds, and times `--secs` besides.
     pub nominal: (f64, f64),
-    pub measure: fn(&Programs, System, Duration) -> Fallible<Sample>,
+    pub measure: Measure,
 }
 
 /// One measurement: a value for each figure, if the system has one.
@@ -84,7 +86,7 @@ impl Sample {
 const SPEED: Figure = figure("throughput", "Gbit/s", Better::Higher);
 pub const COST: Figure = figure("processor time", "s/GB", Better::Lower);
 
-/// Those without a process to look at left out.
+/// All that have processes to look at.
 const TUNNELS: &[System] = &[
     System::Plain,
     System::Key,
@@ -94,83 +96,55 @@ const TUNNELS: &[System] = &[
 ];
 
 pub const ROWS: &[Row] = &[
-    Row {
-        name: "bulk-down",
-        figures: &[SPEED, COST],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| measure_bulk(programs, system, Work::Source, 1, span),
-    },
-    Row {
-        name: "bulk-up",
-        figures: &[SPEED, COST],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| measure_bulk(programs, system, Work::Sink, 1, span),
-    },
-    Row {
-        name: "bulk-8",
-        figures: &[SPEED, COST],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| measure_bulk(programs, system, Work::Both, 8, span),
-    },
-    Row {
-        name: "ping-1",
-        figures: &[figure("round trip, median", "µs", Better::Lower)],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| {
+    load_row("bulk-down", &[SPEED, COST], |programs, system, span| {
+        measure_bulk(programs, system, Work::Source, 1, span)
+    }),
+    load_row("bulk-up", &[SPEED, COST], |programs, system, span| {
+        measure_bulk(programs, system, Work::Sink, 1, span)
+    }),
+    load_row("bulk-8", &[SPEED, COST], |programs, system, span| {
+        measure_bulk(programs, system, Work::Both, 8, span)
+    }),
+    load_row(
+        "ping-1",
+        &[figure("round trip, median", "µs", Better::Lower)],
+        |programs, system, span| {
             let tunnel = programs.start(system)?;
             let mut tally = ping(tunnel.public, PING_SIZE, span)?;
             Ok(Sample::with([tally.percentile(50.0)], &tally))
         },
-    },
-    Row {
-        name: "ping-32",
-        figures: &[figure("round trips", "/s", Better::Higher)],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| {
+    ),
+    load_row(
+        "ping-32",
+        &[figure("round trips", "/s", Better::Higher)],
+        |programs, system, span| {
             let tunnel = programs.start(system)?;
             let tally = PINGS.run(tunnel.public, span)?;
-            let rate = tally.micros.len() as f64 / span.as_secs_f64();
-            Ok(Sample::with([rate], &tally))
+            Ok(Sample::with([rate(&tally, span)], &tally))
         },
-    },
-    Row {
-        name: "close-1",
-        figures: &[figure("visit, median", "µs", Better::Lower)],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| {
+    ),
+    load_row(
+        "close-1",
+        &[figure("visit, median", "µs", Better::Lower)],
+        |programs, system, span| {
             let tunnel = programs.start(system)?;
             let mut tally = visit(tunnel.public, VISIT_SIZE, span)?;
             Ok(Sample::with([tally.percentile(50.0)], &tally))
         },
-    },
-    Row {
-        name: "close-16",
-        figures: &[
+    ),
+    load_row(
+        "close-16",
+        &[
             figure("visits", "/s", Better::Higher),
             figure("visit, 99th percentile", "µs", Better::Lower),
         ],
-        systems: &System::ALL,
-        once: false,
-        nominal: (0.5, 1.0),
-        measure: |programs, system, span| {
+        |programs, system, span| {
             let tunnel = programs.start(system)?;
             let mut tally = VISITS.run(tunnel.public, span)?;
-            let rate = tally.micros.len() as f64 / span.as_secs_f64();
-            Ok(Sample::with([rate, tally.percentile(99.0)], &tally))
+            let values = [rate(&tally, span), tally.percentile(99.0)];
+            Ok(Sample::with(values, &tally))
         },
-    },
+    ),
     Row {
         name: "held",
         figures: &[
@@ -179,33 +153,50 @@ pub const ROWS: &[Row] = &[
         ],
         systems: TUNNELS,
         once: false,
-        nominal: (1.5, 0.0),
+        nominal: (1.2, 0.0),
         measure: |programs, system, _| measure_held(programs, system),
     },
     Row {
         name: "growth",
         figures: &[figure(
-            "ping-1 beside 4,000 held connections, against beside 1",
+            "ping-1 beside 4,000 held, to beside 1",
             "×",
             Better::Lower,
         )],
         systems: &[System::Plain, System::Key, System::Rathole],
         once: false,
-        nominal: (3.0, 2.0),
+        nominal: (2.0, 2.0),
         measure: measure_growth,
     },
     Row {
         name: "wan",
         figures: &[
-            figure("first byte over 50 ms", "ms", Better::Lower),
+            figure("first byte, 50 ms each way", "ms", Better::Lower),
             figure("the same, `--pool 0`", "ms", Better::Lower),
         ],
         systems: &[System::Plain, System::Key],
         once: true,
-        nominal: (18.0, 0.0),
+        nominal: (15.0, 0.0),
         measure: |programs, system, _| measure_far(programs, system),
     },
 ];
+
+/// A row that every system is measured in, in every round, under one load.
+const fn load_row(name: &'static str, figures: &'static [Figure], measure: Measure) -> Row {
+    Row {
+        name,
+        figures,
+        systems: &System::ALL,
+        once: false,
+        // Its warm-up, a start and an end besides.
+        nominal: (0.4, 1.0),
+        measure,
+    }
+}
+
+fn rate(tally: &Tally, span: Duration) -> f64 {
+    tally.micros.len() as f64 / span.as_secs_f64()
+}
 
 const PINGS: Crowd = Crowd {
     connections: 32,

@@ -1,9 +1,8 @@
 //! The systems that are compared, each started as processes of its own, the way a user would.
 
 use std::error::Error;
-use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{Read, Write as _};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -252,7 +251,11 @@ impl Programs {
             .stderr(file)
             .spawn()
             .map_err(|error| format!("{}: {error}", program.display()))?;
-        tunnel.processes.push(Process { child, log });
+        tunnel.processes.push(Process {
+            program: program.to_owned(),
+            child,
+            log,
+        });
         Ok(())
     }
 }
@@ -266,7 +269,7 @@ fn output(program: &Path, words: &[&str]) -> Fallible<String> {
         .map_err(|error| format!("{}: {error}", command()))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{}: {}: {said}", command(), output.status).into());
+        return Err(format!("{}: {} {}", command(), output.status, said.trim()).into());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -379,6 +382,7 @@ impl Tunnel {
 
 /// Killed when dropped.
 struct Process {
+    program: PathBuf,
     child: Child,
     log: PathBuf,
 }
@@ -397,12 +401,9 @@ impl Process {
         let Some(status) = self.child.try_wait()? else {
             return Ok(());
         };
-        let mut why = format!("a program ended with {status}");
         let log = fs::read_to_string(&self.log).unwrap_or_default();
-        if let Some(line) = log.lines().last() {
-            write!(why, ": {line}")?;
-        }
-        Err(why.into())
+        let said = log.lines().last().unwrap_or_default();
+        Err(format!("{} ended: {status} {said}", self.program.display()).into())
     }
 }
 
