@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
 use socket2::{Domain, Socket, Type};
 
 use crate::service::{Counts, Work, drain, drain_and_pour, pour};
@@ -35,10 +36,11 @@ const NO_PORT_PAUSE: Duration = Duration::from_millis(20);
 const SAMPLES_PER_SEC: f64 = 200_000.0;
 
 /// What became of a load.
-#[derive(Default)]
 pub struct Tally {
-    /// How long each exchange took.
+    /// How long each exchange took that ended between these two.
     pub micros: Vec<f64>,
+    from: Instant,
+    to: Instant,
     /// What failed, or did not end in time.
     pub lost: u64,
     /// How often no port was free for one more connection, and the load had to pause.
@@ -46,10 +48,21 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Of a load that starts now, and is measured for that long.
     fn for_span(span: Duration) -> Self {
+        let from = Instant::now() + WARM_UP;
         Self {
             micros: Vec::with_capacity((span.as_secs_f64() * SAMPLES_PER_SEC) as usize),
-            ..Self::default()
+            from,
+            to: from + span,
+            lost: 0,
+            no_port: 0,
+        }
+    }
+
+    fn add(&mut self, start: Instant, end: Instant) {
+        if (self.from..self.to).contains(&end) {
+            self.micros.push((end - start).as_secs_f64() * 1e6);
         }
     }
 
@@ -105,14 +118,11 @@ pub fn ping(addr: SocketAddr, size: usize, span: Duration) -> Fallible<Tally> {
     let socket = connect(addr)?;
     let mut message = vec![Work::EchoAlone.byte(); size];
     let mut tally = Tally::for_span(span);
-    let from = Instant::now() + WARM_UP;
     let mut start = Instant::now();
-    while start < from + span && !stop::stopped() {
+    while start < tally.to && !stop::stopped() {
         exchange(&socket, &mut message)?;
         let end = Instant::now();
-        if start >= from {
-            tally.micros.push((end - start).as_secs_f64() * 1e6);
-        }
+        tally.add(start, end);
         start = end;
     }
     tally.checked()
@@ -123,14 +133,12 @@ pub fn visit(addr: SocketAddr, size: usize, span: Duration) -> Fallible<Tally> {
     // A thread of the service's for each would cost more than the visit.
     let mut message = vec![Work::Echo.byte(); size];
     let mut tally = Tally::for_span(span);
-    let from = Instant::now() + WARM_UP;
     let mut start = Instant::now();
-    while start < from + span && !stop::stopped() {
+    while start < tally.to && !stop::stopped() {
         let visited = connect(addr).and_then(|socket| exchange(&socket, &mut message));
         let end = Instant::now();
         match visited {
-            Ok(()) if start >= from => tally.micros.push((end - start).as_secs_f64() * 1e6),
-            Ok(()) => {}
+            Ok(()) => tally.add(start, end),
             Err(error) => tally.fail(&error)?,
         }
         start = end;
@@ -257,20 +265,21 @@ impl Crowd {
             lanes: (0..self.connections).map(|_| None).collect(),
             message: vec![Work::Echo.byte(); self.size],
             buffer: vec![0; self.size],
+            ending: false,
         };
         let mut tally = Tally::for_span(span);
-        let from = Instant::now() + WARM_UP;
         let mut events = Vec::with_capacity(self.connections);
-        while Instant::now() < from + span && !stop::stopped() {
+        // What is under way at the end may still end well, or be lost.
+        while !lanes.have_ended() && !stop::stopped() {
+            lanes.ending = Instant::now() >= tally.to;
+            lanes.drop_late(&mut tally)?;
             lanes.open_missing(&mut tally)?;
             epoll::wait(&lanes.poll, spare_capacity(&mut events), Some(&TICK))?;
             for event in events.drain(..) {
                 let lane = event.data.u64() as usize;
                 match lanes.step(lane) {
-                    Ok(Some((start, end))) if start >= from => {
-                        tally.micros.push((end - start).as_secs_f64() * 1e6);
-                    }
-                    Ok(_) => {}
+                    Ok(Some(start)) => tally.add(start, Instant::now()),
+                    Ok(None) => {}
                     Err(error) => {
                         lanes.lanes[lane] = None;
                         tally.fail(&error)?;
@@ -303,22 +312,30 @@ struct Lanes {
     lanes: Vec<Option<Lane>>,
     message: Vec<u8>,
     buffer: Vec<u8>,
+    /// Time is up: nothing new begins.
+    ending: bool,
 }
 
 impl Lanes {
-    /// Opens those that are new, have ended, or have taken too long.
-    fn open_missing(&mut self, tally: &mut Tally) -> Fallible<()> {
+    fn have_ended(&self) -> bool {
+        self.ending && self.lanes.iter().all(Option::is_none)
+    }
+
+    fn drop_late(&mut self, tally: &mut Tally) -> Fallible<()> {
         let now = Instant::now();
-        for lane in 0..self.lanes.len() {
-            if let Some(late) = &self.lanes[lane]
-                && now.duration_since(late.start) > DEADLINE
-            {
-                self.lanes[lane] = None;
+        for lane in &mut self.lanes {
+            if lane.take_if(|it| now > it.start + DEADLINE).is_some() {
                 tally.fail(&ErrorKind::TimedOut.into())?;
             }
-            if self.lanes[lane].is_none() {
-                match self.open(lane) {
-                    Ok(opened) => self.lanes[lane] = Some(opened),
+        }
+        Ok(())
+    }
+
+    fn open_missing(&mut self, tally: &mut Tally) -> Fallible<()> {
+        for number in 0..self.lanes.len() {
+            if self.lanes[number].is_none() && !self.ending {
+                match self.open(number) {
+                    Ok(lane) => self.lanes[number] = Some(lane),
                     Err(error) => tally.fail(&error)?,
                 }
             }
@@ -326,18 +343,17 @@ impl Lanes {
         Ok(())
     }
 
-    fn open(&self, lane: usize) -> io::Result<Lane> {
+    fn open(&self, number: usize) -> io::Result<Lane> {
         let start = Instant::now();
         let socket = Socket::new(Domain::for_address(self.addr), Type::STREAM, None)?;
         socket.set_nonblocking(true)?;
         socket.set_tcp_nodelay(true)?;
-        match socket.connect(&self.addr.into()) {
-            // EINPROGRESS has no kind of its own.
-            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => return Err(error),
-            // Any other error comes again when the message is written.
-            _ => {}
+        if let Err(error) = socket.connect(&self.addr.into())
+            && error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error())
+        {
+            return Err(error);
         }
-        let key = EventData::new_u64(lane as u64);
+        let key = EventData::new_u64(number as u64);
         epoll::add(&self.poll, &socket, key, EventFlags::OUT)?;
         Ok(Lane {
             socket: socket.into(),
@@ -346,9 +362,9 @@ impl Lanes {
         })
     }
 
-    /// Goes on with a lane that something has happened on; tells the times of an exchange that is
+    /// Goes on with a lane that something has happened on; tells when an exchange began that is
     /// done.
-    fn step(&mut self, number: usize) -> io::Result<Option<(Instant, Instant)>> {
+    fn step(&mut self, number: usize) -> io::Result<Option<Instant>> {
         let Some(lane) = &mut self.lanes[number] else {
             return Ok(None);
         };
@@ -367,14 +383,13 @@ impl Lanes {
             return Ok(None);
         }
         let start = lane.start;
-        if self.crowd.close {
+        if self.crowd.close || self.ending {
             self.lanes[number] = None;
-            return Ok(Some((start, Instant::now())));
+        } else {
+            lane.start = Instant::now();
+            lane.send(&self.message)?;
         }
-        let end = Instant::now();
-        lane.start = end;
-        lane.send(&self.message)?;
-        Ok(Some((start, end)))
+        Ok(Some(start))
     }
 }
 

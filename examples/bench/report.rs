@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::load::percentile;
 use crate::options::{Options, SOAK};
-use crate::rows::{Better, COST, Figure, ROWS, Row, Sample};
+use crate::rows::{Better, COST, FAR_VISITORS, Figure, ROWS, Row, Sample};
 use crate::soak::{Soak, WHAT};
 use crate::systems::{Programs, System};
 
@@ -116,7 +116,7 @@ impl Results {
         if !self.soaks.is_empty() {
             text += &(soak_table(&self.soaks) + "\n");
         }
-        for note in self.notes.iter().cloned().chain(self.failures_and_losses()) {
+        for note in self.notes.iter().chain(&self.troubles()) {
             let _ = writeln!(text, "- {note}");
         }
         text
@@ -160,33 +160,39 @@ impl Results {
             self.versions.join(", "),
         );
         if self.figures().any(|(row, ..)| row.name == "wan") {
-            text += "`wan` delays bytes between the two programs, and nothing else: no handshake \
-                     of TCP between them takes longer, no packet is lost, no bandwidth is \
-                     limited, and no congestion window has to open.\n";
+            let _ = writeln!(
+                text,
+                "`wan` is one round, its values medians of {FAR_VISITORS} visitors. It delays \
+                 bytes between the two programs, and nothing else: no handshake of TCP between \
+                 them takes longer, no packet is lost, no bandwidth is limited, and no congestion \
+                 window has to open."
+            );
         }
         text
     }
 
     /// What went wrong without failing a whole cell, which says so itself.
-    fn failures_and_losses(&self) -> impl Iterator<Item = String> {
-        let of_cells = self.cells.iter().flat_map(|(row, system, cell)| {
+    fn troubles(&self) -> Vec<String> {
+        let mut troubles = Vec::new();
+        let mut tell = |row: &str, system: System, what: String| {
+            troubles.push(format!("`{row}`, {}: {what}.", system.name()));
+        };
+        for (row, system, cell) in &self.cells {
             let (failed, rounds) = (cell.failures.len(), self.rounds);
-            let sum = |count: fn(&Sample) -> u64| cell.samples.iter().map(count).sum::<u64>();
-            let (lost, no_port) = (sum(|it| it.lost), sum(|it| it.no_port));
-            let why = cell.failures.first().filter(|_| failed < rounds as usize);
-            let failed = why.map(|why| format!("failed in {failed} of {rounds} rounds: {why}"));
-            let lost = (lost > 0).then(|| format!("{lost} exchanges lost"));
-            let paused = format!("paused {no_port} times for want of a free port");
-            let paused = (no_port > 0).then_some(paused);
-            let all = [failed, lost, paused].into_iter().flatten();
-            all.map(move |what| format!("`{row}`, {}: {what}.", system.name()))
-        });
-        let lossy = self.soaks.iter().filter(|soak| soak.lost > 0);
-        let of_soaks = lossy.map(|soak| {
-            let name = soak.system.name();
-            format!("`{SOAK}`, {name}: {} exchanges lost.", soak.lost)
-        });
-        of_cells.chain(of_soaks)
+            if let (Some(why), 1..) = (cell.failures.first(), cell.samples.len()) {
+                let what = format!("failed in {failed} of {rounds} rounds: {why}");
+                tell(row, *system, what);
+            }
+            let sum = |count: fn(&Sample) -> u64| cell.samples.iter().map(count).sum();
+            let lost = losses(sum(|it| it.lost), sum(|it| it.no_port));
+            lost.into_iter().for_each(|what| tell(row, *system, what));
+        }
+        for soak in &self.soaks {
+            let lost = losses(soak.tally.lost, soak.tally.no_port);
+            lost.into_iter()
+                .for_each(|what| tell(SOAK, soak.system, what));
+        }
+        troubles
     }
 
     /// Everything, each value of each round.
@@ -204,8 +210,8 @@ impl Results {
             "secs": self.secs,
             "rows": self.figures().map(|it| self.figure_to_json(it)).collect::<Vec<_>>(),
             "soak": self.soaks.iter().map(soak_to_json).collect::<Vec<_>>(),
-            "notes": self.notes.iter().cloned().chain(self.failures_and_losses())
-                .collect::<Vec<_>>(),
+            "notes": self.notes,
+            "troubles": self.troubles(),
         })
     }
 
@@ -227,6 +233,14 @@ impl Results {
             "systems": systems.collect::<Map<_, _>>(),
         })
     }
+}
+
+/// What is said of exchanges that were lost, and of pauses for want of a port.
+fn losses(lost: u64, no_port: u64) -> Vec<String> {
+    let lost = (lost > 0).then(|| format!("{lost} exchanges lost"));
+    let paused = format!("paused {no_port} times for want of a free port");
+    let paused = (no_port > 0).then_some(paused);
+    [lost, paused].into_iter().flatten().collect()
 }
 
 fn head() -> Vec<String> {
@@ -255,7 +269,7 @@ fn soak_table(soaks: &[Soak]) -> String {
                 .collect(),
         );
     }
-    let visits = soaks.iter().map(|soak| soak.visits.to_string());
+    let visits = soaks.iter().map(|soak| soak.tally.micros.len().to_string());
     lines.push(["visits".to_owned()].into_iter().chain(visits).collect());
     table(&lines)
 }
@@ -263,8 +277,8 @@ fn soak_table(soaks: &[Soak]) -> String {
 fn soak_to_json(soak: &Soak) -> Value {
     json!({
         "system": soak.system.name(),
-        "visits": soak.visits,
-        "lost": soak.lost,
+        "visits": soak.tally.micros.len(),
+        "lost": soak.tally.lost,
         "what": WHAT,
         "start": soak.start,
         "end": soak.end,

@@ -10,7 +10,8 @@ use crate::systems::{Fallible, Link, Programs, System, Tunnel};
 const PING_SIZE: usize = 1024;
 const VISIT_SIZE: usize = 64;
 
-/// Silent connections: enough to tell the memory of one, and about as many as a server takes.
+/// Silent connections: enough to tell the memory of one, and about as many as a server takes by
+/// default.
 const HELD: usize = 500;
 const GROWN: usize = 4000;
 
@@ -26,7 +27,7 @@ const DELAY: Duration = Duration::from_millis(50);
 
 /// Visitors of the delayed tunnel, and the pause in which its pool has to fill up again: some round
 /// trips.
-const FAR_VISITORS: usize = 10;
+pub const FAR_VISITORS: usize = 10;
 const FAR_PAUSE: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use crate::load::percentile;
+use crate::load::{Tally, percentile};
 use crate::rows::VISITS;
 use crate::stop::rest;
 use crate::systems::{Fallible, Programs, System, Tunnel};
@@ -27,8 +27,7 @@ const SLACK: [f64; 3] = [16.0, 16.0, 256.0];
 
 pub struct Soak {
     pub system: System,
-    pub visits: usize,
-    pub lost: u64,
+    pub tally: Tally,
     /// As in [`WHAT`].
     pub start: [f64; 3],
     pub end: [f64; 3],
@@ -61,8 +60,7 @@ pub fn soak(programs: &Programs, span: Duration) -> Fallible<Vec<Soak>> {
             let tally = load.join().map_err(|_| "a load's thread panicked")??;
             soaks.push(Soak {
                 system: SYSTEMS[number],
-                visits: tally.micros.len(),
-                lost: tally.lost,
+                tally,
                 start: starts[number],
                 end: ends[number],
             });
