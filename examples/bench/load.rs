@@ -15,7 +15,8 @@ use socket2::{Domain, Socket, Type};
 
 use crate::service::{Counts, Work, drain, drain_and_pour, pour};
 use crate::stop::{self, rest};
-use crate::systems::{Fallible, Tunnel};
+use crate::systems::Fallible;
+use crate::tunnel::Tunnel;
 
 /// Not measured: the first moments of a load, in which threads start and windows open.
 pub const WARM_UP: Duration = Duration::from_millis(200);

@@ -26,6 +26,8 @@ mod stop;
 #[cfg(target_os = "linux")]
 mod systems;
 #[cfg(target_os = "linux")]
+mod tunnel;
+#[cfg(target_os = "linux")]
 mod wan;
 
 use std::process::ExitCode;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::load::{self, Crowd, Tally, bulk, hold, percentile, ping, visit};
 use crate::service::Work;
 use crate::stop::{check, rest};
-use crate::systems::{Fallible, Link, Programs, System, Tunnel};
+use crate::systems::{Fallible, Link, Programs, System};
+use crate::tunnel::Tunnel;
 
 const PING_SIZE: usize = 1024;
 const VISIT_SIZE: usize = 64;

@@ -6,7 +6,8 @@ use std::time::Duration;
 use crate::load::{Tally, percentile};
 use crate::rows::VISITS;
 use crate::stop::rest;
-use crate::systems::{Fallible, Programs, System, Tunnel};
+use crate::systems::{Fallible, Programs, System};
+use crate::tunnel::Tunnel;
 
 /// Both at the same time, as this takes long.
 pub const SYSTEMS: [System; 2] = [System::Plain, System::Key];

@@ -1,27 +1,18 @@
 //! The systems that are compared, each started as processes of its own, the way a user would.
 
 use std::error::Error;
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::service::{Service, Work};
-use crate::stop::rest;
-use crate::wan::Relay;
+use crate::tunnel::Tunnel;
 
 pub type Fallible<T> = Result<T, Box<dyn Error + Send + Sync>>;
-
-/// How long a system may take until its first visitor is served.
-const START_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How often a system that starts is looked at.
-const START_PAUSE: Duration = Duration::from_millis(20);
 
 /// Where the search for free ports begins: below those that Linux gives to outgoing connections,
 /// which a run makes by the ten thousand.
@@ -32,14 +23,13 @@ const BORE_CONTROL: u16 = 7835;
 
 const KEY_FILE: &str = "tp.key";
 
-/// What `/proc/PID/stat` counts processor time in: 1/100 s for every program, whatever the kernel
-/// itself uses.
-const TICKS_PER_SEC: f64 = 100.0;
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum System {
+    /// No tunnel: visitors go straight to the service.
     Direct,
+    /// Our programs without a key.
     Plain,
+    /// Our programs with one.
     Key,
     Rathole,
     RatholeNoise,
@@ -91,7 +81,7 @@ pub struct Programs {
     /// In place of a peer, why it is missing.
     rathole: Result<Peer, String>,
     bore: Result<Peer, String>,
-    /// The key, the peers' configurations, and logs.
+    /// The key, and the peers' configurations.
     folder: TempDir,
 }
 
@@ -141,12 +131,7 @@ impl Programs {
 
     /// The same, with another link between our two programs; the peers' is as it is.
     pub fn start_with(&self, system: System, link: &Link) -> Fallible<Tunnel> {
-        let mut tunnel = Tunnel {
-            processes: Vec::new(),
-            relays: Vec::new(),
-            public: free_port()?,
-            service: Service::start()?,
-        };
+        let mut tunnel = Tunnel::new(free_port()?)?;
         let key = ["--key-file", &self.file(KEY_FILE)];
         match system {
             System::Direct => tunnel.public = tunnel.service.addr,
@@ -167,39 +152,42 @@ impl Programs {
     fn start_own(&self, tunnel: &mut Tunnel, link: &Link, both: &[&str]) -> Fallible<()> {
         let [public, mut control, mut tunnels] = [tunnel.public, free_port()?, free_port()?];
         let [p, c, t] = [public, control, tunnels].map(|it| it.to_string());
-        let words = ["-q", "--public", &p, "--control", &c, "--tunnel", &t];
-        self.run(tunnel, &self.tpserver, &[&words, both].concat())?;
+        let words = ["--public", &p, "--control", &c, "--tunnel", &t];
+        tunnel.run(&self.tpserver, &[&words, both].concat())?;
         tunnel.wait_for_listener(control)?;
         if let Some(delay) = link.delay {
             for addr in [&mut control, &mut tunnels] {
-                let relay = Relay::start(*addr, delay)?;
-                *addr = relay.addr;
-                tunnel.relays.push(relay);
+                tunnel.delay(addr, delay)?;
             }
         }
         let [c, t] = [control, tunnels].map(|it| it.port().to_string());
         let local = tunnel.service.addr.to_string();
-        let words = ["-q", "--control-port", &c, "--tunnel-port", &t];
+        let words = ["--control-port", &c, "--tunnel-port", &t];
         let pool = link.pool.map(|pool| ["--pool", pool]);
         let pool = pool.as_ref().map_or(&[][..], |words| words);
         let words = [&words[..], &["--local", &local], pool, both].concat();
-        self.run(tunnel, &self.tpclient, &words)
+        tunnel.run(&self.tpclient, &words)
     }
 
     /// With these additions to the configurations of its server and its client.
     fn start_rathole(&self, tunnel: &mut Tunnel, transports: [&str; 2]) -> Fallible<()> {
         let program = &self.rathole.as_ref().map_err(String::as_str)?.path;
         let (control, public, local) = (free_port()?, tunnel.public, tunnel.service.addr);
-        let service = "default_token = 'bench'\n[server.services.bench]\nbind_addr";
-        let server = format!("[server]\nbind_addr = '{control}'\n{service} = '{public}'\n");
-        let service = "default_token = 'bench'\n[client.services.bench]\nlocal_addr";
-        let client = format!("[client]\nremote_addr = '{control}'\n{service} = '{local}'\n");
+        let [server_transport, client_transport] = transports;
+        let server = format!(
+            "[server]\nbind_addr = '{control}'\ndefault_token = 'bench'\n\
+             [server.services.bench]\nbind_addr = '{public}'\n{server_transport}"
+        );
+        let client = format!(
+            "[client]\nremote_addr = '{control}'\ndefault_token = 'bench'\n\
+             [client.services.bench]\nlocal_addr = '{local}'\n{client_transport}"
+        );
         let (server_file, client_file) = (self.file("server.toml"), self.file("client.toml"));
-        fs::write(&server_file, server + transports[0])?;
-        fs::write(&client_file, client + transports[1])?;
-        self.run(tunnel, program, &["--server", &server_file])?;
+        fs::write(&server_file, server)?;
+        fs::write(&client_file, client)?;
+        tunnel.run(program, &["--server", &server_file])?;
         tunnel.wait_for_listener(control)?;
-        self.run(tunnel, program, &["--client", &client_file])
+        tunnel.run(program, &["--client", &client_file])
     }
 
     /// A fresh key pair, as the transports of rathole's server and client.
@@ -222,41 +210,18 @@ impl Programs {
 
     fn start_bore(&self, tunnel: &mut Tunnel) -> Fallible<()> {
         let program = &self.bore.as_ref().map_err(String::as_str)?.path;
-        self.run(tunnel, program, &["server", "--bind-addr", "127.0.0.1"])?;
+        tunnel.run(program, &["server", "--bind-addr", "127.0.0.1"])?;
         tunnel.wait_for_listener(([127, 0, 0, 1], BORE_CONTROL).into())?;
         let local = tunnel.service.addr.port().to_string();
         let public = tunnel.public.port().to_string();
         let host = "127.0.0.1";
         let words = ["local", &local, "--local-host", host];
         let words = [&words[..], &["--to", host, "--port", &public]].concat();
-        self.run(tunnel, program, &words)
+        tunnel.run(program, &words)
     }
 
     fn file(&self, name: &str) -> String {
         self.folder.path().join(name).to_string_lossy().into_owned()
-    }
-
-    /// One more process of this tunnel.
-    fn run(&self, tunnel: &mut Tunnel, program: &Path, words: &[&str]) -> Fallible<()> {
-        let log = self.folder.path().join(tunnel.public.to_string());
-        let log = log.with_extension(format!("{}.log", tunnel.processes.len()));
-        let file = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
-        let child = Command::new(program)
-            .args(words)
-            .env_remove("TP_KEY")
-            // The peers have no -q. Ours do, and obey it if this is not set.
-            .envs((!words.contains(&"-q")).then_some(("RUST_LOG", "error")))
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file)
-            .spawn()
-            .map_err(|error| format!("{}: {error}", program.display()))?;
-        tunnel.processes.push(Process {
-            program: program.to_owned(),
-            child,
-            log,
-        });
-        Ok(())
     }
 }
 
@@ -296,121 +261,5 @@ fn free_port() -> Fallible<SocketAddr> {
         if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
             return Ok(listener.local_addr()?);
         }
-    }
-}
-
-/// A system that runs. Dropped, its processes are gone before what they are connected to.
-pub struct Tunnel {
-    processes: Vec<Process>,
-    relays: Vec<Relay>,
-    /// Where visitors go to.
-    pub public: SocketAddr,
-    pub service: Service,
-}
-
-impl Tunnel {
-    /// Seconds of processor time so far of both processes together; none if there are none.
-    pub fn cpu(&self) -> Fallible<Option<f64>> {
-        self.sum(|process| {
-            let stat = process.proc("stat")?;
-            // Behind the name, which may hold spaces and parentheses: state, then 10 more, then
-            // user and system time.
-            let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-            let ticks: Result<Vec<f64>, _> = fields.skip(11).take(2).map(str::parse).collect();
-            Ok(ticks?.iter().sum::<f64>() / TICKS_PER_SEC)
-        })
-    }
-
-    /// KiB of memory of both processes together; none if there are none.
-    pub fn pss_kib(&self) -> Fallible<Option<f64>> {
-        self.sum(|process| {
-            let text = process.proc("smaps_rollup")?;
-            let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-            let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
-            Ok(number.ok_or("no Pss in smaps_rollup")?.parse()?)
-        })
-    }
-
-    /// Descriptors, threads, and KiB of memory of both processes together.
-    pub fn usage(&self) -> Fallible<[f64; 3]> {
-        let entries = |folder: &'static str| {
-            self.sum(move |process| Ok(fs::read_dir(process.path(folder))?.count() as f64))
-        };
-        let usage = [entries("fd")?, entries("task")?, self.pss_kib()?];
-        Ok(usage.map(Option::unwrap_or_default))
-    }
-
-    fn sum(&self, figure: impl Fn(&Process) -> Fallible<f64>) -> Fallible<Option<f64>> {
-        let figures: Result<Vec<_>, _> = self.processes.iter().map(figure).collect();
-        Ok(Some(figures?.iter().sum()).filter(|_| !self.processes.is_empty()))
-    }
-
-    fn wait_for_listener(&mut self, addr: SocketAddr) -> Fallible<()> {
-        self.wait(&format!("a listener on {addr}"), |_| {
-            TcpStream::connect(addr).map(drop)
-        })
-    }
-
-    fn wait_until_it_serves(&mut self) -> Fallible<()> {
-        self.wait("an answer to a visitor", |public| {
-            let mut socket = TcpStream::connect(public)?;
-            socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-            socket.write_all(&[Work::Echo.byte()])?;
-            socket.read_exact(&mut [0])
-        })
-    }
-
-    /// Tries until it works, all processes being alive.
-    fn wait(
-        &mut self,
-        what: &str,
-        attempt: impl Fn(SocketAddr) -> std::io::Result<()>,
-    ) -> Fallible<()> {
-        let start = Instant::now();
-        while let Err(error) = attempt(self.public) {
-            for process in &mut self.processes {
-                process.check_alive()?;
-            }
-            if start.elapsed() > START_DEADLINE {
-                return Err(format!("no {what} in {START_DEADLINE:?}: {error}").into());
-            }
-            rest(START_PAUSE)?;
-        }
-        Ok(())
-    }
-}
-
-/// Killed when dropped.
-struct Process {
-    program: PathBuf,
-    child: Child,
-    log: PathBuf,
-}
-
-impl Process {
-    fn path(&self, name: &str) -> PathBuf {
-        format!("/proc/{}/{name}", self.child.id()).into()
-    }
-
-    fn proc(&self, name: &str) -> Fallible<String> {
-        let path = self.path(name);
-        fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()).into())
-    }
-
-    fn check_alive(&mut self) -> Fallible<()> {
-        let Some(status) = self.child.try_wait()? else {
-            return Ok(());
-        };
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
-        let said = log.lines().last().unwrap_or_default();
-        Err(format!("{} ended: {status} {said}", self.program.display()).into())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = fs::remove_file(&self.log);
     }
 }
