@@ -88,16 +88,19 @@ impl Tally {
         Ok(self)
     }
 
+    /// The smallest time that at least so many per cent do not exceed.
     pub fn percentile(&mut self, percent: f64) -> f64 {
-        percentile(&mut self.micros, percent)
+        self.micros.sort_by(f64::total_cmp);
+        let rank = (self.micros.len() as f64 * percent / 100.0).ceil() as usize;
+        self.micros[rank.clamp(1, self.micros.len()) - 1]
     }
 }
 
-/// The smallest value that at least so many per cent of them do not exceed.
-pub fn percentile(values: &mut [f64], percent: f64) -> f64 {
+/// The middle one, or the mean of the two that are.
+pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
-    let rank = (values.len() as f64 * percent / 100.0).ceil() as usize;
-    values[rank.clamp(1, values.len()) - 1]
+    let last = values.len() - 1;
+    f64::midpoint(values[last / 2], values[last.div_ceil(2)])
 }
 
 fn connect(addr: SocketAddr) -> io::Result<TcpStream> {

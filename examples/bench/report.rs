@@ -7,7 +7,7 @@ use std::thread;
 
 use serde_json::{Map, Value, json};
 
-use crate::load::percentile;
+use crate::load::median;
 use crate::options::{Options, SOAK};
 use crate::rows::{Better, COST, FAR_VISITORS, Figure, ROWS, Row, Sample};
 use crate::soak::{Soak, WHAT};
@@ -36,7 +36,7 @@ impl Cell {
 
     fn median(&self, figure: usize) -> Option<f64> {
         let mut values = self.values(figure);
-        (!values.is_empty()).then(|| percentile(&mut values, 50.0))
+        (!values.is_empty()).then(|| median(&mut values))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::load::{self, Crowd, Tally, bulk, hold, percentile, ping, visit};
+use crate::load::{self, Crowd, Tally, bulk, hold, median, ping, visit};
 use crate::service::Work;
 use crate::stop::{check, rest};
 use crate::systems::{Fallible, Link, Programs, System};
@@ -242,12 +242,12 @@ fn measure_held(programs: &Programs, system: System) -> Fallible<Sample> {
 
 fn measure_growth(programs: &Programs, system: System, span: Duration) -> Fallible<Sample> {
     let tunnel = programs.start(system)?;
-    let median = || ping(tunnel.public, PING_SIZE, span).map(|mut tally| tally.percentile(50.0));
+    let p50 = || ping(tunnel.public, PING_SIZE, span).map(|mut tally| tally.percentile(50.0));
     let _one = hold(&tunnel, 1)?;
-    let few = median()?;
+    let few = p50()?;
     let _rest = hold(&tunnel, GROWN - 1)?;
     rest(SETTLE)?;
-    Ok(Sample::of([Some(median()? / few)]))
+    Ok(Sample::of([Some(p50()? / few)]))
 }
 
 fn measure_far(programs: &Programs, system: System) -> Fallible<Sample> {
@@ -270,5 +270,5 @@ fn far_first_byte(programs: &Programs, system: System, link: &Link) -> Fallible<
         millis.push(took.as_secs_f64() * 1e3);
         check()?;
     }
-    Ok(percentile(&mut millis, 50.0))
+    Ok(median(&mut millis))
 }

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use crate::load::{Tally, percentile};
+use crate::load::{Tally, median};
 use crate::rows::VISITS;
 use crate::stop::rest;
 use crate::systems::{Fallible, Programs, System};
@@ -15,8 +15,8 @@ pub const SYSTEMS: [System; 2] = [System::Plain, System::Key];
 /// What is counted; processes together.
 pub const WHAT: [&str; 3] = ["descriptors", "threads", "memory, KiB"];
 
-/// By then all the threads and buffers are there that this load needs.
-const WARM_UP: Duration = Duration::from_secs(5);
+/// By then most of the threads and buffers are there that this load ever needs at a time.
+const WARM_UP: Duration = Duration::from_secs(10);
 
 /// A count is the median of some: it depends on how many visits are under way just then.
 const LOOKS: usize = 5;
@@ -24,7 +24,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
 /// What is no growth: a tenth, and as much as one crowd more or less makes.
 const SLACK_FACTOR: f64 = 1.1;
-const SLACK: [f64; 3] = [16.0, 16.0, 256.0];
+const SLACK: [f64; 3] = [16.0, 16.0, 512.0];
 
 pub struct Soak {
     pub system: System,
@@ -81,6 +81,6 @@ fn look(tunnels: &[Tunnel]) -> Fallible<Vec<[f64; 3]>> {
         }
         rest(LOOK_PAUSE)?;
     }
-    let medians = |counts: [Vec<f64>; 3]| counts.map(|mut count| percentile(&mut count, 50.0));
+    let medians = |counts: [Vec<f64>; 3]| counts.map(|mut count| median(&mut count));
     Ok(counts.into_iter().map(medians).collect())
 }
