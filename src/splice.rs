@@ -51,17 +51,23 @@ impl Pipe {
     /// nothing is lost.
     pub fn drain(&mut self, mut to: impl AsFd + Write) -> io::Result<()> {
         while self.filled > 0 {
-            match step(&self.output, &to, self.filled) {
-                Ok(count) => self.filled -= count,
-                Err(error) if refused(&error) => {
-                    let rest = (&self.output).take(self.filled as u64);
-                    io::copy(&mut { rest }, &mut to)?;
-                    self.filled = 0;
-                }
-                Err(error) => return Err(error),
-            }
+            let count = match step(&self.output, &to, self.filled) {
+                Err(error) if refused(&error) => self.copy(&mut to)?,
+                moved => moved?,
+            };
+            self.filled -= count;
         }
         Ok(())
+    }
+
+    /// Not inlined: its buffer has no place on the stack of a thread that never comes here.
+    #[cold]
+    #[inline(never)]
+    fn copy(&mut self, to: &mut impl Write) -> io::Result<usize> {
+        let mut buffer = vec![0; self.filled];
+        self.output.read_exact(&mut buffer)?;
+        to.write_all(&buffer)?;
+        Ok(buffer.len())
     }
 }
 
