@@ -352,7 +352,11 @@ impl Shared {
 
     fn start_combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
         let (client, owned) = (self.clone(), session.clone());
-        let started = self.workers.start("tunnel", move || client.combine(&owned));
+        let work = move || {
+            // When its visitor has gone, this thread dials the next tunnel: none has to be woken.
+            while client.combine(&owned) && client.wants_tunnel(&owned) {}
+        };
+        let started = self.workers.start("tunnel", work);
         if let Err(error) = &started {
             session.tunnels.lock().spare -= 1;
             self.no_thread(error);
@@ -360,8 +364,15 @@ impl Shared {
         started.is_ok()
     }
 
-    /// One tunnel: dialled, idle until its visitor comes, then joined with the local service.
-    fn combine(self: &Arc<Self>, session: &Arc<Session>) {
+    fn wants_tunnel(&self, session: &Session) -> bool {
+        match session.proto {
+            Proto::Tp1 { pool, .. } => session.count_spare(pool),
+            Proto::Original => false,
+        }
+    }
+
+    /// One tunnel: dialled, idle until its visitor comes, then joined with the local service. True if visited.
+    fn combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
         let to = session.tunnel_addr;
         let waited = match self.connect_remote(session) {
             Ok((remote, expected)) => match session.wait_for_visitor(remote) {
@@ -379,10 +390,11 @@ impl Shared {
             Ok(given) => given,
             Err((level, why)) if live => {
                 let limit = &self.logs.tunnel_failed;
-                return limit.say(|more| log!(level, "{why}{more}"));
+                limit.say(|more| log!(level, "{why}{more}"));
+                return false;
             }
             // All of them end with their session.
-            Err(_) => return,
+            Err(_) => return false,
         };
         match self.connect_local() {
             Ok(local) => self.join_conn(session, local, remote, visitor),
@@ -390,9 +402,9 @@ impl Shared {
                 net::abort(remote.socket());
                 let log = &self.logs.local_failed;
                 log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
-                self.refill(session);
             }
         }
+        true
     }
 
     /// Dials the local service.
@@ -439,9 +451,9 @@ impl Shared {
         );
         let (client, session) = (self.clone(), session.clone());
         let work = move || {
-            // The tunnel that this visitor took is replaced while its service works, not before
-            // its first bytes are on their way.
-            client.refill(&session);
+            if session.is_low() {
+                client.refill(&session);
+            }
             down.copy();
         };
         if let Err(error) = self.workers.start("down", work) {
@@ -480,6 +492,13 @@ impl Session {
         let more = tunnels.spare < most && tunnels.to_server.is_some();
         tunnels.spare += usize::from(more);
         more
+    }
+
+    fn is_low(&self) -> bool {
+        match self.proto {
+            Proto::Tp1 { pool, .. } => self.tunnels.lock().spare < pool / 2,
+            Proto::Original => false,
+        }
     }
 
     /// Counts one spare tunnel less; false if the session has ended.

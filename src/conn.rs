@@ -87,8 +87,8 @@ impl Reader {
     }
 
     /// The socket, if what it gives needs no work, and nothing was read ahead.
-    pub fn plain(&self) -> Option<&Arc<TcpStream>> {
-        (self.opener.is_none() && self.rest.is_empty()).then_some(&self.socket)
+    pub fn plain(&self) -> Option<Arc<TcpStream>> {
+        (self.opener.is_none() && self.rest.is_empty()).then(|| self.socket.clone())
     }
 
     /// Gives bytes back, to be read again.
@@ -202,8 +202,13 @@ impl Writer {
     }
 
     /// The socket, if bytes go to it as they are.
-    pub fn plain(&self) -> Option<&Arc<TcpStream>> {
-        self.sealer.is_none().then_some(&self.socket)
+    pub fn plain(&self) -> Option<Arc<TcpStream>> {
+        self.sealer.is_none().then(|| self.socket.clone())
+    }
+
+    /// Gives the batch's memory back.
+    pub fn release(&mut self) {
+        self.batch = Vec::new();
     }
 
     /// Writes the first `count` bytes that were put into the batch.

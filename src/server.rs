@@ -619,8 +619,7 @@ impl Shared {
     /// The next connection of a listener; None once the server stops.
     fn accept(&self, listener: &Listener) -> Option<(TcpStream, SocketAddr)> {
         while !self.stop.stopped() {
-            let accepted = listener.socket.accept();
-            match accepted.and_then(|(socket, from)| Ok((net::tune(socket)?, from))) {
+            match net::accept(&listener.socket) {
                 Ok(accepted) if !self.stop.stopped() => return Some(accepted),
                 Ok(_) => return None,
                 // Out of descriptors or memory, or the connection was reset in the backlog. All
