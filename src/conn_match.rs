@@ -31,6 +31,8 @@ pub struct ConnList<A, T> {
 pub enum Placed<T> {
     /// The oldest waiting visitor got it: a match is complete.
     Matched,
+    /// It could not be greeted; whoever waits goes on waiting.
+    Dead,
     /// Nobody waits: it is idle.
     Idle,
     /// Nobody waits and the pool is full: this tunnel, the oldest, is to be closed.
@@ -46,33 +48,40 @@ impl<A, T> ConnList<A, T> {
         }
     }
 
-    /// Adds a visitor, with the newest idle tunnel that is `healthy`; unhealthy ones are dropped.
-    /// True if that made a match complete; otherwise the visitor waits for a tunnel. One whose
-    /// tunnel proved dead is added again with its old time, and keeps its turn.
+    /// Adds a visitor, with the newest idle tunnel that takes it: `greet` tells a tunnel whose it is
+    /// now, and is false for one that is dead, which is dropped. True if that made a match complete;
+    /// otherwise the visitor waits for a tunnel.
     pub fn add_accept(
         &mut self,
         accept: A,
         accept_add_time: Instant,
-        mut healthy: impl FnMut(&T) -> bool,
+        mut greet: impl FnMut(&A, &mut T) -> bool,
     ) -> bool {
-        let tunnel = std::iter::from_fn(|| self.idle.pop_back()).find(|idle| healthy(idle));
+        let idle = std::iter::from_fn(|| self.idle.pop_back());
+        let mut idle = idle.filter_map(|mut idle| greet(&accept, &mut idle).then_some(idle));
+        let tunnel = idle.next();
         let complete = tunnel.is_some();
-        let place = self
-            .matches
-            .partition_point(|it| it.tunnel.is_some() || it.accept_add_time <= accept_add_time);
-        let conn_match = ConnMatch {
+        self.matches.push_back(ConnMatch {
             accept,
             accept_add_time,
             tunnel,
-        };
-        self.matches.insert(place, conn_match);
+        });
         complete
     }
 
-    /// Gives a tunnel to the visitor that has waited longest, or to the pool of at most `pool`.
-    pub fn add_tunnel(&mut self, tunnel: T, pool: usize) -> Placed<T> {
+    /// Gives a tunnel to the visitor that has waited longest, or to the pool of at most `pool`;
+    /// `greet` as above.
+    pub fn add_tunnel(
+        &mut self,
+        mut tunnel: T,
+        pool: usize,
+        greet: impl FnOnce(&A, &mut T) -> bool,
+    ) -> Placed<T> {
         let oldest = self.complete();
         if let Some(waiting) = self.matches.get_mut(oldest) {
+            if !greet(&waiting.accept, &mut tunnel) {
+                return Placed::Dead;
+            }
             waiting.tunnel = Some(tunnel);
             return Placed::Matched;
         }
@@ -87,10 +96,10 @@ impl<A, T> ConnList<A, T> {
     }
 
     /// Takes the oldest complete match out.
-    pub fn take_match(&mut self) -> Option<(A, Instant, T)> {
+    pub fn take_match(&mut self) -> Option<(A, T)> {
         let tunnel = self.matches.front_mut()?.tunnel.take()?;
         let matched = self.matches.pop_front()?;
-        Some((matched.accept, matched.accept_add_time, tunnel))
+        Some((matched.accept, tunnel))
     }
 
     /// Takes out the visitors that have waited for `timeout` or longer.
@@ -147,24 +156,26 @@ mod tests {
         ConnList::new()
     }
 
+    fn alive(_: &&'static str, _: &mut u32) -> bool {
+        true
+    }
+
     fn served(list: &mut ConnList<&'static str, u32>) -> Vec<(&'static str, u32)> {
-        std::iter::from_fn(|| list.take_match())
-            .map(|(accept, _, tunnel)| (accept, tunnel))
-            .collect()
+        std::iter::from_fn(|| list.take_match()).collect()
     }
 
     #[test]
     fn first_come_first_served() {
         let (mut list, now) = (list(), Instant::now());
         for visitor in ["a", "b", "c"] {
-            assert!(!list.add_accept(visitor, now, |_| true));
+            assert!(!list.add_accept(visitor, now, alive));
         }
         assert_eq!(list.waiting(), 3);
-        assert_eq!(list.add_tunnel(1, 0), Placed::Matched);
-        assert_eq!(list.add_tunnel(2, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(1, 0, alive), Placed::Matched);
+        assert_eq!(list.add_tunnel(2, 0, alive), Placed::Matched);
         assert_eq!(list.waiting(), 1);
         assert_eq!(served(&mut list), [("a", 1), ("b", 2)]);
-        assert_eq!(list.add_tunnel(3, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(3, 0, alive), Placed::Matched);
         assert_eq!(served(&mut list), [("c", 3)]);
         assert_eq!(served(&mut list), []);
     }
@@ -173,12 +184,12 @@ mod tests {
     fn the_newest_healthy_idle_tunnel_is_taken() {
         let (mut list, now) = (list(), Instant::now());
         for tunnel in 1..=4 {
-            assert_eq!(list.add_tunnel(tunnel, 8), Placed::Idle);
+            assert_eq!(list.add_tunnel(tunnel, 8, alive), Placed::Idle);
         }
-        assert!(list.add_accept("a", now, |tunnel| *tunnel < 3));
+        assert!(list.add_accept("a", now, |_, tunnel| *tunnel < 3));
         assert_eq!(served(&mut list), [("a", 2)]);
-        assert!(list.add_accept("b", now, |_| true));
-        assert!(!list.add_accept("c", now, |_| true));
+        assert!(list.add_accept("b", now, alive));
+        assert!(!list.add_accept("c", now, alive));
         assert_eq!(served(&mut list), [("b", 1)]);
         assert_eq!(list.waiting(), 1);
     }
@@ -186,10 +197,10 @@ mod tests {
     #[test]
     fn superfluous_tunnels_push_the_oldest_out() {
         let mut list = list();
-        assert_eq!(list.add_tunnel(1, 0), Placed::Superfluous(1));
-        assert_eq!(list.add_tunnel(1, 2), Placed::Idle);
-        assert_eq!(list.add_tunnel(2, 2), Placed::Idle);
-        assert_eq!(list.add_tunnel(3, 2), Placed::Superfluous(1));
+        assert_eq!(list.add_tunnel(1, 0, alive), Placed::Superfluous(1));
+        assert_eq!(list.add_tunnel(1, 2, alive), Placed::Idle);
+        assert_eq!(list.add_tunnel(2, 2, alive), Placed::Idle);
+        assert_eq!(list.add_tunnel(3, 2, alive), Placed::Superfluous(1));
         assert_eq!(list.take_idle(), [2, 3]);
         assert_eq!(list.take_idle(), []);
     }
@@ -199,8 +210,8 @@ mod tests {
         let (mut list, now) = (list(), Instant::now());
         let nanosecond = Duration::from_nanos(1);
         assert_eq!(list.oldest_waiting(), None);
-        list.add_accept("a", now, |_| true);
-        list.add_accept("b", now + nanosecond, |_| true);
+        list.add_accept("a", now, alive);
+        list.add_accept("b", now + nanosecond, alive);
         assert_eq!(list.oldest_waiting(), Some(now));
         assert!(
             list.take_expired(now + TIMEOUT - nanosecond, TIMEOUT)
@@ -218,40 +229,40 @@ mod tests {
     #[test]
     fn a_complete_match_does_not_expire() {
         let (mut list, now) = (list(), Instant::now());
-        list.add_accept("a", now, |_| true);
-        list.add_accept("b", now, |_| true);
-        list.add_tunnel(1, 0);
+        list.add_accept("a", now, alive);
+        list.add_accept("b", now, alive);
+        list.add_tunnel(1, 0, alive);
         assert_eq!(list.take_expired(now + 2 * TIMEOUT, TIMEOUT), ["b"]);
         assert_eq!(served(&mut list), [("a", 1)]);
     }
 
     #[test]
-    fn a_visitor_that_is_added_again_keeps_its_turn_and_its_time() {
+    fn a_dead_tunnel_costs_a_visitor_neither_its_turn_nor_its_time() {
         let (mut list, now) = (list(), Instant::now());
         let later = now + Duration::from_secs(1);
-        list.add_accept("a", now, |_| true);
-        list.add_accept("b", later, |_| true);
-        list.add_accept("c", later, |_| true);
-        list.add_tunnel(1, 0);
-        let (accept, since, _) = list.take_match().unwrap();
-        list.add_tunnel(2, 0);
-        assert!(!list.add_accept(accept, since, |_| true));
-        list.add_tunnel(3, 0);
-        assert_eq!(served(&mut list), [("b", 2), ("a", 3)]);
+        list.add_accept("a", now, alive);
+        list.add_accept("b", later, alive);
+        assert_eq!(list.add_tunnel(1, 8, |_, _| false), Placed::Dead);
+        assert_eq!(list.oldest_waiting(), Some(now));
+        assert_eq!(list.add_tunnel(2, 8, alive), Placed::Matched);
+        assert_eq!(served(&mut list), [("a", 2)]);
         assert_eq!(list.oldest_waiting(), Some(later));
     }
 
     #[test]
-    fn a_visitor_that_is_added_again_takes_an_idle_tunnel() {
+    fn each_tunnel_is_told_its_visitor() {
         let (mut list, now) = (list(), Instant::now());
-        list.add_tunnel(1, 8);
-        list.add_tunnel(2, 8);
-        list.add_tunnel(3, 8);
-        assert!(list.add_accept("a", now, |_| true));
-        let (accept, since, _) = list.take_match().unwrap();
-        assert!(list.add_accept("b", now + TIMEOUT, |_| true));
-        assert!(list.add_accept(accept, since, |_| true));
-        assert_eq!(served(&mut list), [("b", 2), ("a", 1)]);
-        assert!(list.take_expired(now + 3 * TIMEOUT, TIMEOUT).is_empty());
+        let mut greeted = Vec::new();
+        let mut greet = |visitor: &&'static str, tunnel: &mut u32| {
+            greeted.push((*visitor, *tunnel));
+            *tunnel != 2
+        };
+        list.add_accept("a", now, &mut greet);
+        list.add_tunnel(1, 8, &mut greet);
+        list.add_tunnel(3, 8, &mut greet);
+        list.add_tunnel(2, 8, &mut greet);
+        list.add_accept("b", now, &mut greet);
+        assert_eq!(greeted, [("a", 1), ("b", 2), ("b", 3)]);
+        assert_eq!(served(&mut list), [("a", 1), ("b", 3)]);
     }
 }
