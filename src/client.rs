@@ -329,9 +329,7 @@ impl Shared {
 
     /// Dials tunnels until the pool is full.
     fn refill(self: &Arc<Self>, session: &Arc<Session>) {
-        let Proto::Tp1 { pool, .. } = session.proto else {
-            return;
-        };
+        let pool = session.proto.pool();
         // Not for ever: dials that fail at once make room as fast as this adds to them.
         for _ in 0..pool {
             if !session.count_spare(pool) || !self.start_combine(session) {
@@ -353,8 +351,8 @@ impl Shared {
     fn start_combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
         let (client, owned) = (self.clone(), session.clone());
         let work = move || {
-            // When its visitor has gone, this thread dials the next tunnel: none has to be woken.
-            while client.combine(&owned) && client.wants_tunnel(&owned) {}
+            // A thread whose visitor has gone dials the next tunnel: another one need not be woken.
+            while client.combine(&owned) && owned.count_spare(owned.proto.pool()) {}
         };
         let started = self.workers.start("tunnel", work);
         if let Err(error) = &started {
@@ -364,15 +362,25 @@ impl Shared {
         started.is_ok()
     }
 
-    fn wants_tunnel(&self, session: &Session) -> bool {
-        match session.proto {
-            Proto::Tp1 { pool, .. } => session.count_spare(pool),
-            Proto::Original => false,
+    /// One tunnel: dialled, idle until its visitor comes, then joined with the local service until
+    /// that visitor has gone. False if none came.
+    fn combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
+        let Some((visitor, remote, _expected)) = self.next_visitor(session) else {
+            return false;
+        };
+        match self.connect_local() {
+            Ok(local) => self.join_conn(session, local, remote, visitor),
+            Err(error) => {
+                net::abort(remote.socket());
+                let log = &self.logs.local_failed;
+                log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
+            }
         }
+        true
     }
 
-    /// One tunnel: dialled, idle until its visitor comes, then joined with the local service. True if visited.
-    fn combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
+    /// Dials a tunnel, and waits until the server gives it a visitor.
+    fn next_visitor(&self, session: &Session) -> Option<(Visitor, Conn, Expected)> {
         let to = session.tunnel_addr;
         let waited = match self.connect_remote(session) {
             Ok((remote, expected)) => match session.wait_for_visitor(remote) {
@@ -386,25 +394,17 @@ impl Shared {
             Err(error) => Err((Level::Warn, format!("could not dial a tunnel: {error}"))),
         };
         let live = session.count_used();
-        let (visitor, remote, _expected) = match waited {
-            Ok(given) => given,
-            Err((level, why)) if live => {
-                let limit = &self.logs.tunnel_failed;
-                limit.say(|more| log!(level, "{why}{more}"));
-                return false;
-            }
-            // All of them end with their session.
-            Err(_) => return false,
-        };
-        match self.connect_local() {
-            Ok(local) => self.join_conn(session, local, remote, visitor),
-            Err(error) => {
-                net::abort(remote.socket());
-                let log = &self.logs.local_failed;
-                log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
+        match waited {
+            Ok(given) => Some(given),
+            Err((level, why)) => {
+                // All of them end with their session.
+                if live {
+                    let log = &self.logs.tunnel_failed;
+                    log.say(|more| log!(level, "{why}{more}"));
+                }
+                None
             }
         }
-        true
     }
 
     /// Dials the local service.
@@ -451,6 +451,7 @@ impl Shared {
         );
         let (client, session) = (self.clone(), session.clone());
         let work = move || {
+            // Behind the visitor's first bytes, and only if those that leave leave too little.
             if session.is_low() {
                 client.refill(&session);
             }
@@ -494,11 +495,9 @@ impl Session {
         more
     }
 
+    /// True if half of the pool is gone.
     fn is_low(&self) -> bool {
-        match self.proto {
-            Proto::Tp1 { pool, .. } => self.tunnels.lock().spare < pool / 2,
-            Proto::Original => false,
-        }
+        self.tunnels.lock().spare <= self.proto.pool() / 2
     }
 
     /// Counts one spare tunnel less; false if the session has ended.
@@ -578,6 +577,14 @@ impl Session {
 }
 
 impl Proto {
+    /// How many tunnels are kept ready.
+    fn pool(self) -> usize {
+        match self {
+            Proto::Original => 0,
+            Proto::Tp1 { pool, .. } => pool,
+        }
+    }
+
     /// What the server's first line leads to, or why to nothing.
     fn agreed(first: &Line, asked: usize, sealed: bool) -> Result<Self, String> {
         match first {
