@@ -218,6 +218,20 @@ pub fn timed_out(error: &io::Error) -> bool {
 mod tests {
     use super::*;
 
+    /// Nothing but the system's word says that what is set on a listener holds for its connections.
+    #[test]
+    fn both_ends_of_a_connection_are_tuned() {
+        let (listener, address) = listen("--public", &Address::new("127.0.0.1", 0), true).unwrap();
+        let dialled = dial_one(address).unwrap();
+        for socket in [dialled, accept(&listener).unwrap().0] {
+            let socket = SockRef::from(&socket);
+            assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_TIME);
+            let interval = socket.tcp_keepalive_interval().unwrap();
+            assert_eq!(interval, KEEPALIVE_INTERVAL);
+        }
+    }
+
     #[test]
     fn a_failed_dial_names_its_address_once() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
