@@ -57,8 +57,9 @@
 //! 3. Only now does the client dial the local service, so a service that speaks first speaks to
 //!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor.
 //!
-//! The client dials a tunnel whenever fewer than the granted number are idle. The server hands out
-//! the newest one that is still open, and closes the oldest one beyond those it granted.
+//! The client keeps the granted number idle: it dials more when half of them are gone, one when a
+//! visitor has left, and what is missing every 2 s. The server hands out the newest one that is
+//! still open, and closes the oldest one beyond those it granted.
 //!
 //! With a key, every control link and every tunnel is sealed from its first byte:
 //!
