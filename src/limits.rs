@@ -26,8 +26,9 @@ const KNOWN_GRACE: Duration = Duration::from_secs(1);
 /// strangers at two of them, a full pool, and a few for the system.
 const OTHER_DESCRIPTORS: usize = 2 * MAX_UNPROVED + MAX_POOL + 16;
 
-/// Directions that may move their bulk through a pipe at a time, two descriptors each. With 1 MiB a
-/// pipe it is what an ordinary user may have in all (`fs.pipe-user-pages-soft`).
+/// Directions of a server's or a client's visitors that may move their bulk through a pipe at a
+/// time, two descriptors each. With 1 MiB a pipe, an ordinary user gets as many
+/// (`fs.pipe-user-pages-soft`).
 const MAX_PIPES: usize = 64;
 
 /// How many visitors the process has descriptors for, two each. More must not be accepted: they
@@ -102,9 +103,12 @@ impl Slots {
         Some(Slot(self.clone()))
     }
 
-    /// Takes a place, if there is a free one.
+    /// Takes a place, if there is a free one. None once closed.
     pub fn try_take(self: &Arc<Self>) -> Option<Slot> {
         let mut state = self.state.lock();
+        if !state.open {
+            return None;
+        }
         state.free = state.free.checked_sub(1)?;
         Some(Slot(self.clone()))
     }
@@ -308,6 +312,17 @@ mod tests {
     use std::thread;
 
     const DEADLINE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn who_does_not_wait_gets_a_free_place_or_none() {
+        let slots = Slots::new(1);
+        let slot = slots.try_take();
+        assert!(slot.is_some() && slots.try_take().is_none());
+        drop(slot);
+        assert!(slots.try_take().is_some());
+        slots.close();
+        assert!(slots.try_take().is_none());
+    }
 
     #[test]
     fn a_slot_is_waited_for_and_comes_back() {

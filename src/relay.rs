@@ -1,8 +1,9 @@
 //! The relay: two sockets joined, each direction copied by a thread of its own.
 //!
 //! End of input is passed on as an end (a write shutdown, or with a key a frame that says so),
-//! anything else as an abort of both sockets, so that a cut stream is not taken for a whole one. That holds for a program that is killed, too: until
-//! both directions have ended well, a close of a joined socket sends RST.
+//! anything else as an abort of both sockets, so that a cut stream is not taken for a whole one.
+//! That holds for a program that is killed, too: until both directions have ended well, a close of a
+//! joined socket sends RST.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -21,20 +22,19 @@ use crate::net;
 #[cfg(target_os = "linux")]
 use crate::splice::{Pipe, refused};
 
-/// A direction begins with a small buffer: most connections never fill it, and to touch memory for
-/// the first time costs more than to copy it.
-const FIRST_BUFFER: usize = 8 * 1024;
+/// A direction begins with the first buffer: most connections never fill it, and to touch memory for
+/// the first time costs more than to copy it. One that fills it gets the second. One that fills half
+/// of that carries bulk: if the kernel cannot move it, it gets the third.
+///
+/// With a key a direction has two of them. Sealed bulk costs 1.25 CPU-s/GB if the last has 64 KiB,
+/// 1.03 with 256 and 0.87 with 448, both programs together, and a pair that is bulk one way stays
+/// below 1 MiB.
+const BUFFERS: [usize; 3] = [8 * 1024, 64 * 1024, 448 * 1024];
 
-/// One that fills its buffer gets one so many times as large,
-const GROWTH: usize = 8;
+/// The place of the last one.
+const BULK: usize = BUFFERS.len() - 1;
 
-/// up to this size, and what fills half of that is bulk: the kernel moves it if it can, or each
-/// system call carries as much as it can. With a key a direction has two such buffers: bulk costs
-/// 1.25 CPU-s/GB with 64 KiB, 1.03 with 256 and 0.87 with 448, both programs together, and a pair
-/// that is bulk one way stays below 1 MiB.
-const LARGEST_BUFFER: usize = 448 * 1024;
-
-/// A direction that pauses for longer gives back all but its first buffer.
+/// A direction that pauses for longer gives back all but the first.
 const BULK_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why a stop ends what is still joined.
@@ -278,30 +278,28 @@ impl Direction {
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
         self.reader.wait().map_err(reading)?;
-        let mut size = FIRST_BUFFER;
+        let mut level = 0;
         loop {
-            let batch = self.writer.batch(size);
-            let before = size;
-            match self.reader.read_batch(batch) {
+            let (size, before) = (BUFFERS[level], level);
+            match self.reader.read_batch(self.writer.batch(size)) {
                 Ok(0) => break,
                 Ok(count) => {
                     self.writer.write_batch(count).map_err(writing)?;
                     moved.fetch_add(count as u64, Ordering::Relaxed);
-                    if count >= FIRST_BUFFER.max(size / 2) {
-                        size *= GROWTH;
+                    let enough = if level == 0 { size } else { size / 2 };
+                    if count >= enough && level < BULK {
+                        level += 1;
                     }
                 }
-                Err(error) if size > FIRST_BUFFER && net::paused(&error) => size = FIRST_BUFFER,
+                Err(error) if level > 0 && net::paused(&error) => level = 0,
                 Err(error) => return Err(reading(error)),
             }
-            if size > LARGEST_BUFFER {
-                size = match self.pair.splice(self.way, &self.reader, &mut self.writer)? {
-                    true => FIRST_BUFFER,
-                    false => LARGEST_BUFFER,
-                };
+            let bulk = level == BULK && before < BULK;
+            if bulk && self.pair.splice(self.way, &self.reader, &mut self.writer)? {
+                level = 0;
             }
-            if (before > FIRST_BUFFER) != (size > FIRST_BUFFER) {
-                let pause = (size > FIRST_BUFFER).then_some(BULK_PAUSE);
+            if (before == 0) != (level == 0) {
+                let pause = (level > 0).then_some(BULK_PAUSE);
                 net::limit_pause(self.reader.socket(), pause).map_err(reading)?;
             }
         }
@@ -370,8 +368,8 @@ impl Pair {
     }
 
     /// Lets the kernel move bulk, if both sides are plain, until it is bulk no more. Whatever ends
-    /// that, the end of input included, is left for copying to find again. False if nothing was
-    /// moved.
+    /// that, the end of input included, is left for copying to find again. False if the kernel
+    /// moves nothing here.
     ///
     /// Bulk costs both programs together 0.4 CPU-s/GB so, instead of 0.9.
     #[cfg(target_os = "linux")]
@@ -379,8 +377,8 @@ impl Pair {
         let Some((input, output)) = reader.plain().zip(writer.plain()) else {
             return Ok(false);
         };
-        let slot = self.joined.pairs.pipes.try_take();
-        let Some(mut pipe) = slot.and_then(Pipe::open) else {
+        let pipes = &self.joined.pairs.pipes;
+        let Some(mut pipe) = pipes.try_take().and_then(Pipe::open) else {
             return Ok(false);
         };
         writer.release();
@@ -388,13 +386,20 @@ impl Pair {
         loop {
             let count = match pipe.fill(&input) {
                 Ok(count) => count,
-                Err(error) if net::paused(&error) || refused(&error) => 0,
+                Err(error) if net::paused(&error) => 0,
+                Err(error) if refused(&error) => {
+                    // And always will be.
+                    pipes.close();
+                    return Ok(false);
+                }
                 Err(error) => return Err(from.went_wrong("reading from", &error)),
             };
-            let drained = pipe.drain(&*output);
-            drained.map_err(|error| to.went_wrong("writing to", &error))?;
-            self.moved[way as usize].fetch_add(count as u64, Ordering::Relaxed);
-            if count < FIRST_BUFFER {
+            while !pipe.is_empty() {
+                let drained = pipe.drain(&*output);
+                let drained = drained.map_err(|error| to.went_wrong("writing to", &error))?;
+                self.moved[way as usize].fetch_add(drained as u64, Ordering::Relaxed);
+            }
+            if count < BUFFERS[0] {
                 return Ok(true);
             }
         }
@@ -434,11 +439,16 @@ impl Pair {
         first
     }
 
-    /// If half-closed: is the last direction still worth waiting for?
+    /// Is the pair still worth waiting for? A thread that waits for room on one side does not notice
+    /// that the other was reset, and one that has finished notices nothing.
     fn check(&self) {
         let mut progress = self.progress.lock();
         let Some(half_closed) = &mut progress.half_closed else {
-            return;
+            drop(progress);
+            let reset = [&self.left, &self.right]
+                .into_iter()
+                .find(|it| it.was_reset());
+            return reset.map_or((), |side| self.abort(side.reset()));
         };
         let moved = self.moved.iter().map(|it| it.load(Ordering::Relaxed)).sum();
         if half_closed.moved != moved {

@@ -1,15 +1,16 @@
 //! How connections end: a proper end passes through as one, and nothing else does.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    DEADLINE, Program, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo,
-    assert_ended, assert_reset, client_options, closed_port, eventually, expect_pattern,
-    plain_and_sealed, reset_on_close, send_pattern, server_options,
+    DEADLINE, Program, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
+    assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
+    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
 
@@ -22,11 +23,13 @@ plain_and_sealed! {
     an_abort_by_the_end_that_half_closed_ends_the_pair,
     an_abort_in_the_middle_of_a_stream_is_never_an_end,
     an_abort_while_both_directions_wait_is_never_an_end,
+    an_abort_is_passed_on_to_an_end_that_does_not_read,
     a_local_service_that_refuses_closes_the_visitor,
     a_half_closed_pair_that_stands_still_is_aborted_at_linger,
     the_clients_linger_holds_as_well,
     a_stop_drains_first_and_cuts_what_is_left,
     a_client_that_stops_drains_as_well,
+    a_killed_server_makes_no_visit_look_empty,
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
 }
@@ -293,5 +296,58 @@ fn a_killed_program_looks_like_an_abort_to_both_ends(protection: Protection) {
         }
         assert_reset(&visitor, AT_ONCE);
         assert_reset(&served, AT_ONCE);
+    }
+}
+
+fn an_abort_is_passed_on_to_an_end_that_does_not_read(protection: Protection) {
+    let (service, connections) = handing_out();
+    let tunnel = Tunnel::start(protection, service.addr, 8);
+    let mut visitor = tunnel.visit();
+    let silent = connections.recv_timeout(DEADLINE).unwrap();
+    let piece = vec![7; 64 * 1024];
+    visitor.set_write_timeout(Some(AT_ONCE)).unwrap();
+    while visitor.write_all(&piece).is_ok() {}
+    reset_on_close(&visitor);
+    drop(visitor);
+    let start = Instant::now();
+    eventually("the service is told", || silent.peer_addr().is_err());
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+/// However far a visit has come when the server is killed: each has sent a byte, and nobody may take
+/// it for one that sent none.
+fn a_killed_server_makes_no_visit_look_empty(protection: Protection) {
+    const KILLS: usize = 6;
+    const VISITORS: usize = 8;
+    let (service, records) = Service::recording();
+    for _ in 0..KILLS {
+        let (server, addresses) = Program::server(protection, &[]);
+        let _client = Program::client(protection, addresses, service.addr, &[]);
+        let killed = AtomicBool::new(false);
+        let mut seen = 0;
+        thread::scope(|scope| {
+            for _ in 0..VISITORS {
+                scope.spawn(|| {
+                    while !killed.load(Ordering::SeqCst) {
+                        let _ = TcpStream::connect(addresses[0]).and_then(|mut visitor| {
+                            visitor.set_read_timeout(Some(DEADLINE))?;
+                            visitor.write_all(b"!")?;
+                            visitor.shutdown(Shutdown::Write)?;
+                            visitor.read(&mut [0])
+                        });
+                    }
+                });
+            }
+            while seen < 200 {
+                let record = records.recv_timeout(DEADLINE).unwrap();
+                assert_ne!(record, Record::whole(b""));
+                seen += 1;
+            }
+            drop(server);
+            killed.store(true, Ordering::SeqCst);
+        });
+        while let Ok(record) = records.recv_timeout(Duration::from_millis(200)) {
+            assert_ne!(record, Record::whole(b""));
+        }
     }
 }
