@@ -154,8 +154,9 @@ impl Results {
         };
         let mut text = format!(
             "↑ more is better, ↓ less is better. {rounds}, {} s of load each, between {}. A ratio \
-             is one of medians. Memory is PSS; memory and processor time are those of both \
-             processes together.\n",
+             is one of medians. Memory and processor time are those of both processes together. \
+             Memory is PSS, so without what the kernel keeps for a process: sockets, pipes, and \
+             16 KiB for each thread, of which `plain` and `key` have four a connection.\n",
             self.secs,
             self.versions.join(", "),
         );
@@ -193,6 +194,14 @@ impl Results {
                 .for_each(|what| tell(SOAK, soak.system, what));
         }
         troubles
+    }
+
+    /// True if our own programs failed throughout a row.
+    pub fn own_failed(&self) -> bool {
+        let failed = |cell: &Cell| cell.samples.is_empty() && !cell.failures.is_empty();
+        let own = |system| matches!(system, System::Plain | System::Key);
+        let mut cells = self.cells.iter();
+        cells.any(|(_, system, cell)| own(*system) && failed(cell))
     }
 
     /// Everything, each value of each round.

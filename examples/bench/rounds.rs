@@ -22,9 +22,6 @@ pub fn bench(options: &Options) -> Fallible<()> {
         return Err("a load without optimisation measures itself: run it with --release".into());
     }
     stop::notice_signals()?;
-    for file in [&options.json, &options.svg].into_iter().flatten() {
-        check_writable(file)?;
-    }
     let descriptors = raise_descriptors()?;
     let bins = match &options.bins {
         Some(bins) => bins.clone(),
@@ -32,7 +29,13 @@ pub fn bench(options: &Options) -> Fallible<()> {
     };
     let programs = Programs::find(&bins, &options.rathole, &options.bore)?;
     let mut results = Results::new(options, &programs);
-    if descriptors < DESCRIPTORS {
+    if options.svg.is_some() && !programs.has(System::Rathole) {
+        return Err("--svg draws ratios to rathole, which is not here".into());
+    }
+    for file in [&options.json, &options.svg].into_iter().flatten() {
+        check_writable(file)?;
+    }
+    if descriptors < DESCRIPTORS && options.has_row("growth") {
         results.notes.push(format!(
             "`growth` needs {DESCRIPTORS} descriptors, and `ulimit -Hn` is {descriptors}."
         ));
@@ -50,13 +53,21 @@ pub fn bench(options: &Options) -> Fallible<()> {
         let chart = chart.ok_or("no chart: nothing was measured that rathole was, too")?;
         write(file, &chart)?;
     }
-    Ok(())
+    match results.own_failed() {
+        true => Err("our own programs failed, see the table".into()),
+        false => Ok(()),
+    }
 }
 
-/// Fails now rather than when all is measured. What is in the file stays until then.
+/// Fails now rather than when all is measured. What is in the file stays until then, and what was
+/// not there is not left behind.
 fn check_writable(path: &Path) -> Fallible<()> {
+    let new = !path.exists();
     let opened = File::options().create(true).append(true).open(path);
     opened.map_err(|error| format!("{}: {error}", path.display()))?;
+    if new {
+        fs::remove_file(path)?;
+    }
     Ok(())
 }
 

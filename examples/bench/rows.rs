@@ -165,7 +165,7 @@ pub const ROWS: &[Row] = &[
             "×",
             Better::Lower,
         )],
-        systems: &[System::Plain, System::Key, System::Rathole],
+        systems: TUNNELS,
         once: false,
         nominal: (2.0, 2.0),
         measure: measure_growth,
