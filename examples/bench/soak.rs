@@ -15,8 +15,9 @@ pub const SYSTEMS: [System; 2] = [System::Plain, System::Key];
 /// What is counted; processes together.
 pub const WHAT: [&str; 3] = ["descriptors", "threads", "memory, KiB"];
 
-/// By then most of the threads and buffers are there that this load ever needs at a time.
-const WARM_UP: Duration = Duration::from_secs(10);
+/// By then most of the threads and buffers are there that this load ever needs at a time: seen over
+/// three minutes, memory rises for half a minute, and by a tenth afterwards.
+const WARM_UP: Duration = Duration::from_secs(30);
 
 /// A count is the median of some: it depends on how many visits are under way just then.
 const LOOKS: usize = 5;
