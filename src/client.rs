@@ -409,7 +409,10 @@ impl Shared {
 
     /// Dials the local service.
     fn connect_local(&self) -> io::Result<TcpStream> {
-        net::dial(&self.options.local)
+        let local = net::dial(&self.options.local)?;
+        // Until it is joined and has ended well, an end would be taken for a complete visit.
+        net::reset_on_close(&local, true);
+        Ok(local)
     }
 
     /// Dials the tunnel port, and names the session, after the handshake if there is a key.

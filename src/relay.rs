@@ -84,9 +84,9 @@ impl Pairs {
         })
     }
 
-    /// Joins two connections: `left` is the one nearer to the visitor. The answer is the direction up,
-    /// from left to right, and the direction down, each to be copied on a thread of its own. One
-    /// that is dropped instead aborts both.
+    /// Joins two connections that [reset on close](net::reset_on_close): `left` is the one nearer to
+    /// the visitor. The answer is the direction up, from left to right, and the direction down, each
+    /// to be copied on a thread of its own. One that is dropped instead aborts both.
     pub fn join(
         self: &Arc<Self>,
         visitor: Visitor,
@@ -115,8 +115,6 @@ impl Pairs {
         state.joined.insert(key, Arc::downgrade(&pair));
         let closed = state.closed;
         drop(state);
-        net::reset_on_close(&pair.left.socket, true);
-        net::reset_on_close(&pair.right.socket, true);
         if closed {
             pair.abort(CUT_OFF.to_owned());
         }

@@ -57,6 +57,8 @@ impl Pipe {
     pub fn drain(&mut self, mut to: impl AsFd + Write) -> io::Result<usize> {
         let count = match step(&self.output, &to, self.filled) {
             Err(error) if refused(&error) => self.copy(&mut to)?,
+            // Not to be tried for ever.
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             moved => moved?,
         };
         self.filled -= count;
