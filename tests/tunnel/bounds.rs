@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::programs::Program;
 use crate::support::{
-    Program, Protection, Service, assert_echo, assert_ended, connect, eventually, expect_pattern,
+    Protection, Service, assert_echo, assert_ended, connect, eventually, expect_pattern,
     plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
 };
 

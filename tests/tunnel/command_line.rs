@@ -6,7 +6,8 @@ use std::process::{Command, Output, Stdio};
 
 use tunnel_proxy::{Address, Error, Key, Server, ServerOptions};
 
-use crate::support::{Program, Protection, connect, server_options};
+use crate::programs::{Launch, Program};
+use crate::support::{Protection, connect, server_options};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");
 const CLIENT: &str = env!("CARGO_BIN_EXE_tpclient");
@@ -301,8 +302,9 @@ fn what_the_machine_refuses_is_exit_code_1() {
 #[test]
 fn the_level_follows_the_options_and_rust_log_rules() {
     let start = |arguments: &[&str], rust_log| {
-        let (server, addresses) = Program::server_with_log(Protection::Plain, arguments, rust_log);
-        drop(connect(addresses[0]));
+        let launch = Launch::new(Protection::Plain).rust_log(rust_log);
+        let server = launch.server(arguments);
+        drop(connect(server.addresses()[0]));
         server
     };
     start(&["-v"], None).wait_for_line("DEBUG");

@@ -7,10 +7,11 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::programs::Program;
 use crate::support::{
-    DEADLINE, Program, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
-    assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
-    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options,
+    DEADLINE, Protection, Record, RunningClient, RunningServer, Service, Tunnel, assert_echo,
+    assert_ended, assert_reset, client_options, closed_port, eventually, expect_pattern,
+    plain_and_sealed, reset_on_close, send_pattern, server_options,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
 

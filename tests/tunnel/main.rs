@@ -8,6 +8,7 @@ mod half_close_and_abort;
 mod key;
 mod original;
 mod peer;
+mod programs;
 mod protocol;
 mod sealed;
 mod sessions;

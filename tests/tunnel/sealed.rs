@@ -10,9 +10,10 @@ use tunnel_proxy::{ClientOptions, Key};
 use crate::peer::{
     CONTROL, DATA, END, FIRST_FRAME, HandMadeServer, MAX_FRAME, OVERHEAD, Peer, TUNNEL,
 };
+use crate::programs::{Launch, Program};
 use crate::support::{
-    DEADLINE, Program, Protection, Record, RunningClient, RunningServer, Service, accept,
-    assert_echo, client_options, connect, server_options,
+    DEADLINE, Protection, Record, RunningClient, RunningServer, Service, accept, assert_echo,
+    client_options, connect, server_options,
 };
 
 const VISITOR: &str = "new visitor=192.0.2.1:50000\n";
@@ -189,8 +190,9 @@ fn both_programs_say_when_only_one_of_them_has_a_key() {
 #[test]
 fn no_log_shows_the_key() {
     let service = Service::echo();
-    let trace = Some("trace");
-    let (server, addresses) = Program::server_with_log(Protection::Sealed, &[], trace);
+    let launch = Launch::new(Protection::Sealed);
+    let server = launch.rust_log(Some("trace")).server(&[]);
+    let addresses = server.addresses();
     let client = Program::client(Protection::Sealed, addresses, service.addr, &["-v"]);
     assert_echo(&connect(addresses[0]), "served");
     for program in [&server, &client] {

@@ -1,15 +1,13 @@
-//! What the tests share: a tunnel in this process, programs in processes of their own, local
-//! services, and bytes that can be told apart. Every wait has a deadline.
+//! What the tests share: a tunnel in this process, local services, and bytes that can be told
+//! apart. Every wait has a deadline.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use tunnel_proxy::{Address, Client, ClientOptions, Handle, Key, Server, ServerOptions};
 
 /// How long a test waits before it fails: generous, as both cores may be busy with other things.
@@ -34,31 +32,45 @@ impl Protection {
     }
 }
 
-/// Makes two tests of each of these functions: one without a key, and one with.
+/// Makes a test of each of these functions, or of a group of them in brackets. They run at the same
+/// time without a key and with one, as most of what takes time is to wait.
 macro_rules! plain_and_sealed {
-    ($($(#[$attribute:meta])* $name:ident,)*) => {
-        mod plain {
+    ($($(#[$attribute:meta])* $name:ident $([$($case:ident),+ $(,)?])?,)*) => {
+        mod plain_and_sealed {
             $(
                 $(#[$attribute])*
                 #[test]
                 fn $name() {
-                    super::$name($crate::support::Protection::Plain);
-                }
-            )*
-        }
-
-        mod sealed {
-            $(
-                $(#[$attribute])*
-                #[test]
-                fn $name() {
-                    super::$name($crate::support::Protection::Sealed);
+                    $crate::support::plain_and_sealed!(@run $name $($($case)+)?);
                 }
             )*
         }
     };
+    (@run $name:ident) => {
+        $crate::support::at_once(&[(stringify!($name), super::$name)]);
+    };
+    (@run $name:ident $($case:ident)+) => {
+        $crate::support::at_once(&[$((stringify!($case), super::$case)),+]);
+    };
 }
 pub(crate) use plain_and_sealed;
+
+/// A name, and what it does.
+type Case<'a> = (&'a str, fn(Protection));
+
+/// Runs each of these without a key and with one, on threads that bear their names.
+pub fn at_once(cases: &[Case]) {
+    thread::scope(|scope| {
+        for (name, case) in cases {
+            for protection in [Protection::Plain, Protection::Sealed] {
+                let thread = thread::Builder::new().name(format!("{name}, {protection:?}"));
+                thread
+                    .spawn_scoped(scope, move || case(protection))
+                    .unwrap();
+            }
+        }
+    });
+}
 
 /// Any free port on the loopback address.
 pub fn any() -> Address {
@@ -456,142 +468,5 @@ impl Tunnel {
 
     pub fn visit(&self) -> TcpStream {
         self.server.visit()
-    }
-}
-
-/// One of the two programs in a process of its own, killed when dropped.
-pub struct Program {
-    child: Child,
-    log: Arc<(Mutex<Vec<String>>, Condvar)>,
-}
-
-impl Program {
-    fn start(
-        path: &str,
-        protection: Protection,
-        arguments: &[&str],
-        rust_log: Option<&str>,
-    ) -> Self {
-        let mut child = Command::new(path)
-            .args(arguments)
-            .env_remove("RUST_LOG")
-            .envs(rust_log.map(|value| ("RUST_LOG", value)))
-            .env_remove("TP_KEY")
-            .envs(protection.key().map(|key| ("TP_KEY", key.to_base64())))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let log = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
-        let (lines, shared) = (BufReader::new(child.stderr.take().unwrap()), log.clone());
-        thread::spawn(move || {
-            for line in lines.lines().map_while(Result::ok) {
-                shared.0.lock().push(line);
-                shared.1.notify_all();
-            }
-        });
-        Self { child, log }
-    }
-
-    /// `tpserver` on free ports, with these options besides; and the addresses of its three ports.
-    pub fn server(protection: Protection, arguments: &[&str]) -> (Self, [SocketAddr; 3]) {
-        Self::server_with_log(protection, arguments, None)
-    }
-
-    /// The same with `RUST_LOG` set.
-    pub fn server_with_log(
-        protection: Protection,
-        arguments: &[&str],
-        rust_log: Option<&str>,
-    ) -> (Self, [SocketAddr; 3]) {
-        let ports = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0".split(' ');
-        let arguments: Vec<_> = ports.chain(arguments.iter().copied()).collect();
-        let server = Self::start(
-            env!("CARGO_BIN_EXE_tpserver"),
-            protection,
-            &arguments,
-            rust_log,
-        );
-        let addresses = ["visitors", "tunnels", "the control link"].map(|whom| {
-            let line = server.wait_for_line(&format!(" for {whom}"));
-            let address = line.split("listening on ").nth(1).unwrap();
-            address.split(' ').next().unwrap().parse().unwrap()
-        });
-        (server, addresses)
-    }
-
-    /// `tpclient` for that server and this local service, with these options besides.
-    pub fn client(
-        protection: Protection,
-        server: [SocketAddr; 3],
-        local: SocketAddr,
-        arguments: &[&str],
-    ) -> Self {
-        let [_, tunnel, control] = server.map(|address| address.port().to_string());
-        let local = local.to_string();
-        let all: Vec<_> = ["--control-port", &control, "--tunnel-port", &tunnel]
-            .into_iter()
-            .chain(["--local", &local])
-            .chain(arguments.iter().copied())
-            .collect();
-        Self::start(env!("CARGO_BIN_EXE_tpclient"), protection, &all, None)
-    }
-
-    /// The first line of the log that contains this text, now or in time.
-    pub fn wait_for_line(&self, text: &str) -> String {
-        let (lines, more) = &*self.log;
-        let mut lines = lines.lock();
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            if let Some(line) = lines.iter().find(|line| line.contains(text)) {
-                return line.clone();
-            }
-            let late = more.wait_until(&mut lines, deadline).timed_out();
-            assert!(!late, "no {text:?} in the log: {lines:#?}");
-        }
-    }
-
-    /// Every line of the log so far that contains this text.
-    pub fn lines_with(&self, text: &str) -> Vec<String> {
-        let lines = self.log.0.lock();
-        let found = lines.iter().filter(|line| line.contains(text));
-        found.cloned().collect()
-    }
-
-    /// How many entries a folder of the process in `/proc` has: `fd` or `task`.
-    #[cfg(target_os = "linux")]
-    pub fn count(&self, folder: &str) -> usize {
-        let path = format!("/proc/{}/{folder}", self.child.id());
-        std::fs::read_dir(path).unwrap().count()
-    }
-
-    /// How many of the process's descriptors are ends of pipes.
-    #[cfg(target_os = "linux")]
-    pub fn pipe_ends(&self) -> usize {
-        let path = format!("/proc/{}/fd", self.child.id());
-        let files = std::fs::read_dir(path).unwrap().flatten();
-        let targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
-        targets
-            .filter(|it| it.to_string_lossy().starts_with("pipe:"))
-            .count()
-    }
-
-    /// The process's own share of memory in KiB: `Pss` is all of it, `Pss_Anon` what it has besides
-    /// its code, whose share depends on how often the program runs just now.
-    #[cfg(target_os = "linux")]
-    pub fn memory(&self, kind: &str) -> usize {
-        let path = format!("/proc/{}/smaps_rollup", self.child.id());
-        let text = std::fs::read_to_string(path).unwrap();
-        let mut lines = text.lines().filter_map(|line| line.split_once(':'));
-        let (_, value) = lines.find(|(name, _)| *name == kind).unwrap();
-        value.trim().trim_end_matches(" kB").parse().unwrap()
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

@@ -1,0 +1,332 @@
+//! The two programs in processes of their own, alone or together.
+
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+#[cfg(unix)]
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{DEADLINE, Protection, connect, eventually};
+
+/// What a fault has taken must be given back after this long: three times what a thread stays parked.
+const RECOVERY: Duration = Duration::from_secs(15);
+
+/// How a program is started.
+#[derive(Clone, Copy)]
+pub struct Launch<'a> {
+    protection: Protection,
+    under: &'a [&'a str],
+    rust_log: Option<&'a str>,
+    ports: Option<[SocketAddr; 3]>,
+}
+
+impl<'a> Launch<'a> {
+    pub fn new(protection: Protection) -> Self {
+        Self {
+            protection,
+            under: &[],
+            rust_log: None,
+            ports: None,
+        }
+    }
+
+    /// By way of this command, which is to become the program: the program and its words follow.
+    pub fn under(mut self, command: &'a [&'a str]) -> Self {
+        self.under = command;
+        self
+    }
+
+    /// With `RUST_LOG` set.
+    pub fn rust_log(mut self, value: Option<&'a str>) -> Self {
+        self.rust_log = value;
+        self
+    }
+
+    /// A server's ports, in the place of any free ones.
+    pub fn on(mut self, ports: [SocketAddr; 3]) -> Self {
+        self.ports = Some(ports);
+        self
+    }
+
+    /// `tpserver`, with these options besides.
+    pub fn server(self, arguments: &[&str]) -> Program {
+        let ports = match self.ports {
+            Some(ports) => ports.map(|port| port.to_string()),
+            None => [(); 3].map(|()| "127.0.0.1:0".to_owned()),
+        };
+        let [public, tunnel, control] = &ports;
+        let ports = ["-p", public, "-t", tunnel, "-c", control];
+        let all: Vec<_> = ports.iter().chain(arguments).copied().collect();
+        Program::start(self.command(env!("CARGO_BIN_EXE_tpserver"), &all))
+    }
+
+    /// `tpclient` for a server on these ports and this local service, with these options besides.
+    pub fn client(self, server: [SocketAddr; 3], local: SocketAddr, arguments: &[&str]) -> Program {
+        let [_, tunnel, control] = server.map(|address| address.port().to_string());
+        let (host, local) = (server[2].ip().to_string(), local.to_string());
+        let to = ["-s", &host, "-t", &tunnel, "-c", &control, "-l", &local];
+        let all: Vec<_> = to.iter().chain(arguments).copied().collect();
+        Program::start(self.command(env!("CARGO_BIN_EXE_tpclient"), &all))
+    }
+
+    fn command(self, program: &str, arguments: &[&str]) -> Command {
+        let words: Vec<_> = self.under.iter().copied().chain([program]).collect();
+        let mut command = Command::new(words[0]);
+        command
+            .args(&words[1..])
+            .args(arguments)
+            .env_remove("RUST_LOG")
+            .envs(self.rust_log.map(|value| ("RUST_LOG", value)))
+            .env_remove("TP_KEY")
+            .envs(self.protection.key().map(|key| ("TP_KEY", key.to_base64())))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+}
+
+/// Three ports of this loopback host that are free now, and stay so if no other test uses it: for a
+/// server that comes back, or that cannot tell where it listens.
+pub fn ports_of(host: &str) -> [SocketAddr; 3] {
+    let listeners = [(); 3].map(|()| TcpListener::bind((host, 0)).unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap())
+}
+
+/// One of the two programs in a process of its own, killed when dropped.
+pub struct Program {
+    child: Child,
+    log: Arc<(Mutex<Vec<String>>, Condvar)>,
+}
+
+impl Program {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let log = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
+        let (stderr, shared) = (child.stderr.take().unwrap(), log.clone());
+        thread::spawn(move || read_log(stderr, &shared));
+        Self { child, log }
+    }
+
+    /// `tpserver` on free ports, with these options besides; and the addresses of its three ports.
+    pub fn server(protection: Protection, arguments: &[&str]) -> (Self, [SocketAddr; 3]) {
+        let server = Launch::new(protection).server(arguments);
+        let addresses = server.addresses();
+        (server, addresses)
+    }
+
+    /// `tpclient` for that server and this local service, with these options besides.
+    pub fn client(
+        protection: Protection,
+        server: [SocketAddr; 3],
+        local: SocketAddr,
+        arguments: &[&str],
+    ) -> Self {
+        Launch::new(protection).client(server, local, arguments)
+    }
+
+    /// Where a server listens, by its log.
+    pub fn addresses(&self) -> [SocketAddr; 3] {
+        ["visitors", "tunnels", "the control link"].map(|whom| {
+            let line = self.wait_for_line(&format!(" for {whom}"));
+            let address = line.split("listening on ").nth(1).unwrap();
+            address.split(' ').next().unwrap().parse().unwrap()
+        })
+    }
+
+    /// The first line of the log that contains this text, now or in time.
+    pub fn wait_for_line(&self, text: &str) -> String {
+        self.wait_for_lines(text, 1)
+    }
+
+    /// The same for the last of so many lines.
+    pub fn wait_for_lines(&self, text: &str, count: usize) -> String {
+        let (lines, more) = &*self.log;
+        let mut lines = lines.lock();
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let mut found = lines.iter().filter(|line| line.contains(text));
+            if let Some(line) = found.nth(count - 1) {
+                return line.clone();
+            }
+            let late = more.wait_until(&mut lines, deadline).timed_out();
+            assert!(!late, "not {count} {text:?} in the log: {lines:#?}");
+        }
+    }
+
+    /// Every line of the log so far that contains this text.
+    pub fn lines_with(&self, text: &str) -> Vec<String> {
+        let lines = self.log.0.lock();
+        let found = lines.iter().filter(|line| line.contains(text));
+        found.cloned().collect()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    #[cfg(unix)]
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Ends it at once, as a lack of memory would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        eventually("the program ends", || self.ended().is_some());
+        self.child.wait().unwrap()
+    }
+}
+
+/// What `/proc` tells about a program.
+#[cfg(target_os = "linux")]
+impl Program {
+    /// How many entries a folder of the process in `/proc` has: `fd` or `task`.
+    pub fn count(&self, folder: &str) -> usize {
+        let path = format!("/proc/{}/{folder}", self.pid());
+        std::fs::read_dir(path).unwrap().count()
+    }
+
+    /// How many of its threads have something to do, or wait for it at a certain place.
+    pub fn busy_threads(&self) -> usize {
+        let path = format!("/proc/{}/task", self.pid());
+        let tasks = std::fs::read_dir(path).unwrap().flatten();
+        let names = tasks.filter_map(|it| std::fs::read_to_string(it.path().join("comm")).ok());
+        names.filter(|name| name.trim_end() != "parked").count()
+    }
+
+    /// How many of the process's descriptors are ends of pipes.
+    pub fn pipe_ends(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.pid());
+        let files = std::fs::read_dir(path).unwrap().flatten();
+        let targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        targets
+            .filter(|it| it.to_string_lossy().starts_with("pipe:"))
+            .count()
+    }
+
+    /// The process's own share of memory in KiB: `Pss` is all of it, `Pss_Anon` what it has besides
+    /// its code, whose share depends on how often the program runs just now.
+    pub fn memory(&self, kind: &str) -> usize {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+        let (_, value) = lines.find(|(name, _)| *name == kind).unwrap();
+        value.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// The share of one processor that it takes during this time, in percent.
+    pub fn processor_share(&self, time: Duration) -> f64 {
+        let before = self.processor_ticks();
+        thread::sleep(time);
+        // A tick is a hundredth of a second.
+        (self.processor_ticks() - before) as f64 / time.as_secs_f64()
+    }
+
+    fn processor_ticks(&self) -> u64 {
+        let path = format!("/proc/{}/stat", self.pid());
+        let text = std::fs::read_to_string(path).unwrap();
+        // Behind the name, which may contain anything: user and system time are the 12th and 13th.
+        let (_, fields) = text.rsplit_once(')').unwrap();
+        let fields = fields.split_ascii_whitespace().skip(11).take(2);
+        fields.map(|field| field.parse::<u64>().unwrap()).sum()
+    }
+}
+
+/// Both programs, and what they hold at rest.
+#[cfg(target_os = "linux")]
+pub struct Both {
+    pub server: Program,
+    pub client: Program,
+    pub addresses: [SocketAddr; 3],
+    at_rest: [usize; 4],
+}
+
+#[cfg(target_os = "linux")]
+impl Both {
+    /// To this local service, with these options for the server and the client.
+    pub fn start(protection: Protection, local: SocketAddr, options: [&[&str]; 2]) -> Self {
+        let launch = Launch::new(protection);
+        let server = launch.server(options[0]);
+        let addresses = server.addresses();
+        let client = launch.client(addresses, local, options[1]);
+        Self::at_rest(server, client, addresses)
+    }
+
+    /// These two, once they have a session and are at rest.
+    pub fn at_rest(server: Program, client: Program, addresses: [SocketAddr; 3]) -> Self {
+        client.wait_for_line("connected to");
+        let mut both = Self {
+            server,
+            client,
+            addresses,
+            at_rest: [0; 4],
+        };
+        let mut since = Instant::now();
+        eventually("the programs are at rest", || {
+            let now = both.holdings(Program::busy_threads);
+            if now != both.at_rest {
+                (both.at_rest, since) = (now, Instant::now());
+            }
+            since.elapsed() > Duration::from_millis(500)
+        });
+        both
+    }
+
+    /// A visitor's connection.
+    pub fn visit(&self) -> TcpStream {
+        connect(self.addresses[0])
+    }
+
+    /// Asserts that a fault has left nothing: `fresh` succeeds with a new visitor, descriptors and
+    /// threads are what they were, nobody panicked, and nothing goes on.
+    pub fn assert_recovered(&self, fresh: impl FnOnce(&TcpStream)) {
+        fresh(&self.visit());
+        let (start, mut now) = (Instant::now(), [0; 4]);
+        while now != self.at_rest {
+            let late = start.elapsed() > RECOVERY;
+            assert!(!late, "{now:?}, but at rest {:?}", self.at_rest);
+            thread::sleep(Duration::from_millis(50));
+            now = self.holdings(|program| program.count("task"));
+        }
+        for program in [&self.server, &self.client] {
+            assert_eq!(program.lines_with("panicked"), [""; 0]);
+            let share = program.processor_share(Duration::from_secs(1));
+            assert!(share < 2.0, "{share} % of a processor at rest");
+        }
+    }
+
+    /// Descriptors and threads of the server, and of the client.
+    fn holdings(&self, threads: impl Fn(&Program) -> usize) -> [usize; 4] {
+        let [server, client] = [&self.server, &self.client].map(|it| (it.count("fd"), threads(it)));
+        [server.0, server.1, client.0, client.1]
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn read_log(stderr: ChildStderr, log: &(Mutex<Vec<String>>, Condvar)) {
+    for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+        log.0.lock().push(line);
+        log.1.notify_all();
+    }
+}
