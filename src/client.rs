@@ -22,18 +22,22 @@ use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
 use crate::relay::{End, Expected, Pairs, SWEEP, Visitor};
 use crate::secure::{Bond, Purpose};
-use crate::stop::{Handle, Stop};
+use crate::status::{Counts, Status, count};
+use crate::stop::{Handle, Running, Stop};
 use crate::workers::{Workers, set_name};
 
-/// Between two dials of the control port: at first, and after many failures.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// Between two dials of the control port, at first.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+
+/// And after many failures: whatever has ended them, the client is back 10 s later.
+const LONGEST_PAUSE: Duration = Duration::from_secs(9);
 
 /// Tunnels that wait for a visitor or are being dialled. A server never has more visitors waiting
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
 
-/// What a stopping client gives its threads for their last words, and its server to close the idle
-/// tunnels. Both need no more than a round trip, unless a dial is under way.
+/// What a stopping client gives its threads for their last words, and a server to close the idle
+/// tunnels of a session. Both need no more than a round trip, unless a dial is under way.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The half of the tunnel that runs in the LAN.
@@ -60,6 +64,7 @@ struct Shared {
     session: Mutex<Option<Arc<Session>>>,
     stop: Stop,
     logs: Logs,
+    counts: Counts,
 }
 
 /// What visitors, or the server, can cause to be logged without end.
@@ -127,13 +132,14 @@ impl Client {
                     tunnel_failed: once_a_second(),
                     no_thread: once_a_second(),
                 },
+                counts: Counts::new(),
             }),
         }
     }
 
     /// What stops this client.
     pub fn handle(&self) -> Handle {
-        Handle::new(&self.shared, Shared::stop)
+        Handle::new(&self.shared)
     }
 
     /// Serves until it is stopped through its [`handle`](Client::handle). A server that is away
@@ -160,26 +166,24 @@ impl Client {
 impl Shared {
     /// One session after another, for ever.
     fn keep_connected(self: &Arc<Self>) {
-        let (shortest, longest) = BACKOFF;
-        let mut backoff = shortest;
+        let mut backoff = Backoff::new();
         loop {
-            let why = match self.connect_control() {
+            let start = Instant::now();
+            let (why, took) = match self.connect_control() {
                 Ok(lost) => {
-                    backoff = shortest;
-                    lost
+                    backoff = Backoff::new();
+                    (lost, Duration::ZERO)
                 }
-                Err(failed) => failed,
+                Err(failed) => (failed, start.elapsed()),
             };
             if self.stop.stopped() {
                 return;
             }
-            // Clients that lost their server in the same moment must not come back in the same.
-            let pause = backoff.mul_f64(0.5 + 0.5 * random_fraction());
+            let pause = backoff.next(took, random_fraction());
             warn!("{why}; trying again in {:.1} s", pause.as_secs_f64());
             if !self.stop.sleep(pause) {
                 return;
             }
-            backoff = (backoff * 2).min(longest);
         }
     }
 
@@ -233,11 +237,9 @@ impl Shared {
         }
         let why = self.serve(&session, writer, to_write, first, &mut lines);
         session.end(None);
-        if self.stop.stopped() {
-            // The server closes them when it has read the bye. One that it gave a visitor before
-            // is still served.
-            session.wait_for_spare(LAST_WORDS);
-        }
+        // The server, if it is there, closes them when it has read or said bye. One that it gave a
+        // visitor before is still served.
+        session.wait_for_spare(LAST_WORDS);
         session.cut_idle();
         Ok(format!("lost the server at {address}: {why}"))
     }
@@ -372,6 +374,10 @@ impl Shared {
             Ok(local) => self.join_conn(session, local, remote, visitor),
             Err(error) => {
                 net::abort(remote.socket());
+                count(match timed_out(&error) {
+                    true => &self.counts.timed_out,
+                    false => &self.counts.refused,
+                });
                 let log = &self.logs.local_failed;
                 log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
             }
@@ -472,7 +478,14 @@ impl Shared {
         log.say(|more| warn!("closed a connection, no thread for it: {error}{more}"));
     }
 
-    /// See [`Handle::stop`].
+    fn end_session(&self) {
+        if let Some(session) = self.session.lock().take() {
+            session.end(Some(Line::bye(DRAINING)));
+        }
+    }
+}
+
+impl Running for Shared {
     fn stop(&self, drain: Duration) {
         self.pairs.end_after(drain);
         // No visitor is expected any more when `run` looks; and again for a session that begins in
@@ -482,10 +495,18 @@ impl Shared {
         self.end_session();
     }
 
-    fn end_session(&self) {
-        if let Some(session) = self.session.lock().take() {
-            session.end(Some(Line::bye(DRAINING)));
-        }
+    fn status(&self) -> Status {
+        let session = self.session.lock().clone();
+        let session = session.filter(|it| it.tunnels.lock().to_server.is_some());
+        let (waiting, idle) = session.as_ref().map_or((0, 0), |session| {
+            let tunnels = session.tunnels.lock();
+            (tunnels.spare - tunnels.idle.len(), tunnels.idle.len())
+        });
+        let id = session.map(|session| match session.proto {
+            Proto::Original => "original".to_owned(),
+            Proto::Tp1 { id, .. } => id.short(),
+        });
+        self.counts.status(id, &self.pairs, waiting, idle)
     }
 }
 
@@ -660,7 +681,54 @@ fn ended() -> io::Error {
     io::ErrorKind::ConnectionAborted.into()
 }
 
+/// When the control port is dialled again. Clients that lost their server in the same moment must
+/// not come back in the same, hence the fraction.
+struct Backoff {
+    longest: Duration,
+}
+
+impl Backoff {
+    fn new() -> Self {
+        Self {
+            longest: FIRST_PAUSE,
+        }
+    }
+
+    /// The pause after a dial that took so long, with a random fraction from 0 to 1: dials begin in a
+    /// steady rhythm, however they fail.
+    fn next(&mut self, took: Duration, fraction: f64) -> Duration {
+        let pause = self.longest.mul_f64(0.5 + 0.5 * fraction);
+        self.longest = (self.longest * 2).min(LONGEST_PAUSE);
+        pause.saturating_sub(took).max(FIRST_PAUSE / 2)
+    }
+}
+
 /// From 0 to 1.
 fn random_fraction() -> f64 {
     getrandom::u32().map_or(0.5, |number| f64::from(number) / f64::from(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sixty seconds without a server, in no time.
+    #[test]
+    fn a_server_that_is_away_is_dialled_with_restraint() {
+        for (took, fraction) in [(0, 0.0), (0, 0.5), (0, 1.0), (5, 0.0), (5, 1.0)] {
+            let took = Duration::from_secs(took);
+            let (mut backoff, mut now, mut dials) = (Backoff::new(), Duration::ZERO, 0);
+            while now < Duration::from_secs(60) {
+                dials += 1;
+                let apart = took + backoff.next(took, fraction);
+                assert!(apart <= Duration::from_secs(10), "{apart:?}");
+                now += apart;
+            }
+            assert!((5..=20).contains(&dials), "{dials} dials");
+        }
+        let (mut early, mut late) = (Backoff::new(), Backoff::new());
+        let [early, late] = [(&mut early, 0.1), (&mut late, 0.9)]
+            .map(|(backoff, fraction)| backoff.next(Duration::ZERO, fraction));
+        assert!(early < late, "no jitter");
+    }
 }

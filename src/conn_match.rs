@@ -127,6 +127,11 @@ impl<A, T> ConnList<A, T> {
         self.matches.len() - self.complete()
     }
 
+    /// How many idle tunnels there are.
+    pub fn idle(&self) -> usize {
+        self.idle.len()
+    }
+
     /// Takes out every idle tunnel: their session has ended.
     pub fn take_idle(&mut self) -> VecDeque<T> {
         std::mem::take(&mut self.idle)

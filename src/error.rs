@@ -28,6 +28,8 @@ pub enum Error {
     NotLoopback(&'static str, SocketAddr),
     /// The system refused one of the threads that the program consists of.
     Thread(io::Error),
+    /// The system lets no signal be obeyed. Only the programs see this.
+    Signals(io::Error),
 }
 
 impl Error {
@@ -40,7 +42,8 @@ impl Error {
             | Error::Listen(..)
             | Error::Random(_)
             | Error::Print(_)
-            | Error::Thread(_) => 1,
+            | Error::Thread(_)
+            | Error::Signals(_) => 1,
         }
     }
 }
@@ -84,6 +87,7 @@ impl fmt::Display for Error {
                  trusted"
             ),
             Error::Thread(_) => write!(f, "could not start a thread"),
+            Error::Signals(_) => write!(f, "could not prepare for signals"),
         }
     }
 }
@@ -96,7 +100,8 @@ impl std::error::Error for Error {
             Error::Resolve(_, _, error)
             | Error::Listen(_, _, error)
             | Error::Print(error)
-            | Error::Thread(error) => Some(error),
+            | Error::Thread(error)
+            | Error::Signals(error) => Some(error),
         }
     }
 }

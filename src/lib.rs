@@ -114,6 +114,7 @@ mod control;
 mod error;
 mod key;
 mod limits;
+mod logger;
 mod net;
 // For the two programs; not part of the library's interface.
 #[doc(hidden)]
@@ -126,6 +127,7 @@ mod secure;
 mod server;
 #[cfg(target_os = "linux")]
 mod splice;
+mod status;
 mod stop;
 mod workers;
 
@@ -135,4 +137,5 @@ pub use error::Error;
 pub use key::Key;
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
+pub use status::Status;
 pub use stop::Handle;

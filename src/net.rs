@@ -170,6 +170,24 @@ pub fn has_unread(socket: &TcpStream) -> bool {
     }
 }
 
+/// True if the far side has finished or reset a connection, whatever is still to be read before
+/// that. Never on systems that cannot tell without reading.
+pub fn has_hung_up(socket: &TcpStream) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let mut polled = [PollFd::new(socket, gone)];
+        let told = poll(&mut polled, Some(&Timespec::default()));
+        told.is_ok() && polled[0].revents().intersects(gone)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = socket;
+        false
+    }
+}
+
 /// Whether a close of this connection, by whomever and for whatever reason, sends RST instead of
 /// FIN.
 pub fn reset_on_close(socket: &TcpStream, reset: bool) {

@@ -30,6 +30,10 @@ const MAX_CONNS: usize = 4096;
 /// Long enough for a reply that takes its time, short enough that a forgotten half is not for ever.
 const LINGER: Duration = Duration::from_secs(600);
 
+/// A page or a download of some size is through by then, and nobody minds a restart that takes as
+/// long.
+const DRAIN: Duration = Duration::from_secs(30);
+
 /// A page of a browser fetches six things at a time; two more for the next visitor.
 const POOL: usize = 8;
 
@@ -129,6 +133,8 @@ pub struct Common {
     pub level: LevelFilter,
     /// Where the keys are.
     pub key_files: Vec<PathBuf>,
+    /// What a signal to end leaves the visitors that are there.
+    pub drain: Duration,
 }
 
 /// Reads the words behind `tpserver`.
@@ -251,6 +257,10 @@ Examples:
     (umask 077; tpserver --generate-key > tp.key)
     tpserver --bind :: --public '[::]:80' --key-file tp.key
 
+Signals:
+  TERM, INT  take no more visitors, let those that are there finish, exit; a second one ends at once
+  USR1       log what it does now, and has done
+
 Environment:
   TP_KEY     the key itself, if there is no --key-file
   RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
@@ -265,6 +275,10 @@ Examples:
   Offer the sshd of another host in the LAN through HOST, whose tpserver has the same key:
     tpclient --server HOST --key-file tp.key --local 192.0.2.7:22
 
+Signals:
+  TERM, INT  take no more visitors, let those that are there finish, exit; a second one ends at once
+  USR1       log what it does now, and has done
+
 Environment:
   TP_KEY     the key itself, if there is no --key-file
   RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
@@ -276,8 +290,13 @@ fn add_common(grammar: &mut getopts::Options, linger: Duration) {
          ({})",
         linger.as_secs()
     );
+    let drain = format!(
+        "on TERM or INT, let the visitors that are there finish for up to this long ({})",
+        DRAIN.as_secs()
+    );
     grammar
         .optopt("L", "linger", &linger, "SECS")
+        .optopt("d", "drain", &drain, "SECS")
         .optflag("v", "verbose", "log more")
         .optflag("q", "quiet", "log errors only")
         .optflag("h", "help", "print this and exit")
@@ -397,9 +416,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn common(given: &Matches) -> Result<Common, Error> {
     let files = given.opt_strs("key-file");
+    let mut drain = DRAIN;
+    set(&mut drain, given, "drain", |text| {
+        number(text, 0..=MAX_SECS).map(Duration::from_secs)
+    })?;
     Ok(Common {
         level: level(given)?,
         key_files: files.into_iter().map(PathBuf::from).collect(),
+        drain,
     })
 }
 

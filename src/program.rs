@@ -6,13 +6,20 @@ use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
+#[cfg(unix)]
+use std::sync::{Arc, atomic::AtomicBool};
+#[cfg(unix)]
+use std::thread;
+use std::time::Duration;
 
-use log::warn;
+use log::{info, warn};
 
 use crate::error::Error;
 use crate::key::Key;
 use crate::limits::raise_descriptors;
+use crate::logger;
 use crate::options::{Command, Common};
+use crate::stop::Handle;
 
 /// The key itself, where a file does not suit.
 const KEY_VARIABLE: &str = "TP_KEY";
@@ -21,30 +28,25 @@ const KEY_VARIABLE: &str = "TP_KEY";
 const KEY_FILE_SIZE: u64 = 1024;
 
 /// Does what a command asks for, if it is no more than to print something; otherwise gets ready to
-/// run, and answers with the options and the keys.
+/// run, and answers with the options, the keys, and what [`obey_signals`] needs.
 ///
 /// # Errors
 /// There is no key where one should be, or what was to be printed could not be.
-pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>)>, Error> {
+pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Duration)>, Error> {
     match command {
         Command::Print(text) => print(&text).map(|()| None),
         Command::GenerateKey => {
             print(&format!("{}\n", Key::generate()?.to_base64())).map(|()| None)
         }
-        Command::Run(options, common) => Ok(Some((options, prepare(&common)?))),
+        Command::Run(options, common) => Ok(Some((options, prepare(&common)?, common.drain))),
     }
 }
 
-/// Starts the logger on stderr, where `RUST_LOG` rules if it is set, takes as many descriptors as
-/// the user may have, and reads the keys: those in the files, or else the one in `TP_KEY`.
+/// Starts the log, takes as many descriptors as the user may have, and reads the keys: those in the
+/// files, or else the one in `TP_KEY`.
 fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     raise_descriptors();
-    let default = env_logger::Env::default().default_filter_or(common.level.as_str());
-    env_logger::Builder::from_env(default)
-        .format_timestamp_millis()
-        .format_target(false)
-        .init();
-
+    logger::start(common.level)?;
     let in_environment = env::var_os(KEY_VARIABLE);
     if in_environment.is_some() || !common.key_files.is_empty() {
         forbid_core();
@@ -58,6 +60,48 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     let key = text.to_string_lossy().parse();
     let key = key.map_err(|why: &str| Error::Key(KEY_VARIABLE.to_owned(), why.to_owned()))?;
     Ok(vec![key])
+}
+
+/// From now on TERM and INT stop what the handle belongs to, with so much time for the visitors that
+/// are there; a second one ends the process as if nobody obeyed it. USR1 logs the status.
+///
+/// # Errors
+/// The system refuses a thread, or lets no signal be obeyed.
+#[cfg(unix)]
+pub fn obey_signals(handle: Handle, drain: Duration) -> Result<(), Error> {
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+    use signal_hook::flag;
+    use signal_hook::iterator::Signals;
+
+    let stopping = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        // In this order: the second one is what finds the flag set. It needs no thread, whatever
+        // state they are in.
+        flag::register_conditional_default(signal, stopping.clone()).map_err(Error::Signals)?;
+        flag::register(signal, stopping.clone()).map_err(Error::Signals)?;
+    }
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).map_err(Error::Signals)?;
+    let obey = move || {
+        for signal in signals.forever() {
+            if signal != SIGUSR1 {
+                info!("stopping: no more visitors, {drain:?} for those that are there");
+                handle.stop(drain);
+            } else if let Some(status) = handle.status() {
+                info!("status: {status}");
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("signals".to_owned());
+    thread.spawn(obey).map(drop).map_err(Error::Thread)
+}
+
+/// Other systems have no such signals: there a process just ends.
+///
+/// # Errors
+/// None.
+#[cfg(not(unix))]
+pub fn obey_signals(_: Handle, _: Duration) -> Result<(), Error> {
+    Ok(())
 }
 
 fn read_key(path: &Path) -> Result<Key, Error> {
@@ -116,6 +160,7 @@ fn print(text: &str) -> Result<(), Error> {
 /// The exit code of a program, after its error and what caused it, on one line of stderr.
 pub fn exit(program: &str, result: Result<(), Error>) -> ExitCode {
     let Err(error) = result else {
+        logger::end(None);
         return ExitCode::SUCCESS;
     };
     let mut line = format!("{program}: {error}");
@@ -124,6 +169,6 @@ pub fn exit(program: &str, result: Result<(), Error>) -> ExitCode {
         line += &format!(": {error}");
         cause = error.source();
     }
-    let _ = writeln!(io::stderr(), "{line}");
+    logger::end(Some(line));
     ExitCode::from(error.exit_code())
 }

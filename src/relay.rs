@@ -59,7 +59,10 @@ pub struct Pairs {
 
 struct PairsState {
     joined: HashMap<u64, Weak<Pair>>,
+    /// How many were joined in all.
     next_key: u64,
+    /// Bytes up and down of those that are joined no more.
+    moved: [u64; 2],
     /// How many more may be joined before long.
     expected: usize,
     end_by: Option<Instant>,
@@ -74,6 +77,7 @@ impl Pairs {
             state: Mutex::new(PairsState {
                 joined: HashMap::new(),
                 next_key: 0,
+                moved: [0; 2],
                 expected: 0,
                 end_by: None,
                 closed: false,
@@ -104,11 +108,11 @@ impl Pairs {
             right,
             linger,
             started: Instant::now(),
-            moved: Default::default(),
             progress: Mutex::new(Progress::default()),
             visitor,
             joined: Joined {
                 key,
+                moved: Default::default(),
                 pairs: self.clone(),
             },
         });
@@ -146,6 +150,11 @@ impl Pairs {
         self.changed.notify_all();
     }
 
+    /// When pairs are to be aborted, if that was said.
+    pub fn end_by(&self) -> Option<Instant> {
+        self.state.lock().end_by
+    }
+
     /// Waits until no pair is joined or expected any more, see [`Pairs::end_after`]. None can be
     /// joined then.
     pub fn wait(&self) {
@@ -178,9 +187,28 @@ impl Pairs {
         }
     }
 
-    fn all(&self) -> Vec<Arc<Pair>> {
+    /// How many pairs are joined now and how many were in all, and the bytes that they have moved up
+    /// and down.
+    pub fn totals(&self) -> (usize, u64, [u64; 2]) {
         let state = self.state.lock();
-        state.joined.values().filter_map(Weak::upgrade).collect()
+        let (now, in_all, mut moved) = (state.joined.len(), state.next_key, state.moved);
+        let pairs = state.all();
+        drop(state);
+        for pair in &pairs {
+            add(&mut moved, pair.joined.moved());
+        }
+        (now, in_all, moved)
+    }
+
+    fn all(&self) -> Vec<Arc<Pair>> {
+        self.state.lock().all()
+    }
+}
+
+impl PairsState {
+    /// Not to be dropped under the lock: the last one to hold a pair takes it.
+    fn all(&self) -> Vec<Arc<Pair>> {
+        self.joined.values().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -272,7 +300,7 @@ impl Direction {
         let (from, to) = self.pair.sides(self.way);
         let reading = |error| from.went_wrong("reading from", &error);
         let writing = |error| to.went_wrong("writing to", &error);
-        let moved = &self.pair.moved[self.way as usize];
+        let moved = &self.pair.joined.moved[self.way as usize];
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
         self.reader.wait().map_err(reading)?;
@@ -325,8 +353,6 @@ struct Pair {
     right: Side,
     linger: Duration,
     started: Instant,
-    /// Bytes up and down.
-    moved: [AtomicU64; 2],
     progress: Mutex<Progress>,
     /// Behind the sockets: its slot is free, and the pair forgotten, when they are closed.
     visitor: Visitor,
@@ -336,6 +362,8 @@ struct Pair {
 /// A pair's place among all that are joined.
 struct Joined {
     key: u64,
+    /// Bytes up and down.
+    moved: [AtomicU64; 2],
     pairs: Arc<Pairs>,
 }
 
@@ -395,7 +423,7 @@ impl Pair {
             while !pipe.is_empty() {
                 let drained = pipe.drain(&*output);
                 let drained = drained.map_err(|error| to.went_wrong("writing to", &error))?;
-                self.moved[way as usize].fetch_add(drained as u64, Ordering::Relaxed);
+                self.joined.moved[way as usize].fetch_add(drained as u64, Ordering::Relaxed);
             }
             if count < BUFFERS[0] {
                 return Ok(true);
@@ -448,7 +476,7 @@ impl Pair {
                 .find(|it| it.was_reset());
             return reset.map_or((), |side| self.abort(side.reset()));
         };
-        let moved = self.moved.iter().map(|it| it.load(Ordering::Relaxed)).sum();
+        let moved = self.joined.moved().iter().sum();
         if half_closed.moved != moved {
             half_closed.moved = moved;
             half_closed.since = Instant::now();
@@ -495,7 +523,7 @@ impl Pair {
 
     fn report(&self, aborted: Option<&str>) {
         self.joined.pairs.log.say(|left_out| {
-            let [up, down] = self.moved.each_ref().map(|it| it.load(Ordering::Relaxed));
+            let [up, down] = self.joined.moved();
             let (visitor, seconds) = (&self.visitor, self.started.elapsed().as_secs_f64());
             let (comma, why) = aborted.map_or(("", ""), |why| (", aborted: ", why));
             info!(
@@ -524,9 +552,23 @@ impl Side {
     }
 }
 
+fn add(sum: &mut [u64; 2], more: [u64; 2]) {
+    sum[0] += more[0];
+    sum[1] += more[1];
+}
+
+impl Joined {
+    fn moved(&self) -> [u64; 2] {
+        self.moved.each_ref().map(|it| it.load(Ordering::Relaxed))
+    }
+}
+
 impl Drop for Joined {
     fn drop(&mut self) {
-        self.pairs.state.lock().joined.remove(&self.key);
+        let mut state = self.pairs.state.lock();
+        state.joined.remove(&self.key);
+        add(&mut state.moved, self.moved());
+        drop(state);
         self.pairs.changed.notify_all();
     }
 }

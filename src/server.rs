@@ -26,7 +26,8 @@ use crate::protocol::{
 };
 use crate::relay::{End, Pairs, SWEEP, Visitor};
 use crate::secure::{Bond, Purpose};
-use crate::stop::{Handle, Stop};
+use crate::status::{Counts, Status, count};
+use crate::stop::{Handle, Running, Stop};
 use crate::workers::Workers;
 
 /// After a failed accept: short for a visitor, long for a processor.
@@ -86,14 +87,17 @@ struct Shared {
     unproved_links: Arc<Lobby>,
     unproved_tunnels: Arc<Lobby>,
     pairs: Arc<Pairs>,
+    /// Nobody waits any more, and nobody may.
     stop: Stop,
     logs: Logs,
+    counts: Counts,
 }
 
 struct Listener {
     option: &'static str,
     socket: TcpListener,
     addr: SocketAddr,
+    closed: Stop,
 }
 
 /// What strangers can cause to be logged, each kind with a limit of its own.
@@ -118,6 +122,7 @@ struct State {
 struct Session {
     id: SessionId,
     client: SocketAddr,
+    socket: Arc<TcpStream>,
     proto: Proto,
     /// What the tunnels of this session are tied to. None without a key.
     bond: Option<Bond>,
@@ -195,6 +200,7 @@ impl Server {
             pairs: Pairs::new(),
             stop: Stop::new(),
             logs: Logs::new(sealed),
+            counts: Counts::new(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -219,7 +225,7 @@ impl Server {
 
     /// What stops this server.
     pub fn handle(&self) -> Handle {
-        Handle::new(&self.shared, Shared::stop)
+        Handle::new(&self.shared)
     }
 
     /// Serves until it is stopped through its [`handle`](Server::handle).
@@ -249,7 +255,7 @@ impl Server {
                 match thread.spawn_scoped(scope, move || work(shared)) {
                     Ok(_) => Ok(()),
                     Err(error) => {
-                        shared.stop(Duration::ZERO);
+                        shared.finish();
                         Err(Error::Thread(error))
                     }
                 }
@@ -295,7 +301,7 @@ impl Shared {
             Err(error) if timed_out(&error) => return self.refuse_link(from, self.too_late()),
             Err(error) => return self.refuse_link(from, &why_ended(&error)),
         };
-        let (id, to_write) = match self.register(from, proto, bond) {
+        let (id, to_write) = match self.register(from, socket, proto, bond) {
             Ok(registered) => registered,
             Err((reason, why)) => {
                 // To a client that never said hello the line means nothing, and does no harm.
@@ -357,6 +363,7 @@ impl Shared {
     }
 
     fn refuse_link(&self, from: SocketAddr, why: &str) {
+        count(&self.counts.refused);
         let log = &self.logs.link_refused;
         log.say(|more| warn!("refused control link from {from}: {why}{more}"));
     }
@@ -366,11 +373,13 @@ impl Shared {
     fn register(
         &self,
         client: SocketAddr,
+        socket: &Arc<TcpStream>,
         proto: Proto,
         bond: Option<Bond>,
     ) -> Result<(SessionId, Receiver<Line>), (&'static str, String)> {
         let id = SessionId::random().map_err(|error| ("error", format!("no session: {error}")))?;
         let (to_client, to_write) = unbounded();
+        self.forget_hung_up();
         let mut state = self.state.lock();
         if self.stop.stopped() {
             return Err((DRAINING, "the server stops".to_owned()));
@@ -388,6 +397,7 @@ impl Shared {
         let replaced = state.cache.replace(Session {
             id,
             client,
+            socket: socket.clone(),
             proto,
             bond,
             to_client,
@@ -404,6 +414,19 @@ impl Shared {
             Proto::Original => info!("client {client} came, does not speak tp/1{more}"),
         });
         Ok((id, to_write))
+    }
+
+    /// Ends a session whose client has gone, if its own thread has not noticed yet: the next client
+    /// may be quicker, above all when this program slept and finds all at once what came meanwhile.
+    fn forget_hung_up(&self) {
+        let state = self.state.lock();
+        let live = state.cache.as_ref();
+        let gone = live.filter(|live| net::has_hung_up(&live.socket));
+        let gone = gone.map(|live| live.id);
+        drop(state);
+        if let Some(id) = gone {
+            self.client_left(id, "it hung up");
+        }
     }
 
     /// For the log: which key a client has. Who changes keys sees when the old one can go.
@@ -512,6 +535,7 @@ impl Shared {
     }
 
     fn refuse_tunnel(&self, from: SocketAddr, why: &str) {
+        count(&self.counts.refused);
         let log = &self.logs.tunnel_refused;
         log.say(|more| warn!("refused tunnel from {from}: {why}{more}"));
     }
@@ -545,19 +569,27 @@ impl Shared {
         let _ = self.conn_list_map_update.try_send(());
     }
 
-    /// The matcher: on each signal takes every complete match out of the list and joins it.
+    /// The matcher: on each signal takes every complete match out of the list and joins it. Ends when
+    /// visitors are no longer taken and nobody waits, or may wait, any more.
     fn tcp_forward(self: &Arc<Self>, conn_list_map_update: &Receiver<()>) {
-        while let Ok(()) = conn_list_map_update.recv() {
-            if self.stop.stopped() {
-                return;
-            }
-            loop {
-                let matched = self.state.lock().conn_list_map.take_match();
-                let Some((accept, tunnel)) = matched else {
-                    break;
-                };
+        loop {
+            let mut state = self.state.lock();
+            if let Some((accept, tunnel)) = state.conn_list_map.take_match() {
+                drop(state);
                 self.join_conn2(accept, tunnel);
+                continue;
             }
+            let nobody_waits = state.conn_list_map.waiting() == 0;
+            drop(state);
+            let end_by = self.pairs.end_by();
+            let over = end_by.is_some_and(|end_by| end_by <= Instant::now());
+            if self.public.closed.stopped() && (nobody_waits || over) {
+                return self.finish();
+            }
+            let _ = match end_by {
+                Some(end_by) => conn_list_map_update.recv_deadline(end_by).is_ok(),
+                None => conn_list_map_update.recv().is_ok(),
+            };
         }
     }
 
@@ -605,7 +637,12 @@ impl Shared {
                 Some(client) => format!("client {client} dialled no tunnel for it"),
                 None => "no client is connected".to_owned(),
             };
+            if !expired.is_empty() {
+                // A stop waits for those that wait.
+                self.update();
+            }
             for Accept { visitor, .. } in &expired {
+                count(&self.counts.timed_out);
                 let log = &self.logs.timed_out;
                 log.say(|more| warn!("closed visitor {visitor} after {timeout:?}: {why}{more}"));
             }
@@ -618,14 +655,14 @@ impl Shared {
 
     /// The next connection of a listener; None once the server stops.
     fn accept(&self, listener: &Listener) -> Option<(TcpStream, SocketAddr)> {
-        while !self.stop.stopped() {
+        while !listener.closed.stopped() {
             match net::accept(&listener.socket) {
-                Ok(accepted) if !self.stop.stopped() => return Some(accepted),
+                Ok(accepted) if !listener.closed.stopped() => return Some(accepted),
                 Ok(_) => return None,
                 // Out of descriptors or memory, or the connection was reset in the backlog. All
                 // pass; to end, or to try again at once, would make them worse.
                 Err(error) => {
-                    if !self.stop.sleep(ACCEPT_PAUSE) {
+                    if !listener.closed.sleep(ACCEPT_PAUSE) {
                         return None;
                     }
                     let (log, option) = (&self.logs.accept_failed, listener.option);
@@ -649,25 +686,50 @@ impl Shared {
         self.logs.detail.say(|more| debug!("{what}{more}"));
     }
 
-    /// See [`Handle::stop`].
-    fn stop(&self, drain: Duration) {
-        self.pairs.end_after(drain);
+    /// The end of a stop: nobody waits any more, and those that are joined need no client.
+    fn finish(self: &Arc<Self>) {
         self.stop.stop();
         for listener in [&self.public, &self.tunnel, &self.control] {
-            net::unblock(&listener.socket);
+            listener.close();
         }
         self.slots.close();
         self.unproved_links.clear();
         self.unproved_tunnels.clear();
         let mut state = self.state.lock();
         let session = state.cache.take();
+        let promised = std::iter::from_fn(|| state.conn_list_map.take_match());
+        let promised: Vec<_> = promised.collect();
         let unjoined = state.conn_list_map.clear();
         drop(state);
         drop(unjoined);
+        for (accept, tunnel) in promised {
+            self.join_conn2(accept, tunnel);
+        }
         if let Some(session) = session {
             let _ = session.to_client.send(Line::bye(DRAINING));
         }
+    }
+}
+
+impl Running for Shared {
+    /// Takes no more visitors. Those that wait still get their tunnels, from a client that knows
+    /// nothing yet; then the matcher [finishes](Shared::finish).
+    fn stop(&self, drain: Duration) {
+        self.pairs.end_after(drain);
+        self.public.close();
+        self.slots.close();
         self.update();
+    }
+
+    fn status(&self) -> Status {
+        let state = self.state.lock();
+        let session = state.cache.as_ref().map(|live| match live.proto {
+            Proto::Original => "original".to_owned(),
+            Proto::Tp1 { .. } => live.id.short(),
+        });
+        let (waiting, idle) = (state.conn_list_map.waiting(), state.conn_list_map.idle());
+        drop(state);
+        self.counts.status(session, &self.pairs, waiting, idle)
     }
 }
 
@@ -678,7 +740,15 @@ impl Listener {
             option,
             socket,
             addr,
+            closed: Stop::new(),
         })
+    }
+
+    fn close(&self) {
+        // Not twice: the port may be somebody else's by then.
+        if self.closed.stop() {
+            net::unblock(&self.socket);
+        }
     }
 }
 

@@ -1,34 +1,49 @@
-//! How a server or a client is told to stop.
+//! How a running server or client is asked to stop, and how it does.
 
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-/// Stops the [`Server`](crate::Server) or [`Client`](crate::Client) that it came from. Clones stop
-/// the same one.
+use crate::status::Status;
+
+/// What a [`Handle`] holds on to.
+pub trait Running: Send + Sync {
+    /// See [`Handle::stop`].
+    fn stop(&self, drain: Duration);
+
+    /// See [`Handle::status`].
+    fn status(&self) -> Status;
+}
+
+/// Stops the [`Server`](crate::Server) or [`Client`](crate::Client) that it came from, and tells how
+/// it does. Clones belong to the same one.
 #[derive(Clone)]
-pub struct Handle(Arc<dyn Fn(Duration) + Send + Sync>);
+pub struct Handle(Weak<dyn Running>);
 
 impl Handle {
     /// A handle does not keep alive what it stops, nor its ports.
-    pub(crate) fn new<T: Send + Sync + 'static>(shared: &Arc<T>, stop: fn(&T, Duration)) -> Self {
-        let shared = Arc::downgrade(shared);
-        Self(Arc::new(move |drain| {
-            if let Some(shared) = shared.upgrade() {
-                stop(&shared, drain);
-            }
-        }))
+    pub(crate) fn new<T: Running + 'static>(shared: &Arc<T>) -> Self {
+        // Written out: what is downgraded must have its own type still.
+        let shared: Weak<T> = Arc::downgrade(shared);
+        Self(shared)
     }
 
-    /// Takes no more visitors, tells the other side, gives the visitors that are joined up to
-    /// `drain` to finish, and aborts those that have not. `run` then returns; this call does not
-    /// wait for it. A second call can only shorten the time.
+    /// Takes no more visitors, tells the other side, gives the visitors that are there up to `drain`
+    /// to finish, and aborts those that have not. `run` then returns; this call does not wait for
+    /// it. A second call can only shorten the time.
     pub fn stop(&self, drain: Duration) {
-        (self.0)(drain);
+        if let Some(running) = self.0.upgrade() {
+            running.stop(drain);
+        }
+    }
+
+    /// What it does now, and has done; None once it has ended.
+    pub fn status(&self) -> Option<Status> {
+        Some(self.0.upgrade()?.status())
     }
 }
 
@@ -55,9 +70,9 @@ impl Stop {
         }
     }
 
-    /// Gives the signal.
-    pub fn stop(&self) {
-        self.sender.lock().take();
+    /// Gives the signal; false if it was given before.
+    pub fn stop(&self) -> bool {
+        self.sender.lock().take().is_some()
     }
 
     /// True once the signal is given.

@@ -10,9 +10,11 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Error> {
     let command = options::client(std::env::args_os().skip(1))?;
-    if let Some((mut options, mut keys)) = program::start(command)? {
+    if let Some((mut options, mut keys, drain)) = program::start(command)? {
         options.key = keys.pop();
-        Client::new(options).run()?;
+        let client = Client::new(options);
+        program::obey_signals(client.handle(), drain)?;
+        client.run()?;
     }
     Ok(())
 }

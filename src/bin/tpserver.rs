@@ -10,9 +10,11 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Error> {
     let command = options::server(std::env::args_os().skip(1))?;
-    if let Some((mut options, keys)) = program::start(command)? {
+    if let Some((mut options, keys, drain)) = program::start(command)? {
         options.keys = keys;
-        Server::bind(options)?.run()?;
+        let server = Server::bind(options)?;
+        program::obey_signals(server.handle(), drain)?;
+        server.run()?;
     }
     Ok(())
 }

@@ -1,0 +1,129 @@
+//! The log of the two programs, on stderr. Whoever logs never waits for whoever reads it: a thread
+//! writes, and lines that it cannot get rid of are left out and counted.
+
+use std::io::{self, Write};
+use std::panic;
+use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use log::{LevelFilter, error};
+
+use crate::error::Error;
+
+/// Lines that wait to be written: a second of the busiest log that the limits allow.
+const QUEUE: usize = 256;
+
+/// What a reader has to take the last lines before a program ends without him.
+const LAST_LINES: Duration = Duration::from_millis(100);
+
+static LINES: OnceLock<Sender<Entry>> = OnceLock::new();
+
+enum Entry {
+    Line(Vec<u8>),
+    /// All that came before is to be written; dropped when it is.
+    Flush(#[expect(dead_code)] Sender<()>),
+}
+
+/// Starts the log: from this level on, unless `RUST_LOG` is set. A panic becomes a line like others.
+///
+/// # Errors
+/// There is no thread to write it.
+pub fn start(level: LevelFilter) -> Result<(), Error> {
+    let (sender, receiver) = bounded(QUEUE);
+    let writer = thread::Builder::new().name("log".to_owned());
+    let writer = writer.spawn(move || write_lines(&receiver));
+    writer.map_err(Error::Thread)?;
+    let queue = Queue {
+        lines: LINES.get_or_init(|| sender).clone(),
+        left_out: 0,
+    };
+    let default = env_logger::Env::default().default_filter_or(level.as_str());
+    env_logger::Builder::from_env(default)
+        .format_timestamp_millis()
+        .format_target(false)
+        .target(env_logger::Target::Pipe(Box::new(queue)))
+        .init();
+    panic::set_hook(Box::new(|panic| {
+        error!("{}", panic.to_string().replace('\n', " "));
+    }));
+    Ok(())
+}
+
+/// Writes a last line, and waits a moment until all lines are written.
+pub fn end(last: Option<String>) {
+    let last = last.map(|line| format!("{line}\n").into_bytes());
+    let Some(lines) = LINES.get() else {
+        return last.map_or((), write);
+    };
+    if let Some(line) = last {
+        let _ = lines.send_timeout(Entry::Line(line), LAST_LINES);
+    }
+    let (sender, written) = bounded(0);
+    let _ = lines.send_timeout(Entry::Flush(sender), LAST_LINES);
+    let _ = written.recv_timeout(LAST_LINES);
+}
+
+fn write_lines(lines: &Receiver<Entry>) {
+    for entry in lines {
+        if let Entry::Line(line) = entry {
+            write(line);
+        }
+    }
+}
+
+/// A closed stderr or a full disk is no reason to stop: nobody else could be told.
+fn write(line: Vec<u8>) {
+    let _ = io::stderr().write_all(&line);
+}
+
+/// Where the logger puts its lines, each in one piece.
+struct Queue {
+    lines: Sender<Entry>,
+    left_out: u64,
+}
+
+impl Write for Queue {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut entry = line.to_vec();
+        if self.left_out > 0 {
+            let left_out = format!("({} lines left out: nobody read them)\n", self.left_out);
+            entry.splice(..0, left_out.into_bytes());
+        }
+        match self.lines.try_send(Entry::Line(entry)) {
+            Ok(()) => self.left_out = 0,
+            Err(_) => self.left_out += 1,
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_that_nobody_takes_are_left_out_and_counted() {
+        let (lines, taken) = bounded(2);
+        let mut queue = Queue { lines, left_out: 0 };
+        for line in ["one\n", "two\n", "three\n", "four\n"] {
+            queue.write_all(line.as_bytes()).unwrap();
+        }
+        let next = || match taken.try_recv() {
+            Ok(Entry::Line(line)) => String::from_utf8(line).unwrap(),
+            _ => panic!("no line"),
+        };
+        assert_eq!(next(), "one\n");
+        queue.write_all(b"five\n").unwrap();
+        queue.write_all(b"six\n").unwrap();
+        assert_eq!(next(), "two\n");
+        assert_eq!(next(), "(2 lines left out: nobody read them)\nfive\n");
+        queue.write_all(b"seven\n").unwrap();
+        assert_eq!(next(), "(1 lines left out: nobody read them)\nseven\n");
+    }
+}
