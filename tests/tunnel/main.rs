@@ -10,6 +10,7 @@ mod original;
 mod peer;
 mod programs;
 mod protocol;
+mod restarts;
 mod sealed;
 mod sessions;
 mod support;

@@ -321,6 +321,9 @@ impl Both {
 impl Drop for Program {
     fn drop(&mut self) {
         self.kill();
+        if thread::panicking() {
+            eprintln!("{:#?}", self.lines_with(""));
+        }
     }
 }
 

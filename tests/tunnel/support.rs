@@ -202,6 +202,11 @@ pub fn assert_echo(mut socket: &TcpStream, text: &str) {
     assert_eq!(String::from_utf8_lossy(&back), text);
 }
 
+/// What an echo service owes a new visitor.
+pub fn echo(visitor: &TcpStream) {
+    assert_echo(visitor, "hello");
+}
+
 /// Bytes that differ from those of every other seed, and from place to place.
 pub struct Pattern(u64);
 
@@ -290,15 +295,29 @@ impl Service {
 
     /// Sends everything back.
     pub fn echo() -> Self {
-        Self::start(|socket| {
-            let mut buffer = [0; 16 * 1024];
-            // A test that has seen enough may cut the connection: that is no failure.
-            while let Ok(count @ 1..) = (&socket).read(&mut buffer) {
-                if (&socket).write_all(&buffer[..count]).is_err() {
-                    return;
-                }
+        Self::start(|socket| send_back(&socket))
+    }
+
+    /// Sends everything back; or, to who begins with `!`, bulk without end.
+    pub fn echo_or_bulk() -> Self {
+        Self::start(|mut socket| {
+            let mut first = [0];
+            if socket.peek(&mut first).is_err() || &first != b"!" {
+                return send_back(&socket);
             }
+            let piece = vec![7; 64 * 1024];
+            while socket.write_all(&piece).is_ok() {}
         })
+    }
+}
+
+/// Until the visitor ends, or cuts the connection as it has seen enough.
+fn send_back(mut socket: &TcpStream) {
+    let mut buffer = [0; 16 * 1024];
+    while let Ok(count @ 1..) = socket.read(&mut buffer) {
+        if socket.write_all(&buffer[..count]).is_err() {
+            return;
+        }
     }
 }
 

@@ -1,0 +1,161 @@
+//! Programs that are killed, stopped and restarted, as their hosts do it to them.
+#![cfg(target_os = "linux")]
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::programs::{Both, Launch, Program, ports_of};
+use crate::support::{
+    DEADLINE, Protection, Service, assert_ended, assert_reset, echo, eventually, plain_and_sealed,
+};
+
+plain_and_sealed! {
+    who_is_killed_or_stopped_is_missed_and_taken_back [
+        a_killed_client_makes_room_at_once,
+        a_stopped_client_is_dropped_and_comes_back,
+        a_stopped_server_is_left_and_found_again,
+    ],
+    a_server_that_restarts_under_load_is_back_each_time,
+}
+
+const AT_ONCE: Duration = Duration::from_secs(1);
+const NOTICED: Duration = Duration::from_secs(8);
+const BACK: Duration = Duration::from_secs(10);
+
+/// Visitors whose bulk is under way.
+fn in_mid_transfer(both: &Both) -> Vec<TcpStream> {
+    let visit = |_| {
+        let mut visitor = both.visit();
+        visitor.write_all(b"!").unwrap();
+        visitor.read_exact(&mut [0; 100_000]).unwrap();
+        visitor
+    };
+    (0..8).map(visit).collect()
+}
+
+fn a_killed_client_makes_room_at_once(protection: Protection) {
+    let service = Service::echo_or_bulk();
+    let mut both = Both::start(protection, service.addr, [&[], &[]]);
+    let visitors = in_mid_transfer(&both);
+    both.client.kill();
+    for visitor in &visitors {
+        assert_reset(visitor, AT_ONCE);
+    }
+    let start = Instant::now();
+    both.client = Program::client(protection, both.addresses, service.addr, &[]);
+    echo(&both.visit());
+    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    both.assert_recovered(echo);
+}
+
+fn a_stopped_client_is_dropped_and_comes_back(protection: Protection) {
+    let service = Service::echo_or_bulk();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let patient = both.visit();
+    echo(&patient);
+    both.client.signal(Signal::STOP);
+    let start = Instant::now();
+    both.server.wait_for_line(" left: ");
+    assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
+    assert_ended(&both.visit());
+    both.client.signal(Signal::CONT);
+    let start = Instant::now();
+    both.client.wait_for_lines("connected to", 2);
+    echo(&both.visit());
+    assert!(start.elapsed() < BACK, "{:?}", start.elapsed());
+    echo(&patient);
+    drop(patient);
+    both.assert_recovered(echo);
+}
+
+/// So long that the client dials more than once meanwhile, and the server finds all of that when it
+/// goes on.
+fn a_stopped_server_is_left_and_found_again(protection: Protection) {
+    let service = Service::echo_or_bulk();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let patient = both.visit();
+    echo(&patient);
+    both.server.signal(Signal::STOP);
+    let start = Instant::now();
+    both.client.wait_for_line("lost the server");
+    assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
+    both.client.wait_for_lines("no session with the server", 2);
+    both.server.signal(Signal::CONT);
+    let start = Instant::now();
+    both.client.wait_for_lines("connected to", 2);
+    echo(&both.visit());
+    assert!(start.elapsed() < BACK, "{:?}", start.elapsed());
+    echo(&patient);
+    drop(patient);
+    both.assert_recovered(echo);
+}
+
+/// Killed and asked to end by turns. One that was asked still has visitors while the next one takes
+/// over its ports.
+fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
+    const RESTARTS: usize = 20;
+    const UP: Duration = Duration::from_secs(3);
+    let host = match protection {
+        Protection::Plain => "127.0.78.1",
+        Protection::Sealed => "127.0.78.2",
+    };
+    let service = Service::echo_or_bulk();
+    let launch = Launch::new(protection).on(ports_of(host));
+    let server = launch.server(&[]);
+    let addresses = server.addresses();
+    let client = launch.client(addresses, service.addr, &[]);
+    let mut both = Both::at_rest(server, client, addresses);
+    let (over, visits) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (mut draining, began) = (Vec::new(), Instant::now());
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                // Nor for ever if the test has failed.
+                while !over.load(Ordering::SeqCst) && began.elapsed() < 3 * DEADLINE {
+                    visits.fetch_add(usize::from(was_served(addresses[0])), Ordering::SeqCst);
+                }
+            });
+        }
+        for restart in 0..RESTARTS {
+            let served = visits.load(Ordering::SeqCst);
+            eventually("visitors are served", || {
+                visits.load(Ordering::SeqCst) > served + 10
+            });
+            if restart % 2 == 0 {
+                both.server.kill();
+            } else {
+                both.server.signal(Signal::TERM);
+                both.server.wait_for_line("stopping");
+            }
+            let server = launch.server(&[]);
+            let start = Instant::now();
+            eventually("it is up and serves", || was_served(addresses[0]));
+            assert!(start.elapsed() < UP, "{restart}: {:?}", start.elapsed());
+            draining.push(std::mem::replace(&mut both.server, server));
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    for asked in draining.iter_mut().skip(1).step_by(2) {
+        assert!(asked.wait_for_end().success());
+    }
+    both.assert_recovered(echo);
+}
+
+/// Whether a visit was what it should be, at this moment of a server's life.
+fn was_served(public: SocketAddr) -> bool {
+    let visit = || {
+        let mut visitor = TcpStream::connect(public)?;
+        visitor.set_read_timeout(Some(DEADLINE))?;
+        visitor.write_all(b"hello")?;
+        let mut back = [0; 5];
+        visitor.read_exact(&mut back)?;
+        assert_eq!(&back, b"hello");
+        std::io::Result::Ok(())
+    };
+    visit().is_ok()
+}
