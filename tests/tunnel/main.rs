@@ -6,6 +6,7 @@ mod bounds;
 mod command_line;
 mod half_close_and_abort;
 mod key;
+mod namespaces;
 mod original;
 mod peer;
 mod programs;

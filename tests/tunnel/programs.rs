@@ -23,6 +23,7 @@ pub struct Launch<'a> {
     under: &'a [&'a str],
     rust_log: Option<&'a str>,
     ports: Option<[SocketAddr; 3]>,
+    names: Option<[&'a str; 2]>,
 }
 
 impl<'a> Launch<'a> {
@@ -32,6 +33,7 @@ impl<'a> Launch<'a> {
             under: &[],
             rust_log: None,
             ports: None,
+            names: None,
         }
     }
 
@@ -53,6 +55,12 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// A client's server and local service by these names, in the place of their numbers.
+    pub fn named(mut self, server: &'a str, local: &'a str) -> Self {
+        self.names = Some([server, local]);
+        self
+    }
+
     /// `tpserver`, with these options besides.
     pub fn server(self, arguments: &[&str]) -> Program {
         let ports = match self.ports {
@@ -68,7 +76,10 @@ impl<'a> Launch<'a> {
     /// `tpclient` for a server on these ports and this local service, with these options besides.
     pub fn client(self, server: [SocketAddr; 3], local: SocketAddr, arguments: &[&str]) -> Program {
         let [_, tunnel, control] = server.map(|address| address.port().to_string());
-        let (host, local) = (server[2].ip().to_string(), local.to_string());
+        let (host, local) = match self.names {
+            Some([host, name]) => (host.to_owned(), format!("{name}:{}", local.port())),
+            None => (server[2].ip().to_string(), local.to_string()),
+        };
         let to = ["-s", &host, "-t", &tunnel, "-c", &control, "-l", &local];
         let all: Vec<_> = to.iter().chain(arguments).copied().collect();
         Program::start(self.command(env!("CARGO_BIN_EXE_tpclient"), &all))
