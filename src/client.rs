@@ -1,8 +1,8 @@
 //! The client, in the original's functions: the control link, and a tunnel for each visitor.
 
 use std::fmt;
+use std::io;
 use std::io::ErrorKind::{ConnectionReset, UnexpectedEof};
-use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::slice::from_ref;
 use std::sync::Arc;
@@ -287,7 +287,7 @@ impl Shared {
         writer: Writer,
         to_write: Receiver<Line>,
         first: Line,
-        lines: &mut Lines<impl Read>,
+        lines: &mut Lines<Reader>,
     ) -> String {
         let (client, owned) = (self.clone(), session.clone());
         let write = move || client.control_writer(&owned, writer, &to_write);
@@ -302,7 +302,7 @@ impl Shared {
                 Line::Bye { reason } => return format!("it said bye, {}", reason.escape_debug()),
                 _ => {}
             }
-            line = match lines.next_line() {
+            line = match lines.next_line_in_time() {
                 Ok(line) => line,
                 Err(error) => return why_ended(&error),
             };

@@ -7,7 +7,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use crate::conn::Reader;
-use crate::net::timed_out;
+use crate::net::{self, timed_out};
 use crate::protocol::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
 
 /// Reads lines, and keeps what came behind them.
@@ -89,6 +89,17 @@ impl Lines<Reader> {
     /// From now on, a silent link is a dead one.
     pub fn limit_silence(&self) -> io::Result<()> {
         self.from.socket().set_read_timeout(Some(SILENCE))
+    }
+
+    /// The next line of a link that is not to be silent. If it is, it is reset: a proper end would
+    /// wait behind what a deaf far side has not confirmed, and keep it in the dark as long.
+    pub fn next_line_in_time(&mut self) -> io::Result<Line> {
+        let line = self.next_line();
+        line.inspect_err(|error| {
+            if timed_out(error) {
+                net::abort(self.from.socket());
+            }
+        })
     }
 
     /// The reader again, for what comes behind the last line.

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use log::warn;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::address::Address;
@@ -23,12 +25,20 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(8);
 #[cfg(target_os = "linux")]
 const KEEPALIVE_PROBES: u32 = 3;
 
+/// A server that was told to stop keeps its ports for as long as visitors wait for a tunnel: 5 s by
+/// default. The next one waits for them, and some.
+const PORT_PATIENCE: Duration = Duration::from_secs(6);
+
+/// And looks again this often.
+const PORT_PAUSE: Duration = Duration::from_millis(50);
+
 /// Connections that the kernel completes while a program is busy: Linux' own upper limit
 /// (`net.core.somaxconn`) since 5.4.
 const BACKLOG: i32 = 4096;
 
 /// Listens on the first address of a name that works; the answer has the real one. `[::]` takes
-/// IPv4 too, whatever the system's default is. Unless `anywhere`, every address of the name must be
+/// IPv4 too, whatever the system's default is. A port in use may be that of a server that is about
+/// to end: it is waited for. Unless `anywhere`, every address of the name must be
 /// a loopback one.
 pub fn listen(
     option: &'static str,
@@ -43,12 +53,31 @@ pub fn listen(
     }
     let mut failed = unknown(io::ErrorKind::NotFound.into());
     for address in found {
-        match listen_on(address) {
+        match listen_patiently(option, address) {
             Ok(listener) => return Ok(listener),
             Err(error) => failed = Error::Listen(option, address, error),
         }
     }
     Err(failed)
+}
+
+fn listen_patiently(option: &str, address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let start = Instant::now();
+    let mut said = false;
+    loop {
+        match listen_on(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                if start.elapsed() >= PORT_PATIENCE {
+                    return Err(error);
+                }
+                if !std::mem::replace(&mut said, true) {
+                    warn!("{option}: {address} is in use, waiting up to {PORT_PATIENCE:?} for it");
+                }
+                thread::sleep(PORT_PAUSE);
+            }
+            listening => return listening,
+        }
+    }
 }
 
 fn listen_on(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {

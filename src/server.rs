@@ -2,7 +2,7 @@
 //! tunnels, and the matcher that joins them.
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
@@ -877,9 +877,9 @@ fn open_tunnel(
 }
 
 /// Reads a client's lines until there are no more; the answer is why.
-fn read_until_end(lines: &mut Lines<impl Read>) -> String {
+fn read_until_end(lines: &mut Lines<Reader>) -> String {
     loop {
-        match lines.next_line() {
+        match lines.next_line_in_time() {
             Ok(Line::Bye { reason }) => return format!("it said bye, {}", reason.escape_debug()),
             Ok(_) => {}
             Err(error) => return why_ended(&error),
