@@ -23,6 +23,7 @@ pub struct Launch<'a> {
     under: &'a [&'a str],
     rust_log: Option<&'a str>,
     ports: Option<[SocketAddr; 3]>,
+    unread: bool,
     names: Option<[&'a str; 2]>,
 }
 
@@ -33,6 +34,7 @@ impl<'a> Launch<'a> {
             under: &[],
             rust_log: None,
             ports: None,
+            unread: false,
             names: None,
         }
     }
@@ -61,6 +63,12 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// With a log that is [not read](Program::unread_log), and takes little.
+    pub fn unread(mut self) -> Self {
+        self.unread = true;
+        self
+    }
+
     /// `tpserver`, with these options besides.
     pub fn server(self, arguments: &[&str]) -> Program {
         let ports = match self.ports {
@@ -70,7 +78,7 @@ impl<'a> Launch<'a> {
         let [public, tunnel, control] = &ports;
         let ports = ["-p", public, "-t", tunnel, "-c", control];
         let all: Vec<_> = ports.iter().chain(arguments).copied().collect();
-        Program::start(self.command(env!("CARGO_BIN_EXE_tpserver"), &all))
+        self.start(env!("CARGO_BIN_EXE_tpserver"), &all)
     }
 
     /// `tpclient` for a server on these ports and this local service, with these options besides.
@@ -82,10 +90,10 @@ impl<'a> Launch<'a> {
         };
         let to = ["-s", &host, "-t", &tunnel, "-c", &control, "-l", &local];
         let all: Vec<_> = to.iter().chain(arguments).copied().collect();
-        Program::start(self.command(env!("CARGO_BIN_EXE_tpclient"), &all))
+        self.start(env!("CARGO_BIN_EXE_tpclient"), &all)
     }
 
-    fn command(self, program: &str, arguments: &[&str]) -> Command {
+    fn start(self, program: &str, arguments: &[&str]) -> Program {
         let words: Vec<_> = self.under.iter().copied().chain([program]).collect();
         let mut command = Command::new(words[0]);
         command
@@ -98,7 +106,7 @@ impl<'a> Launch<'a> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        command
+        Program::start(command, self.unread)
     }
 }
 
@@ -113,15 +121,37 @@ pub fn ports_of(host: &str) -> [SocketAddr; 3] {
 pub struct Program {
     child: Child,
     log: Arc<(Mutex<Vec<String>>, Condvar)>,
+    unread: Option<ChildStderr>,
 }
 
 impl Program {
-    fn start(mut command: Command) -> Self {
+    fn start(mut command: Command, unread: bool) -> Self {
         let mut child = command.spawn().unwrap();
         let log = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
-        let (stderr, shared) = (child.stderr.take().unwrap(), log.clone());
+        let stderr = child.stderr.take();
+        let mut program = Self {
+            child,
+            log,
+            unread: stderr,
+        };
+        if unread {
+            #[cfg(target_os = "linux")]
+            rustix::pipe::fcntl_setpipe_size(program.unread_log(), 4096).unwrap();
+        } else {
+            program.read_log();
+        }
+        program
+    }
+
+    /// The log of a program that was [started so](Launch::unread).
+    pub fn unread_log(&self) -> &ChildStderr {
+        self.unread.as_ref().unwrap()
+    }
+
+    /// Reads the log from now on.
+    pub fn read_log(&mut self) {
+        let (stderr, shared) = (self.unread.take().unwrap(), self.log.clone());
         thread::spawn(move || read_log(stderr, &shared));
-        Self { child, log }
     }
 
     /// `tpserver` on free ports, with these options besides; and the addresses of its three ports.

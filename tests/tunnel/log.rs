@@ -1,0 +1,134 @@
+//! What the programs tell, and that nobody has to listen.
+#![cfg(target_os = "linux")]
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use rustix::io::ioctl_fionread;
+use rustix::process::Signal;
+
+use crate::programs::{Both, Launch, Program, ports_of};
+use crate::support::{
+    Protection, Service, Tunnel, assert_echo, connect, echo, eventually, plain_and_sealed,
+};
+
+plain_and_sealed! {
+    a_log_that_nobody_takes [
+        as_stderr_is_closed,
+        as_the_disk_is_full,
+        as_its_reader_has_gone,
+        as_its_reader_has_stopped,
+    ],
+    a_status [
+        counts_what_goes_on,
+        is_logged_on_a_signal,
+    ],
+}
+
+fn as_stderr_is_closed(protection: Protection) {
+    serves_with_log(protection, "2>&-");
+}
+
+fn as_the_disk_is_full(protection: Protection) {
+    serves_with_log(protection, "2> /dev/full");
+}
+
+fn as_its_reader_has_gone(protection: Protection) {
+    serves_with_log(protection, "2> >(exec true)");
+}
+
+/// Lets both programs log there, serve, and end.
+fn serves_with_log(protection: Protection, redirection: &str) {
+    let shell = format!(r#"exec "$0" "$@" {redirection}"#);
+    let under = ["bash", "-c", &shell];
+    for mut program in serve(Launch::new(protection).under(&under)) {
+        end(&mut program);
+    }
+}
+
+/// On ports of its own, as the log need not tell them.
+fn serve(launch: Launch) -> [Program; 2] {
+    static HOSTS: AtomicUsize = AtomicUsize::new(1);
+    let host = HOSTS.fetch_add(1, Ordering::Relaxed);
+    let addresses = ports_of(&format!("127.0.79.{host}"));
+    let service = Service::echo();
+    let server = launch.on(addresses).server(&["-v"]);
+    let client = launch.client(addresses, service.addr, &["-v"]);
+    eventually("the server is up", || {
+        std::net::TcpStream::connect(addresses[0]).is_ok()
+    });
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..100).for_each(|_| echo(&connect(addresses[0]))));
+        }
+    });
+    [client, server]
+}
+
+fn end(program: &mut Program) {
+    program.signal(Signal::TERM);
+    assert!(program.wait_for_end().success());
+}
+
+fn as_its_reader_has_stopped(protection: Protection) {
+    let [mut client, mut server] = serve(Launch::new(protection).unread());
+    for program in [&client, &server] {
+        let held = ioctl_fionread(program.unread_log()).unwrap();
+        assert!(held > 3500, "{held} bytes: the log was not full");
+    }
+    end(&mut client);
+    // A reader that comes back is told what it has missed.
+    server.read_log();
+    end(&mut server);
+    server.wait_for_line("left out: nobody read them");
+}
+
+fn counts_what_goes_on(protection: Protection) {
+    let service = Service::echo();
+    let tunnel = Tunnel::start(protection, service.addr, 8);
+    let statuses = || [tunnel.server.handle(), tunnel.client.handle()].map(|it| it.status());
+    for _ in 0..3 {
+        assert_echo(&tunnel.visit(), "1234567890");
+    }
+    let stays = tunnel.visit();
+    assert_echo(&stays, "12345");
+    let mut last = statuses();
+    eventually("all is counted", || {
+        last = statuses();
+        last.iter()
+            .flatten()
+            .all(|it| (it.joined, it.idle) == (1, 8))
+    });
+    let [server, client] = last.map(Option::unwrap);
+    assert_eq!(server.session, client.session);
+    assert_eq!(server.session.as_ref().map(String::len), Some(8));
+    for status in [&server, &client] {
+        assert_eq!(status.joined_total, 4);
+        assert_eq!((status.bytes_up, status.bytes_down), (35, 35));
+        assert_eq!(
+            (status.waiting, status.refused, status.timed_out),
+            (0, 0, 0)
+        );
+    }
+    drop(stays);
+    eventually("it has left", || {
+        statuses().iter().flatten().all(|it| it.joined == 0)
+    });
+}
+
+fn is_logged_on_a_signal(protection: Protection) {
+    let service = Service::echo();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let visitor = both.visit();
+    for times in 1..=10 {
+        assert_echo(&visitor, "12345");
+        for program in [&both.server, &both.client] {
+            program.signal(Signal::USR1);
+            let line = program.wait_for_lines("status: uptime=", times);
+            assert!(line.contains(" joined=1 joined_total=1 waiting="), "{line}");
+        }
+    }
+    let line = both.client.wait_for_lines("status: ", 10);
+    assert!(line.contains(" bytes_up=50 bytes_down=50 "), "{line}");
+    assert!(line.ends_with(" refused=0 timed_out=0"), "{line}");
+}

@@ -1,0 +1,257 @@
+//! Programs that are asked to end: what could finish is not cut, and what could not does not keep
+//! them.
+#![cfg(target_os = "linux")]
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::peer::Peer;
+use crate::programs::{Both, Program};
+use crate::support::{
+    DEADLINE, Protection, RunningServer, Service, assert_echo, assert_ended, assert_reset, echo,
+    eventually, expect_pattern, plain_and_sealed, send_pattern, server_options,
+};
+
+plain_and_sealed! {
+    a_signal [
+        ends_idle_programs_at_once,
+        lets_transfers_finish,
+        cuts_what_takes_longer_than_the_drain,
+        that_comes_twice_ends_at_once,
+    ],
+    visitors_that_wait_are_served_before_a_stop,
+    visitors_that_nobody_can_serve_do_not_keep_a_stop,
+    a_signal_under_load_cuts_nobody_who_was_joined,
+    a_client_is_replaced_without_losing_a_visitor,
+}
+
+/// Nothing is waited for, but the machine may be busy.
+const AT_ONCE: Duration = Duration::from_secs(2);
+
+/// Each of both programs, asked by each of both signals.
+fn each_asked_to_end(protection: Protection, options: &[&str], test: impl Fn(Both, &str) + Sync) {
+    let service = Service::echo_or_bulk();
+    thread::scope(|scope| {
+        for asked in ["tpserver", "tpclient"] {
+            let (service, test) = (service.addr, &test);
+            scope.spawn(move || test(Both::start(protection, service, [options; 2]), asked));
+        }
+    });
+}
+
+fn program<'a>(both: &'a mut Both, name: &str) -> &'a mut Program {
+    match name {
+        "tpserver" => &mut both.server,
+        _ => &mut both.client,
+    }
+}
+
+/// Within half a second, unless the machine is busy: then not each time.
+fn ends_idle_programs_at_once(protection: Protection) {
+    const TRIES: usize = 3;
+    let service = Service::echo();
+    for (asked, signal) in [
+        ("tpserver", Signal::TERM),
+        ("tpclient", Signal::TERM),
+        ("tpserver", Signal::INT),
+        ("tpclient", Signal::INT),
+    ] {
+        let took = (0..TRIES).map(|_| {
+            let mut both = Both::start(protection, service.addr, [&[], &[]]);
+            echo(&both.visit());
+            let program = program(&mut both, asked);
+            program.signal(signal);
+            let start = Instant::now();
+            assert!(program.wait_for_end().success());
+            start.elapsed()
+        });
+        let at_once = took.into_iter().any(|it| it < Duration::from_millis(500));
+        assert!(at_once, "{asked}, {signal:?}");
+    }
+}
+
+/// Bulk both ways, of which most is still to come when the signal does; and a visitor that is silent
+/// for a while.
+fn lets_transfers_finish(protection: Protection) {
+    const SIZE: usize = 16 * 1024 * 1024;
+    each_asked_to_end(protection, &[], |mut both, asked| {
+        let [transfer, silent] = [both.visit(), both.visit()];
+        echo(&silent);
+        echo(&transfer);
+        program(&mut both, asked).signal(Signal::TERM);
+        program(&mut both, asked).wait_for_line("stopping");
+        let other = match asked {
+            "tpserver" => &both.client,
+            _ => &both.server,
+        };
+        other.wait_for_line("it said bye, draining");
+        thread::scope(|scope| {
+            scope.spawn(|| send_pattern(&transfer, 1, SIZE));
+            expect_pattern(&transfer, 1, SIZE);
+        });
+        drop(transfer);
+        assert!(program(&mut both, asked).ended().is_none());
+        assert_echo(&silent, "still there");
+        drop(silent);
+        let start = Instant::now();
+        assert!(program(&mut both, asked).wait_for_end().success());
+        assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    });
+}
+
+fn cuts_what_takes_longer_than_the_drain(protection: Protection) {
+    each_asked_to_end(protection, &["--drain", "1"], |mut both, asked| {
+        let visitor = both.visit();
+        echo(&visitor);
+        let program = program(&mut both, asked);
+        program.signal(Signal::INT);
+        let start = Instant::now();
+        assert!(program.wait_for_end().success());
+        let bounds = Duration::from_millis(950)..Duration::from_millis(2500);
+        assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());
+        assert_reset(&visitor, AT_ONCE);
+        program.wait_for_line("aborted: cut off by the stop");
+    });
+}
+
+fn that_comes_twice_ends_at_once(protection: Protection) {
+    each_asked_to_end(protection, &[], |mut both, asked| {
+        let visitor = both.visit();
+        echo(&visitor);
+        let program = program(&mut both, asked);
+        program.signal(Signal::TERM);
+        program.wait_for_line("stopping");
+        program.signal(Signal::INT);
+        let start = Instant::now();
+        let ended = program.wait_for_end().signal();
+        assert_eq!(ended, Some(Signal::INT.as_raw()));
+        assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+        assert_reset(&visitor, AT_ONCE);
+    });
+}
+
+fn visitors_that_wait_are_served_before_a_stop(protection: Protection) {
+    let mut server = RunningServer::start(server_options(protection));
+    let mut control = Peer::dial_control(&server);
+    let session = control.say_hello(0);
+    let mut visitor = server.visit();
+    assert_eq!(control.line_after_hi(), "new\n");
+    server.handle().stop(DEADLINE);
+    // The client is told nothing yet.
+    assert_eq!(control.line(), "hi\n");
+    let mut tunnel = Peer::dial_tunnel(&server, &control);
+    tunnel.write(format!("tunnel session={session}\n"));
+    let from = visitor.local_addr().unwrap();
+    assert_eq!(tunnel.line(), format!("new visitor={from}\n"));
+    assert_eq!(control.line_after_hi(), "bye reason=draining\n");
+    tunnel.write("late, but served");
+    tunnel.end();
+    let mut got = String::new();
+    visitor.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "late, but served");
+    drop(visitor);
+    server.wait_for_end();
+}
+
+fn visitors_that_nobody_can_serve_do_not_keep_a_stop(protection: Protection) {
+    let mut server = RunningServer::start(server_options(protection));
+    let waiting = server.visit();
+    eventually("it waits", || {
+        server.handle().status().is_some_and(|it| it.waiting == 1)
+    });
+    let start = Instant::now();
+    server.handle().stop(Duration::from_secs(1));
+    assert_ended(&waiting);
+    server.wait_for_end();
+    let bounds = Duration::from_millis(950)..Duration::from_millis(2500);
+    assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());
+}
+
+/// How a visit of several messages went.
+enum Visit {
+    Whole,
+    /// Before the first answer.
+    Refused,
+}
+
+fn visit(both: &Both) -> Visit {
+    let begin = || {
+        let mut visitor = TcpStream::connect(both.addresses[0])?;
+        visitor.set_read_timeout(Some(DEADLINE))?;
+        visitor.write_all(b"first")?;
+        visitor.read_exact(&mut [0; 5])?;
+        std::io::Result::Ok(visitor)
+    };
+    let Ok(visitor) = begin() else {
+        return Visit::Refused;
+    };
+    for message in 0..20 {
+        assert_echo(&visitor, &format!("message {message}"));
+    }
+    visitor.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_ended(&visitor);
+    Visit::Whole
+}
+
+/// Lets eight visitors come again and again while `meanwhile` goes on; how many visits were whole,
+/// and how many refused.
+fn under_load(both: &Both, meanwhile: impl FnOnce(&AtomicUsize)) -> [usize; 2] {
+    let (over, began) = (AtomicBool::new(false), Instant::now());
+    let counts = [AtomicUsize::new(0), AtomicUsize::new(0)];
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                // Nor for ever if the test has failed.
+                while !over.load(Ordering::SeqCst) && began.elapsed() < DEADLINE {
+                    counts[visit(both) as usize].fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        meanwhile(&counts[Visit::Whole as usize]);
+        over.store(true, Ordering::SeqCst);
+    });
+    counts.map(AtomicUsize::into_inner)
+}
+
+fn a_signal_under_load_cuts_nobody_who_was_joined(protection: Protection) {
+    each_asked_to_end(protection, &[], |mut both, asked| {
+        let served = under_load(&both, |whole| {
+            eventually("some visits", || whole.load(Ordering::SeqCst) > 50);
+            match asked {
+                "tpserver" => both.server.signal(Signal::TERM),
+                _ => both.client.signal(Signal::TERM),
+            }
+        });
+        assert!(served[0] > 50);
+        assert!(program(&mut both, asked).wait_for_end().success());
+        let cut = program(&mut both, asked).lines_with("aborted");
+        assert_eq!(cut, [""; 0]);
+    });
+}
+
+fn a_client_is_replaced_without_losing_a_visitor(protection: Protection) {
+    const TIMES: usize = 5;
+    let service = Service::echo();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let mut clients = Vec::new();
+    let [_, refused] = under_load(&both, |whole| {
+        for _ in 0..TIMES {
+            let so_far = whole.load(Ordering::SeqCst);
+            eventually("visits", || whole.load(Ordering::SeqCst) > so_far + 20);
+            clients.last().unwrap_or(&both.client).signal(Signal::TERM);
+            clients.push(Program::client(
+                protection,
+                both.addresses,
+                service.addr,
+                &[],
+            ));
+        }
+    });
+    assert_eq!(refused, 0);
+}
