@@ -6,6 +6,7 @@ mod bounds;
 mod command_line;
 mod half_close_and_abort;
 mod key;
+mod local_service;
 mod log;
 mod namespaces;
 mod original;
