@@ -1,0 +1,217 @@
+//! Programs that run out of descriptors, threads or places for visitors.
+#![cfg(target_os = "linux")]
+
+use std::fs::Permissions;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::programs::{Both, Launch};
+use crate::support::{
+    Protection, Service, connect, echo, eventually, plain_and_sealed, raise_descriptors,
+};
+
+plain_and_sealed! {
+    too_few_descriptors [
+        for_the_servers_visitors,
+        for_the_clients_visitors,
+        for_the_servers_strangers,
+    ],
+    too_few_threads [
+        for_the_server,
+        for_the_client,
+        for_lack_of_memory,
+    ],
+    five_thousand_visitors_share_a_thousand_places,
+}
+
+const FEW_DESCRIPTORS: [&str; 3] = ["sh", "-c", r#"ulimit -n 64; exec "$0" "$@""#];
+
+/// Both programs, of which one is started by way of this command, or both.
+fn limited(protection: Protection, local: std::net::SocketAddr, under: [&[&str]; 2]) -> Both {
+    let server = Launch::new(protection).under(under[0]).server(&[]);
+    let addresses = server.addresses();
+    let client = Launch::new(protection).under(under[1]);
+    let client = client.client(addresses, local, &[]);
+    Both::at_rest(server, client, addresses)
+}
+
+fn for_the_servers_visitors(protection: Protection) {
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
+    outlasts_a_crowd(&both, || connect(both.addresses[0]));
+}
+
+fn for_the_clients_visitors(protection: Protection) {
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&[], &FEW_DESCRIPTORS]);
+    outlasts_a_crowd(&both, || connect(both.addresses[0]));
+}
+
+/// Who never proves to be a client has a place for 5 s.
+fn for_the_servers_strangers(protection: Protection) {
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
+    outlasts_a_crowd(&both, || connect(both.addresses[1]));
+}
+
+/// Two hundred come and stay for a while. Both programs live through it, quietly; when they have
+/// gone, all is well at once.
+fn outlasts_a_crowd(both: &Both, come: impl Fn() -> TcpStream) {
+    let programs = [&both.server, &both.client];
+    let lines = || programs.map(|program| program.lines_with("").len());
+    let (start, before) = (Instant::now(), lines());
+    let crowd: Vec<_> = (0..200).map(|_| come()).collect();
+    for mut one in &crowd {
+        let _ = one.write_all(b"hello");
+    }
+    thread::scope(|scope| {
+        for program in programs {
+            scope.spawn(|| {
+                let share = program.processor_share(Duration::from_secs(3));
+                assert!(share < 5.0, "{share} % of a processor");
+            });
+        }
+    });
+    let seconds = start.elapsed().as_secs() as usize + 1;
+    for (program, before) in programs.into_iter().zip(before) {
+        let mut new = program.lines_with("").split_off(before);
+        // What tells of a visitor's life has a limit of its own.
+        new.retain(|line| !line.contains(" bytes down "));
+        assert!(
+            new.len() <= seconds,
+            "{} lines in {seconds} s: {new:#?}",
+            new.len()
+        );
+    }
+    drop(crowd);
+    let start = Instant::now();
+    eventually("a visitor is served", || was_served(both));
+    assert!(
+        start.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        start.elapsed()
+    );
+    both.assert_recovered(echo);
+}
+
+fn was_served(both: &Both) -> bool {
+    let visit = || {
+        let mut visitor = both.visit();
+        visitor.write_all(b"hello")?;
+        visitor.read_exact(&mut [0; 5])
+    };
+    visit().is_ok()
+}
+
+/// A folder for a copy of a program, and what runs that copy as a user of its own who may have no
+/// more than 24 threads. None where this test's user may not become another one.
+fn few_threads() -> Option<(TempDir, String)> {
+    static USERS: AtomicUsize = AtomicUsize::new(0);
+    if !rustix::process::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "not root");
+        eprintln!("left out: only root can run a program as another user");
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
+    let number = std::process::id() as usize + 10_000 * USERS.fetch_add(1, Ordering::Relaxed);
+    let (user, path) = (100_000 + number, folder.path().display());
+    let script = format!(
+        r#"cp "$0" {path}/program &&
+           exec prlimit --nproc=24 setpriv --reuid={user} --regid={user} --clear-groups \
+           {path}/program "$@""#
+    );
+    Some((folder, script))
+}
+
+fn for_the_server(protection: Protection) {
+    if let Some((_folder, script)) = few_threads() {
+        let service = Service::echo();
+        let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
+        outlasts_a_burst(&both, 100);
+        both.server.wait_for_line("no thread for");
+        both.assert_recovered(echo);
+    }
+}
+
+fn for_the_client(protection: Protection) {
+    if let Some((_folder, script)) = few_threads() {
+        let service = Service::echo();
+        let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);
+        outlasts_a_burst(&both, 100);
+        both.client.wait_for_line("no thread for");
+        both.assert_recovered(echo);
+    }
+}
+
+/// So little address space that the stacks of a few hundred threads fill what the C library leaves:
+/// it takes a GiB for itself as soon as there are some threads.
+fn for_lack_of_memory(protection: Protection) {
+    const LITTLE: [&str; 3] = ["sh", "-c", r#"ulimit -v 1250000; exec "$0" "$@""#];
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&LITTLE, &LITTLE]);
+    outlasts_a_burst(&both, 500);
+    let lines = |both: &Both| [&both.server, &both.client].map(|it| it.lines_with("no thread for"));
+    assert!(lines(&both).iter().any(|lines| !lines.is_empty()));
+    both.assert_recovered(echo);
+}
+
+/// So many visitors at a time: some are served, the others closed soon, and nobody waits for ever.
+fn outlasts_a_burst(both: &Both, size: usize) {
+    let visitors: Vec<_> = (0..size).map(|_| both.visit()).collect();
+    let mut served = 0;
+    for mut visitor in &visitors {
+        let echo = visitor.write_all(b"hello");
+        served += usize::from(echo.and_then(|()| visitor.read_exact(&mut [0; 5])).is_ok());
+    }
+    assert!((1..size).contains(&served), "{served} of {size}");
+}
+
+fn five_thousand_visitors_share_a_thousand_places(protection: Protection) {
+    const VISITORS: usize = 5000;
+    const PLACES: usize = 1000;
+    raise_descriptors();
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counts = (now.clone(), most.clone());
+    let service = Service::start(move |mut socket| {
+        counts.1.fetch_max(
+            counts.0.fetch_add(1, Ordering::SeqCst) + 1,
+            Ordering::SeqCst,
+        );
+        let mut text = [0; 5];
+        while socket.read_exact(&mut text).is_ok() && socket.write_all(&text).is_ok() {}
+        counts.0.fetch_sub(1, Ordering::SeqCst);
+    });
+    let options: [&[&str]; 2] = [&["--max-conns", "1000", "--pair-timeout", "20"], &[]];
+    let both = Both::start(protection, service.addr, options);
+    let start = Instant::now();
+    // All of them are there before the first one leaves.
+    let visitors: Vec<_> = (0..VISITORS).map(|_| both.visit()).collect();
+    eprintln!("all connected after {:?}", start.elapsed());
+    for mut visitor in &visitors {
+        visitor.write_all(b"hello").unwrap();
+    }
+    eventually("all places are taken", || {
+        now.load(Ordering::SeqCst) == PLACES
+    });
+    eprintln!("full after {:?}", start.elapsed());
+    let memory = [&both.server, &both.client].map(|program| program.memory("Pss_Anon"));
+    eprintln!("{memory:?} KiB");
+    for visitor in visitors {
+        let mut text = [0; 5];
+        (&visitor).read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"hello");
+        // Its place is the next one's.
+        drop(visitor);
+    }
+    eprintln!("all served after {:?}", start.elapsed());
+    assert_eq!(most.load(Ordering::SeqCst), PLACES);
+    both.assert_recovered(echo);
+}
