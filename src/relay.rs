@@ -293,6 +293,8 @@ impl Direction {
     /// Copies until the direction ends.
     pub fn copy(mut self) {
         self.outcome = Err("its thread panicked".to_owned());
+        #[cfg(test)]
+        tests::panic_on_purpose(&self.pair.visitor);
         self.outcome = self.carry();
     }
 
@@ -577,8 +579,10 @@ impl Drop for Joined {
 mod tests {
     use super::*;
     use crate::key::Key;
+    use crate::logger;
     use crate::secure::Purpose;
-    use std::io::Read;
+    use crate::workers::Workers;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
     use std::thread;
 
@@ -630,5 +634,57 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{sealed}");
             down.join().unwrap();
         }
+    }
+
+    /// Comes from a port that no visitor ever has.
+    const DOOMED: &str = "192.0.2.1:0";
+
+    pub fn panic_on_purpose(visitor: &Visitor) {
+        assert_ne!(visitor.address, DOOMED.parse().ok(), "on purpose");
+    }
+
+    /// A pair at work: the visitor's end, and the local service's.
+    fn at_work(pairs: &Arc<Pairs>, workers: &Workers, from: &str) -> [TcpStream; 2] {
+        let ([visitor, left], [service, right]) = (connected(), connected());
+        let [left, right] = [("visitor", left), ("local service", right)].map(|(name, socket)| {
+            net::reset_on_close(&socket, true);
+            let conn = Conn::new(Arc::new(socket));
+            End { name, conn }
+        });
+        let from = Visitor::new(from.parse().ok(), None);
+        let (up, down) = pairs.join(from, left, right, Duration::from_secs(600));
+        workers.start("up", move || up.copy()).unwrap();
+        workers.start("down", move || down.copy()).unwrap();
+        [visitor, service]
+    }
+
+    #[test]
+    fn a_panic_aborts_its_pair_and_no_other() {
+        let log = logger::tests::record();
+        let (pairs, workers) = (Pairs::new(), Workers::new());
+        let before = at_work(&pairs, &workers, "192.0.2.1:1");
+        let doomed = at_work(&pairs, &workers, DOOMED);
+        let after = at_work(&pairs, &workers, "192.0.2.1:2");
+        for mut end in &doomed {
+            let error = end.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+        for [mut visitor, mut service] in [&before, &after].map(|ends| ends.each_ref()) {
+            visitor.write_all(b"hello").unwrap();
+            service.read_exact(&mut [0; 5]).unwrap();
+        }
+        drop((before, after));
+        workers.wait(Duration::from_secs(10));
+        assert_eq!(pairs.totals(), (0, 3, [10, 0]));
+        let lines = log.lock();
+        let said = |text: &str| lines.iter().any(|line| line.contains(text));
+        assert!(
+            said("the up thread panicked; its sockets are closed"),
+            "{lines:#?}"
+        );
+        assert!(
+            said(&format!("visitor {DOOMED}: 0 bytes up, 0 bytes down")),
+            "{lines:#?}"
+        );
     }
 }

@@ -133,7 +133,7 @@ impl Shared {
         while let Next::Job(Job { name, work }) = next {
             set_name(name);
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                error!("a {name} thread panicked; its sockets are closed, all else goes on");
+                error!("the {name} thread panicked; its sockets are closed, all else goes on");
             }
             next = self.park(&place);
         }

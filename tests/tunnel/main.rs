@@ -4,6 +4,7 @@
 mod between;
 mod bounds;
 mod command_line;
+mod crowds;
 mod exhaustion;
 mod half_close_and_abort;
 mod key;

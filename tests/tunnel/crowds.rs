@@ -1,0 +1,170 @@
+//! Visitors beside many that are slow, silent or hostile.
+#![cfg(target_os = "linux")]
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::programs::Both;
+use crate::support::{
+    DEADLINE, Pattern, Protection, Service, assert_echo, connect, echo, plain_and_sealed,
+};
+
+plain_and_sealed! {
+    slow_visitors_take_little_from_others,
+    strangers_at_all_ports_take_little_from_visitors,
+}
+
+/// What is measured once without a crowd and once with it takes turns in pieces of this length, so
+/// that a machine with other work is no unfairer to one than to the other.
+const PIECE: Duration = Duration::from_millis(250);
+const PIECES: usize = 16;
+
+fn slow_visitors_take_little_from_others(protection: Protection) {
+    const EACH: usize = 100;
+    let service = Service::echo_or_bulk();
+    let start = || Both::start(protection, service.addr, [&[], &[]]);
+    let (quiet, crowded) = (start(), start());
+    let memory = || crowded.server.memory("Pss_Anon") + crowded.client.memory("Pss_Anon");
+    let before = memory();
+    let visit = |first: &[u8]| {
+        let mut visitor = crowded.visit();
+        visitor.write_all(first).unwrap();
+        visitor
+    };
+    let never_reading: Vec<_> = (0..EACH).map(|_| visit(b"!")).collect();
+    let never_writing: Vec<_> = (0..EACH).map(|_| visit(b"")).collect();
+    let dripping: Vec<_> = (0..EACH).map(|_| crowded.visit()).collect();
+    let over = AtomicBool::new(false);
+    let mut ratios: Vec<_> = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                for visitor in &dripping {
+                    assert_echo(visitor, "x");
+                    thread::sleep(Duration::from_secs(1) / EACH as u32);
+                }
+            }
+        });
+        let ratio = |_| round_trips(&crowded) as f64 / round_trips(&quiet) as f64;
+        let ratios = (0..PIECES).map(ratio).collect();
+        over.store(true, Ordering::SeqCst);
+        ratios
+    });
+    ratios.sort_by(f64::total_cmp);
+    let kept = ratios[PIECES / 2];
+    assert!(
+        kept >= 0.8,
+        "others keep {kept:.2} of their rate: {ratios:.2?}"
+    );
+    let grown = memory().saturating_sub(before) / (3 * EACH);
+    assert!(grown < 1024, "{grown} KiB a pair");
+    drop((never_reading, never_writing, dripping));
+    crowded.assert_recovered(echo);
+}
+
+/// What four visitors get done in a piece of time: each comes, and says something ten times.
+fn round_trips(both: &Both) -> usize {
+    let (start, count) = (Instant::now(), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while start.elapsed() < PIECE {
+                    let visitor = both.visit();
+                    for _ in 0..10 {
+                        echo(&visitor);
+                        count.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    count.into_inner()
+}
+
+/// Garbage, scans, and many that drip a byte now and then, at each port.
+fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
+    let service = Service::echo();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (mut quiet, mut attacked) = (Vec::new(), Vec::new());
+    thread::scope(|scope| {
+        for address in both.addresses {
+            let (attack, over) = (&attack, &over);
+            scope.spawn(move || send_garbage(address, attack, over));
+            scope.spawn(move || drip(address, attack, over));
+        }
+        for _ in 0..2 * PIECES {
+            quiet.extend(visits(&both));
+            attack.store(true, Ordering::SeqCst);
+            attacked.extend(visits(&both));
+            attack.store(false, Ordering::SeqCst);
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    let (quiet, attacked) = (percentile_99(quiet), percentile_99(attacked));
+    eprintln!("{protection:?} {quiet:?} {attacked:?}");
+    assert!(
+        attacked < 3 * quiet,
+        "{attacked:?} in the place of {quiet:?}"
+    );
+    both.assert_recovered(echo);
+}
+
+/// How long the visits of 16 visitors took in a piece of time.
+fn visits(both: &Both) -> Vec<Duration> {
+    let start = Instant::now();
+    let one_after_another = || {
+        let mut took = Vec::new();
+        while start.elapsed() < PIECE {
+            let before = Instant::now();
+            echo(&both.visit());
+            took.push(before.elapsed());
+        }
+        took
+    };
+    thread::scope(|scope| {
+        let visitors: Vec<_> = (0..16).map(|_| scope.spawn(one_after_another)).collect();
+        let took = visitors.into_iter().map(|it| it.join().unwrap());
+        took.flatten().collect()
+    })
+}
+
+fn percentile_99(mut durations: Vec<Duration>) -> Duration {
+    durations.sort();
+    durations[durations.len() * 99 / 100]
+}
+
+/// Two hundred connections a second: noise of any length, or nothing.
+fn send_garbage(address: SocketAddr, attack: &AtomicBool, over: &AtomicBool) {
+    let mut noise = Pattern::new(address.port().into());
+    let mut buffer = [0; 4096];
+    for number in 0.. {
+        if over.load(Ordering::SeqCst) {
+            return;
+        }
+        if attack.load(Ordering::SeqCst)
+            && let Ok(mut stranger) = TcpStream::connect_timeout(&address, DEADLINE)
+        {
+            let size = [0, 1, 100, 300, 4096][number % 5];
+            noise.fill(&mut buffer[..size]);
+            let _ = stranger.write_all(&buffer[..size]);
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A hundred connections, each with a byte every now and then, and a new one for each that is closed.
+fn drip(address: SocketAddr, attack: &AtomicBool, over: &AtomicBool) {
+    let mut dripping: Vec<TcpStream> = Vec::new();
+    while !over.load(Ordering::SeqCst) {
+        if attack.load(Ordering::SeqCst) {
+            dripping.retain(|mut it| it.write_all(b"h").is_ok());
+            if dripping.len() < 100 {
+                dripping.push(connect(address));
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
