@@ -46,7 +46,8 @@
 //!    idle tunnel of its session. Visitors that are joined go on.
 //! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
-//! 5. Either says `bye reason=…` before an end that it wants.
+//! 5. Either says `bye reason=…` before an end that it wants. A server that stops says it when no
+//!    visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
 //! A tunnel:
 //!
