@@ -500,7 +500,8 @@ impl Running for Shared {
         let session = session.filter(|it| it.tunnels.lock().to_server.is_some());
         let (waiting, idle) = session.as_ref().map_or((0, 0), |session| {
             let tunnels = session.tunnels.lock();
-            (tunnels.spare - tunnels.idle.len(), tunnels.idle.len())
+            let idle = tunnels.idle.len();
+            (tunnels.spare.saturating_sub(idle), idle)
         });
         let id = session.map(|session| match session.proto {
             Proto::Original => "original".to_owned(),

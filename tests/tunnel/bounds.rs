@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::programs::Program;
+use crate::programs::{Both, Program};
 use crate::support::{
-    Protection, Service, assert_echo, assert_ended, connect, eventually, expect_pattern,
+    Protection, Service, assert_echo, assert_ended, connect, echo, eventually, expect_pattern,
     plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
 };
 
@@ -23,38 +23,11 @@ plain_and_sealed! {
     both_programs_together_idle_below_four_mib,
 }
 
-/// How many descriptors and threads both programs have.
-fn holdings(programs: [&Program; 2]) -> [usize; 4] {
-    let [server, client] = programs;
-    [
-        server.count("fd"),
-        server.count("task"),
-        client.count("fd"),
-        client.count("task"),
-    ]
-}
-
-/// Waits until the holdings have not changed for a while that no parked thread outlasts.
-fn settled(programs: [&Program; 2]) -> [usize; 4] {
-    let (mut last, mut since) = (holdings(programs), Instant::now());
-    eventually("descriptors and threads settle", || {
-        let now = holdings(programs);
-        if now != last {
-            (last, since) = (now, Instant::now());
-        }
-        since.elapsed() > Duration::from_secs(6)
-    });
-    last
-}
-
 fn connections_that_have_ended_leave_nothing(protection: Protection) {
     let service = Service::echo();
-    let (server, addresses) = Program::server(protection, &[]);
-    let client = Program::client(protection, addresses, service.addr, &[]);
-    let programs = [&server, &client];
-    assert_echo(&connect(addresses[0]), "all is up");
-    let before = settled(programs);
-    let visitors: Vec<_> = (0..100).map(|_| connect(addresses[0])).collect();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let before = both.server.count("fd");
+    let visitors: Vec<_> = (0..100).map(|_| both.visit()).collect();
     for (number, visitor) in visitors.iter().enumerate() {
         assert_echo(visitor, &format!("visitor {number}"));
         // Every way to end is used.
@@ -64,12 +37,10 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
             _ => {}
         }
     }
-    let during = holdings(programs);
-    assert!(during[0] >= before[0] + 100, "{during:?} after {before:?}");
+    let during = both.server.count("fd");
+    assert!(during >= before + 100, "{during} after {before}");
     drop(visitors);
-    let start = Instant::now();
-    eventually("all is as it was before", || holdings(programs) == before);
-    assert!(start.elapsed() < Duration::from_secs(15));
+    both.assert_recovered(echo);
 }
 
 /// Without a key, bulk goes through a pipe in each program, as long as it is bulk; with a key it has
