@@ -271,7 +271,7 @@ impl Shared {
                 }
                 _ => error,
             })?;
-        lines.limit_silence()?;
+        lines.limit_silence();
         Ok(Link {
             lines,
             writer,
@@ -302,7 +302,7 @@ impl Shared {
                 Line::Bye { reason } => return format!("it said bye, {}", reason.escape_debug()),
                 _ => {}
             }
-            line = match lines.next_line_in_time() {
+            line = match lines.next_line_alive() {
                 Ok(line) => line,
                 Err(error) => return why_ended(&error),
             };

@@ -13,6 +13,8 @@ use crate::protocol::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
 /// Reads lines, and keeps what came behind them.
 pub struct Lines<R> {
     from: R,
+    /// Whether the next line may take no longer than [`SILENCE`].
+    limited: bool,
     buffer: [u8; MAX_LINE],
     filled: usize,
 }
@@ -22,6 +24,7 @@ impl<R: Read> Lines<R> {
     pub fn new(from: R) -> Self {
         Self {
             from,
+            limited: false,
             buffer: [0; MAX_LINE],
             filled: 0,
         }
@@ -87,14 +90,18 @@ impl Lines<Reader> {
     }
 
     /// From now on, a silent link is a dead one.
-    pub fn limit_silence(&self) -> io::Result<()> {
-        self.from.socket().set_read_timeout(Some(SILENCE))
+    pub fn limit_silence(&mut self) {
+        self.limited = true;
     }
 
-    /// The next line of a link that is not to be silent. If it is, it is reset: a proper end would
-    /// wait behind what a deaf far side has not confirmed, and keep it in the dark as long.
-    pub fn next_line_in_time(&mut self) -> io::Result<Line> {
-        let line = self.next_line();
+    /// The next line of a link, which may be [limited](Self::limit_silence): whole lines count, as
+    /// bytes that never become one are no sign of life. A dead link is reset: a proper end would wait
+    /// behind what a deaf far side has not confirmed, and keep it in the dark as long.
+    pub fn next_line_alive(&mut self) -> io::Result<Line> {
+        if !self.limited {
+            return self.next_line();
+        }
+        let line = self.next_line_by(Instant::now() + SILENCE);
         line.inspect_err(|error| {
             if timed_out(error) {
                 net::abort(self.from.socket());

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -31,37 +31,6 @@ const OTHER_DESCRIPTORS: usize = 2 * MAX_UNPROVED + MAX_POOL + 16;
 /// (`fs.pipe-user-pages-soft`).
 const MAX_PIPES: usize = 64;
 
-/// Memory that whatever can be refused leaves to what cannot: an allocation that fails ends the
-/// process. The C library takes half of it at once when a thread is new. A quarter of what the
-/// process may have, if that is less.
-const MEMORY_TO_SPARE: usize = 160 * 1024 * 1024;
-
-/// Whether the process may have so many bytes more, and some to spare. Only a limit of its own is
-/// looked at (`ulimit -v`): where all memory is in use, the system does not refuse more but ends a
-/// process.
-pub fn has_memory(size: usize) -> bool {
-    static LIMIT: LazyLock<usize> = LazyLock::new(memory_limit);
-    if *LIMIT == usize::MAX {
-        return true;
-    }
-    let mut memory = Vec::<u8>::new();
-    let spare = MEMORY_TO_SPARE.min(*LIMIT / 4);
-    let enough = memory.try_reserve_exact(size + spare).is_ok();
-    // Or the compiler leaves out what nobody uses.
-    std::hint::black_box(&memory);
-    enough
-}
-
-#[cfg(target_os = "linux")]
-fn memory_limit() -> usize {
-    current_limit(rustix::process::Resource::As)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn memory_limit() -> usize {
-    usize::MAX
-}
-
 /// How many visitors the process has descriptors for, two each. More must not be accepted: they
 /// would leave none for the tunnels that they wait for.
 pub fn affordable_visitors() -> usize {
@@ -76,13 +45,8 @@ pub fn affordable_pipes() -> usize {
 
 #[cfg(target_os = "linux")]
 fn descriptors() -> usize {
-    current_limit(rustix::process::Resource::Nofile)
-}
-
-#[cfg(target_os = "linux")]
-fn current_limit(resource: rustix::process::Resource) -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let most = |current| usize::try_from(current).unwrap_or(usize::MAX);
-    let limit = rustix::process::getrlimit(resource);
     limit.current.map_or(usize::MAX, most)
 }
 

@@ -17,7 +17,7 @@ use log::info;
 use parking_lot::{Condvar, Mutex};
 
 use crate::conn::{Conn, Reader, Writer};
-use crate::limits::{LogLimit, Slot, Slots, affordable_pipes, has_memory};
+use crate::limits::{LogLimit, Slot, Slots, affordable_pipes};
 use crate::net;
 #[cfg(target_os = "linux")]
 use crate::splice::{Pipe, refused};
@@ -315,7 +315,7 @@ impl Direction {
                     self.writer.write_batch(count).map_err(writing)?;
                     moved.fetch_add(count as u64, Ordering::Relaxed);
                     let enough = if level == 0 { size } else { size / 2 };
-                    if count >= enough && level < BULK && has_memory(2 * BUFFERS[level + 1]) {
+                    if count >= enough && level < BULK {
                         level += 1;
                     }
                 }

@@ -847,7 +847,7 @@ fn read_hello(lines: &mut Lines<Reader>, deadline: Instant) -> io::Result<Proto>
             pool,
             ..
         } => {
-            lines.limit_silence()?;
+            lines.limit_silence();
             let pool = pool.min(MAX_POOL);
             Ok(Proto::Tp1 { pool })
         }
@@ -879,7 +879,7 @@ fn open_tunnel(
 /// Reads a client's lines until there are no more; the answer is why.
 fn read_until_end(lines: &mut Lines<Reader>) -> String {
     loop {
-        match lines.next_line_in_time() {
+        match lines.next_line_alive() {
             Ok(Line::Bye { reason }) => return format!("it said bye, {}", reason.escape_debug()),
             Ok(_) => {}
             Err(error) => return why_ended(&error),

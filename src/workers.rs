@@ -10,14 +10,9 @@ use std::time::Duration;
 use log::error;
 use parking_lot::{Condvar, Mutex};
 
-use crate::limits::has_memory;
-
 /// A parked thread ends after this long: long enough to serve one burst after another, short
 /// enough that a quiet program is a small one.
 const PARK_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What a thread may allocate later, two small buffers most of all.
-const HEAP_SIZE: usize = 32 * 1024;
 
 /// Enough for a name look-up in the C library, the deepest that a job goes. Only touched pages
 /// cost memory.
@@ -80,28 +75,21 @@ impl Workers {
         let job = Job { name, work };
         let mut state = self.0.state.lock();
         state.busy += 1;
-        let (busy, parked) = (state.busy, state.parked.pop());
+        let parked = state.parked.pop();
         drop(state);
         if let Some(place) = parked {
             place.wake(Next::Job(job));
             return Ok(());
         }
-        let started = self.start_thread(job, busy);
-        if started.is_err() {
+        let shared = self.0.clone();
+        let spawned = thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(move || shared.work_and_park(job));
+        if spawned.is_err() {
             self.0.done(&mut self.0.state.lock());
         }
-        started
-    }
-
-    fn start_thread(&self, job: Job, busy: usize) -> io::Result<()> {
-        if !has_memory(STACK_SIZE + busy * HEAP_SIZE) {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
-        let shared = self.0.clone();
-        let thread = thread::Builder::new()
-            .name(job.name.to_owned())
-            .stack_size(STACK_SIZE);
-        thread.spawn(move || shared.work_and_park(job)).map(drop)
+        spawned.map(drop)
     }
 
     /// Waits until every job is done, but not longer than that.

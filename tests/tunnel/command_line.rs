@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
+use std::thread;
 
 use tunnel_proxy::{Address, Error, Key, Server, ServerOptions};
 
@@ -278,10 +279,15 @@ fn what_the_machine_refuses_is_exit_code_1() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap().to_string();
     let free = "--public 127.0.0.1:0 --tunnel 127.0.0.1:0 --control 127.0.0.1:0";
-    for option in ["--public", "--tunnel", "--control"] {
+    let refused = |option: &str| {
         let keep = free.replace(&format!("{option} 127.0.0.1:0"), "");
         let cases = [
-            (format!("{keep} {option} {taken}"), taken.as_str(), "in use"),
+            // Waited for a while, which is said unless it is to be quiet.
+            (
+                format!("-q {keep} {option} {taken}"),
+                taken.as_str(),
+                "in use",
+            ),
             (
                 format!("{keep} {option} 192.0.2.1:0 --insecure"),
                 "192.0.2.1:0",
@@ -296,7 +302,13 @@ fn what_the_machine_refuses_is_exit_code_1() {
         for (line, address, why) in cases {
             assert_error(SERVER, &line, 1, &[option, address, why]);
         }
-    }
+    };
+    thread::scope(|scope| {
+        for option in ["--public", "--tunnel", "--control"] {
+            let refused = &refused;
+            scope.spawn(move || refused(option));
+        }
+    });
 }
 
 #[test]

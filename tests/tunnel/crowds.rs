@@ -104,7 +104,6 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
         over.store(true, Ordering::SeqCst);
     });
     let (quiet, attacked) = (percentile_99(quiet), percentile_99(attacked));
-    eprintln!("{protection:?} {quiet:?} {attacked:?}");
     assert!(
         attacked < 3 * quiet,
         "{attacked:?} in the place of {quiet:?}"
