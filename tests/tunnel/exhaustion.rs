@@ -18,14 +18,12 @@ use crate::support::{
 };
 
 plain_and_sealed! {
-    too_few_descriptors [
-        for_the_servers_visitors,
-        for_the_clients_visitors,
-        for_the_servers_strangers,
-    ],
-    too_few_threads [
-        for_the_server,
-        for_the_client,
+    too_few [
+        descriptors_for_the_servers_visitors,
+        descriptors_for_the_clients_visitors,
+        descriptors_for_the_servers_strangers,
+        threads_for_the_server,
+        threads_for_the_client,
     ],
     five_thousand_visitors_share_a_thousand_places,
 }
@@ -41,20 +39,20 @@ fn limited(protection: Protection, local: std::net::SocketAddr, under: [&[&str];
     Both::at_rest(server, client, addresses)
 }
 
-fn for_the_servers_visitors(protection: Protection) {
+fn descriptors_for_the_servers_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
 }
 
-fn for_the_clients_visitors(protection: Protection) {
+fn descriptors_for_the_clients_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&[], &FEW_DESCRIPTORS]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
 }
 
 /// Who never proves to be a client has a place for 5 s.
-fn for_the_servers_strangers(protection: Protection) {
+fn descriptors_for_the_servers_strangers(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
     outlasts_a_crowd(&both, || connect(both.addresses[1]));
@@ -130,7 +128,7 @@ fn few_threads() -> Option<(TempDir, String)> {
     Some((folder, script))
 }
 
-fn for_the_server(protection: Protection) {
+fn threads_for_the_server(protection: Protection) {
     if let Some((_folder, script)) = few_threads() {
         let service = Service::echo();
         let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
@@ -140,7 +138,7 @@ fn for_the_server(protection: Protection) {
     }
 }
 
-fn for_the_client(protection: Protection) {
+fn threads_for_the_client(protection: Protection) {
     if let Some((_folder, script)) = few_threads() {
         let service = Service::echo();
         let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);

@@ -21,16 +21,18 @@ plain_and_sealed! {
     an_abort_by_the_visitor_reaches_the_service,
     an_abort_by_the_service_reaches_the_visitor,
     an_abort_after_a_half_close_is_still_an_abort,
-    an_abort_by_the_end_that_half_closed_ends_the_pair,
     an_abort_in_the_middle_of_a_stream_is_never_an_end,
     an_abort_while_both_directions_wait_is_never_an_end,
-    an_abort_is_passed_on_to_an_end_that_does_not_read,
     a_local_service_that_refuses_closes_the_visitor,
-    a_half_closed_pair_that_stands_still_is_aborted_at_linger,
-    the_clients_linger_holds_as_well,
     a_stop_drains_first_and_cuts_what_is_left,
     a_client_that_stops_drains_as_well,
     a_killed_server_makes_no_visit_look_empty,
+    what_is_found_by_looking_now_and_then [
+        an_abort_by_the_end_that_half_closed_ends_the_pair,
+        an_abort_is_passed_on_to_an_end_that_does_not_read,
+        a_half_closed_pair_that_stands_still_is_aborted_at_linger,
+        the_clients_linger_holds_as_well,
+    ],
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
 }

@@ -16,11 +16,11 @@ use crate::support::{
 };
 
 plain_and_sealed! {
-    a_local_service_that [
-        lets_dials_hang,
-        accepts_and_says_nothing,
+    what_takes_its_time [
+        a_service_that_lets_dials_hang,
+        a_service_that_says_nothing,
+        a_thousand_resets_and_ends_leave_nothing,
     ],
-    a_thousand_resets_and_ends_leave_nothing,
 }
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -49,7 +49,7 @@ impl Reluctant {
     }
 }
 
-fn lets_dials_hang(protection: Protection) {
+fn a_service_that_lets_dials_hang(protection: Protection) {
     const VISITORS: usize = 20;
     let service = Reluctant::new();
     let both = Both::start(protection, service.addr, [&[], &[]]);
@@ -93,7 +93,7 @@ fn lets_dials_hang(protection: Protection) {
     });
 }
 
-fn accepts_and_says_nothing(protection: Protection) {
+fn a_service_that_says_nothing(protection: Protection) {
     let (sender, silent) = mpsc::channel();
     let service = Service::start(move |mut socket| {
         let mut first = [0; 1];

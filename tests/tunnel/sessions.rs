@@ -14,15 +14,20 @@ use crate::support::{
 use tunnel_proxy::{Address, ClientOptions, ServerOptions};
 
 plain_and_sealed! {
-    without_a_client_the_visitor_is_closed_at_the_pair_timeout,
-    a_client_that_comes_in_time_serves_the_visitors_that_wait,
-    a_client_dials_for_ever_even_if_the_first_dial_fails,
+    what_takes_its_time [
+        without_a_client_the_visitor_is_closed_at_the_pair_timeout,
+        a_client_that_comes_in_time_serves_the_visitors_that_wait,
+        a_client_dials_for_ever_even_if_the_first_dial_fails,
+        a_silent_client_is_dropped_and_the_next_one_taken,
+        a_silent_server_is_left_and_dialled_again,
+        a_client_that_only_sends_heartbeats_lives,
+        a_visitor_may_be_silent_for_longer_than_any_handshake,
+        the_dials_of_a_client_come_further_and_further_apart,
+        a_port_scanner_never_gets_a_visitor,
+    ],
     a_second_client_is_refused_and_the_first_is_undisturbed,
     a_session_outlives_a_thousand_refused_ones,
     a_server_that_restarts_on_its_ports_serves_within_three_seconds,
-    silence_ends_a_session_and_heartbeats_keep_it,
-    the_dials_of_a_client_come_further_and_further_apart,
-    a_port_scanner_never_gets_a_visitor,
     visitors_are_served_through_a_crowd_of_silent_strangers,
 }
 
@@ -160,16 +165,6 @@ fn a_server_that_restarts_on_its_ports_serves_within_three_seconds(protection: P
 
 const SILENCE_NOTICED: std::ops::Range<Duration> =
     Duration::from_millis(5500)..Duration::from_millis(8000);
-
-/// All at once, as each takes its seconds.
-fn silence_ends_a_session_and_heartbeats_keep_it(protection: Protection) {
-    thread::scope(|scope| {
-        scope.spawn(move || a_silent_client_is_dropped_and_the_next_one_taken(protection));
-        scope.spawn(move || a_silent_server_is_left_and_dialled_again(protection));
-        scope.spawn(move || a_client_that_only_sends_heartbeats_lives(protection));
-        scope.spawn(move || a_visitor_may_be_silent_for_longer_than_any_handshake(protection));
-    });
-}
 
 fn a_silent_client_is_dropped_and_the_next_one_taken(protection: Protection) {
     let server = RunningServer::start(server_options(protection));
