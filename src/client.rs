@@ -16,7 +16,7 @@ use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::error::Error;
-use crate::limits::LogLimit;
+use crate::limits::{LogLimit, Slot, Slots, affordable_visitors};
 use crate::net::{self, timed_out};
 use crate::options::ClientOptions;
 use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
@@ -60,6 +60,8 @@ struct Shared {
     options: ClientOptions,
     workers: Workers,
     pairs: Arc<Pairs>,
+    /// Two descriptors each: a tunnel is of no use if none is left for its local service.
+    slots: Arc<Slots>,
     /// The session with the server, while there is one.
     session: Mutex<Option<Arc<Session>>>,
     stop: Stop,
@@ -125,6 +127,7 @@ impl Client {
                 options,
                 workers: Workers::new(),
                 pairs: Pairs::new(),
+                slots: Slots::new(affordable_visitors()),
                 session: Mutex::new(None),
                 stop: Stop::new(),
                 logs: Logs {
@@ -334,7 +337,10 @@ impl Shared {
         let pool = session.proto.pool();
         // Not for ever: dials that fail at once make room as fast as this adds to them.
         for _ in 0..pool {
-            if !session.count_spare(pool) || !self.start_combine(session) {
+            let Some(slot) = self.one_spare(session, pool) else {
+                return;
+            };
+            if !self.start_combine(session, slot) {
                 return;
             }
         }
@@ -342,19 +348,35 @@ impl Shared {
 
     /// Dials a tunnel for a visitor that waits.
     fn one_more(self: &Arc<Self>, session: &Arc<Session>) {
-        if session.count_spare(MAX_SPARE) {
-            self.start_combine(session);
+        if let Some(slot) = self.one_spare(session, MAX_SPARE) {
+            self.start_combine(session, slot);
         } else {
             let log = &self.logs.tunnel_failed;
-            log.say(|more| warn!("no more than {MAX_SPARE} tunnels are dialled at once{more}"));
+            log.say(|more| {
+                warn!(
+                    "no tunnel for one more visitor: there are as many as ulimit -n allows{more}"
+                );
+            });
         }
     }
 
-    fn start_combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
+    /// Counts one more spare tunnel, if there are fewer than `most`, and descriptors for its visitor.
+    fn one_spare(&self, session: &Session, most: usize) -> Option<Slot> {
+        let slot = self.slots.try_take()?;
+        session.count_spare(most).then_some(slot)
+    }
+
+    fn start_combine(self: &Arc<Self>, session: &Arc<Session>, slot: Slot) -> bool {
         let (client, owned) = (self.clone(), session.clone());
         let work = move || {
-            // A thread whose visitor has gone dials the next tunnel: another one need not be woken.
-            while client.combine(&owned) && owned.count_spare(owned.proto.pool()) {}
+            let mut next = Some(slot);
+            while let Some(slot) = next {
+                // A thread whose visitor has gone dials the next tunnel: another one need not be
+                // woken.
+                let served = client.combine(&owned, slot);
+                let pool = owned.proto.pool();
+                next = served.then(|| client.one_spare(&owned, pool)).flatten();
+            }
         };
         let started = self.workers.start("tunnel", work);
         if let Err(error) = &started {
@@ -366,8 +388,8 @@ impl Shared {
 
     /// One tunnel: dialled, idle until its visitor comes, then joined with the local service until
     /// that visitor has gone. False if none came.
-    fn combine(self: &Arc<Self>, session: &Arc<Session>) -> bool {
-        let Some((visitor, remote, _expected)) = self.next_visitor(session) else {
+    fn combine(self: &Arc<Self>, session: &Arc<Session>, slot: Slot) -> bool {
+        let Some((visitor, remote, _expected)) = self.next_visitor(session, slot) else {
             return false;
         };
         match self.connect_local() {
@@ -386,10 +408,10 @@ impl Shared {
     }
 
     /// Dials a tunnel, and waits until the server gives it a visitor.
-    fn next_visitor(&self, session: &Session) -> Option<(Visitor, Conn, Expected)> {
+    fn next_visitor(&self, session: &Session, slot: Slot) -> Option<(Visitor, Conn, Expected)> {
         let to = session.tunnel_addr;
         let waited = match self.connect_remote(session) {
-            Ok((remote, expected)) => match session.wait_for_visitor(remote) {
+            Ok((remote, expected)) => match session.wait_for_visitor(remote, slot) {
                 Ok((visitor, remote)) => Ok((visitor, remote, expected)),
                 // Most likely it was superfluous.
                 Err(error) => {
@@ -551,9 +573,9 @@ impl Session {
     }
 
     /// Waits until the server gives the tunnel a visitor.
-    fn wait_for_visitor(&self, remote: Conn) -> io::Result<(Visitor, Conn)> {
+    fn wait_for_visitor(&self, remote: Conn, slot: Slot) -> io::Result<(Visitor, Conn)> {
         if let Proto::Original = self.proto {
-            return Ok((Visitor::new(None, None), remote));
+            return Ok((Visitor::new(None, Some(slot)), remote));
         }
         let (socket, writer) = (remote.socket().clone(), remote.writer);
         {
@@ -577,7 +599,7 @@ impl Session {
         idle.swap_remove(place.ok_or_else(ended)?);
         // What came behind the line is the visitor's.
         let reader = lines.into_reader();
-        Ok((Visitor::new(address?, None), Conn { reader, writer }))
+        Ok((Visitor::new(address?, Some(slot)), Conn { reader, writer }))
     }
 
     /// Ends the control link, with these last words. No tunnel is dialled any more; visitors that

@@ -57,10 +57,12 @@ fn serve(launch: Launch) -> [Program; 2] {
     eventually("the server is up", || {
         std::net::TcpStream::connect(addresses[0]).is_ok()
     });
-    // Longer than the hundred lines a second of either kind take to fill what there is.
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(3) {
+    // As many visits, and as much time at a hundred lines a second of either kind, as it takes to
+    // fill all that holds lines.
+    let (start, mut visits) = (Instant::now(), 0);
+    while visits < 300 || start.elapsed() < Duration::from_secs(3) {
         echo(&connect(addresses[0]));
+        visits += 1;
     }
     [client, server]
 }

@@ -255,6 +255,15 @@ pub fn expect_pattern(mut from: &TcpStream, seed: u64, size: usize) {
     }
 }
 
+/// On any port. It can be dialled a thousand times before it takes the first connection.
+fn roomy_listener() -> TcpListener {
+    let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&any.into()).unwrap();
+    socket.listen(4096).unwrap();
+    socket.into()
+}
+
 /// A local service: a thread for each connection, until dropped.
 pub struct Service {
     pub addr: SocketAddr,
@@ -264,7 +273,7 @@ pub struct Service {
 
 impl Service {
     pub fn start(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = roomy_listener();
         let addr = listener.local_addr().unwrap();
         let stopped = Arc::new(AtomicBool::new(false));
         let (serve, stop) = (Arc::new(serve), stopped.clone());
