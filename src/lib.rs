@@ -42,8 +42,8 @@
 //!    (see below).
 //! 2. The server answers `hello proto=1 session=<32 hex digits> pool=8`: the session's id, and the
 //!    idle tunnels that it grants, at most 64. Or `bye reason=busy` if another client is live.
-//! 3. Both write `hi` every 2 s. A link without a byte for 6 s is dead: it is closed, with every
-//!    idle tunnel of its session. Visitors that are joined go on.
+//! 3. Both write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every idle
+//!    tunnel of its session ends. Visitors that are joined go on.
 //! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
 //! 5. Either says `bye reason=…` before an end that it wants. A server that stops says it when no

@@ -22,7 +22,7 @@ pub const MAX_POOL: usize = 64;
 /// Both sides write `hi` this often; the original's pace.
 pub const HEARTBEAT: Duration = Duration::from_secs(2);
 
-/// A link without a byte for this long is dead: three heartbeats in a row are missing.
+/// A link without a line for this long is dead: three heartbeats in a row are missing.
 pub const SILENCE: Duration = Duration::from_secs(6);
 
 /// A client that has not said hello after this long is an original one, which never writes.
