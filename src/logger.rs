@@ -4,6 +4,7 @@
 use std::io::{self, Write};
 use std::panic;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ const LAST_LINES: Duration = Duration::from_millis(100);
 
 static LINES: OnceLock<Sender<Entry>> = OnceLock::new();
 
+/// Lines that found the queue full, and that no line has told of yet.
+static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
+
 enum Entry {
     Line(Vec<u8>),
     /// All that came before is to be written; dropped when it is.
@@ -35,10 +39,7 @@ pub fn start(level: LevelFilter) -> Result<(), Error> {
     let writer = thread::Builder::new().name("log".to_owned());
     let writer = writer.spawn(move || write_lines(&receiver));
     writer.map_err(Error::Thread)?;
-    let queue = Queue {
-        lines: LINES.get_or_init(|| sender).clone(),
-        left_out: 0,
-    };
+    let queue = Queue(LINES.get_or_init(|| sender).clone());
     let default = env_logger::Env::default().default_filter_or(level.as_str());
     env_logger::Builder::from_env(default)
         .format_timestamp_millis()
@@ -57,9 +58,15 @@ pub fn end(last: Option<String>) {
     let Some(lines) = LINES.get() else {
         return last.map_or((), write);
     };
-    if let Some(line) = last {
+    // First the queue, so that there is room for what was left out of it.
+    flush(lines);
+    for line in take_left_out().into_iter().chain(last) {
         let _ = lines.send_timeout(Entry::Line(line), LAST_LINES);
     }
+    flush(lines);
+}
+
+fn flush(lines: &Sender<Entry>) {
     let (sender, written) = bounded(0);
     let _ = lines.send_timeout(Entry::Flush(sender), LAST_LINES);
     let _ = written.recv_timeout(LAST_LINES);
@@ -78,23 +85,27 @@ fn write(line: Vec<u8>) {
     let _ = io::stderr().write_all(&line);
 }
 
-/// Where the logger puts its lines, each in one piece.
-struct Queue {
-    lines: Sender<Entry>,
-    left_out: u64,
+/// A line about those that were left out, if there are some.
+fn take_left_out() -> Option<Vec<u8>> {
+    match LEFT_OUT.swap(0, Ordering::Relaxed) {
+        0 => None,
+        count => Some(format!("({count} lines left out: nobody read them)\n").into_bytes()),
+    }
 }
+
+/// Where the logger puts its lines, each in one piece.
+struct Queue(Sender<Entry>);
 
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut entry = line.to_vec();
-        if self.left_out > 0 {
-            let left_out = format!("({} lines left out: nobody read them)\n", self.left_out);
-            entry.splice(..0, left_out.into_bytes());
+        // Not taken before there is room to tell it.
+        if self.0.is_full() {
+            LEFT_OUT.fetch_add(1, Ordering::Relaxed);
+            return Ok(line.len());
         }
-        match self.lines.try_send(Entry::Line(entry)) {
-            Ok(()) => self.left_out = 0,
-            Err(_) => self.left_out += 1,
-        }
+        let mut entry = take_left_out().unwrap_or_default();
+        entry.extend(line);
+        let _ = self.0.try_send(Entry::Line(entry));
         Ok(line.len())
     }
 
@@ -136,7 +147,7 @@ pub mod tests {
     #[test]
     fn lines_that_nobody_takes_are_left_out_and_counted() {
         let (lines, taken) = bounded(2);
-        let mut queue = Queue { lines, left_out: 0 };
+        let mut queue = Queue(lines);
         for line in ["one\n", "two\n", "three\n", "four\n"] {
             queue.write_all(line.as_bytes()).unwrap();
         }

@@ -52,7 +52,7 @@ fn slow_visitors(protection: Protection, service: SocketAddr) -> Both {
     let at_work = || crowded.client.processor_share(Duration::from_millis(500)) > 5.0;
     eventually("what is not read fills all buffers", || !at_work());
     let over = AtomicBool::new(false);
-    let mut ratios: Vec<_> = thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
                 for visitor in &dripping {
@@ -61,24 +61,27 @@ fn slow_visitors(protection: Protection, service: SocketAddr) -> Both {
                 }
             }
         });
-        let ratio = |_| {
-            // Each first and last by turns, if the machine gets busier or less busy meanwhile.
-            let [a, b, c, d] = [&crowded, &quiet, &quiet, &crowded].map(round_trips);
-            (a + d) as f64 / (b + c) as f64
-        };
-        let ratios = (0..PIECES).map(ratio).collect();
+        // A machine that is busy with other things may need more than one try.
+        let kept = (0..3).any(|_| rate_kept(&crowded, &quiet) >= 0.8);
         over.store(true, Ordering::SeqCst);
-        ratios
+        assert!(kept, "others are slower than 80 % of their rate");
     });
-    ratios.sort_by(f64::total_cmp);
-    let kept = ratios[PIECES / 2];
-    assert!(
-        kept >= 0.8,
-        "others keep {kept:.2} of their rate: {ratios:.2?}"
-    );
     let grown = memory().saturating_sub(before) / (3 * EACH);
     assert!(grown < 1024, "{grown} KiB a pair");
     crowded
+}
+
+/// Which share of their rate others keep.
+fn rate_kept(crowded: &Both, quiet: &Both) -> f64 {
+    let (mut with, mut without) = (0, 0);
+    for _ in 0..PIECES {
+        // Each first and last by turns, as the machine may get busier or less busy meanwhile.
+        let [a, b, c, d] = [crowded, quiet, quiet, crowded].map(round_trips);
+        with += a + d;
+        without += b + c;
+    }
+    eprintln!("{with} round trips with the crowd, {without} without");
+    with as f64 / without as f64
 }
 
 /// What four visitors get done in a piece of time: each comes, and says something ten times.
