@@ -278,7 +278,9 @@ impl LogLimit {
 
     fn take(&self, now: Instant) -> Option<LeftOut> {
         let mut state = self.state.lock();
-        if now.saturating_duration_since(state.second) >= Duration::from_secs(1) {
+        // A second begins with its first line, so that two of them are never next to each other.
+        let over = now.saturating_duration_since(state.second) >= Duration::from_secs(1);
+        if over || state.said == 0 {
             state.second = now;
             state.said = 0;
         }

@@ -189,10 +189,11 @@ fn reset(socket: TcpStream) {
     reset_on_close(&socket);
 }
 
-/// Asserts that nothing more comes, and that this is told soon.
+/// Asserts that nothing more comes, and that this is told soon: by what looks at all pairs every
+/// second, if by nobody else.
 fn assert_over(mut socket: &TcpStream) {
     let start = Instant::now();
     let end = socket.read(&mut [0]);
     assert!(!matches!(end, Ok(1..)), "{end:?}");
-    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 4 * AT_ONCE, "{:?}", start.elapsed());
 }
