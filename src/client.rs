@@ -19,7 +19,9 @@ use crate::error::Error;
 use crate::limits::{LogLimit, Slot, Slots, affordable_visitors};
 use crate::net::{self, timed_out};
 use crate::options::ClientOptions;
-use crate::protocol::{BUSY, DRAINING, HANDSHAKE_TIMEOUT, Line, PROTO, SILENCE, SessionId};
+use crate::protocol::{
+    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HEARTBEAT, Line, PROTO, SILENCE, SessionId,
+};
 use crate::relay::{End, Expected, Pairs, SWEEP, Visitor};
 use crate::secure::{Bond, Purpose};
 use crate::status::{Counts, Status, count};
@@ -36,8 +38,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(9);
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
 
-/// What a stopping client gives its threads for their last words, and a server to close the idle
-/// tunnels of a session. Both need no more than a round trip, unless a dial is under way.
+/// What a stopping client gives its threads for their last words, and a server that has ended the
+/// session to close its idle tunnels, which is under way by then.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The half of the tunnel that runs in the LAN.
@@ -110,7 +112,9 @@ struct Tunnels {
     spare: usize,
     /// Those that are idle, to be ended with their session.
     idle: Vec<Arc<TcpStream>>,
-    /// They have been, and others must not become idle.
+    /// A visitor has come through one of them.
+    served: bool,
+    /// The idle ones have been cut, and others must not become idle.
     cut: bool,
     /// What is to be written to the server. None once the session has ended; that ends the writer,
     /// and with it the link.
@@ -169,20 +173,13 @@ impl Client {
 impl Shared {
     /// One session after another, for ever.
     fn keep_connected(self: &Arc<Self>) {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(Instant::now());
         loop {
-            let start = Instant::now();
-            let (why, took) = match self.connect_control() {
-                Ok(lost) => {
-                    backoff = Backoff::new();
-                    (lost, Duration::ZERO)
-                }
-                Err(failed) => (failed, start.elapsed()),
-            };
+            let (Ok(why) | Err(why)) = self.connect_control(&mut backoff);
             if self.stop.stopped() {
                 return;
             }
-            let pause = backoff.next(took, random_fraction());
+            let pause = backoff.next(Instant::now(), random_fraction());
             warn!("{why}; trying again in {:.1} s", pause.as_secs_f64());
             if !self.stop.sleep(pause) {
                 return;
@@ -192,7 +189,7 @@ impl Shared {
 
     /// Dials the control port, and reads lines until the link ends. Both answers are a reason: why
     /// the session was lost, or why there was none.
-    fn connect_control(self: &Arc<Self>) -> Result<String, String> {
+    fn connect_control(self: &Arc<Self>, backoff: &mut Backoff) -> Result<String, String> {
         let ClientOptions {
             server,
             control_port,
@@ -228,6 +225,7 @@ impl Shared {
             tunnels: Mutex::new(Tunnels {
                 spare: 0,
                 idle: Vec::new(),
+                served: false,
                 cut: false,
                 to_server: Some(to_server),
             }),
@@ -238,11 +236,18 @@ impl Shared {
             // The stop may have come too early to find this session.
             session.end(Some(Line::bye(DRAINING)));
         }
+        let start = Instant::now();
         let why = self.serve(&session, writer, to_write, first, &mut lines);
+        if start.elapsed() >= HEARTBEAT || session.tunnels.lock().served {
+            *backoff = Backoff::new(Instant::now());
+        }
         session.end(None);
         // The server, if it is there, closes them when it has read or said bye. One that it gave a
-        // visitor before is still served.
-        session.wait_for_spare(LAST_WORDS);
+        // visitor before is still served, however far away the server is.
+        session.wait_for_spare(match self.stop.stopped() {
+            true => SILENCE,
+            false => LAST_WORDS,
+        });
         session.cut_idle();
         Ok(format!("lost the server at {address}: {why}"))
     }
@@ -575,6 +580,7 @@ impl Session {
     /// Waits until the server gives the tunnel a visitor.
     fn wait_for_visitor(&self, remote: Conn, slot: Slot) -> io::Result<(Visitor, Conn)> {
         if let Proto::Original = self.proto {
+            self.tunnels.lock().served = true;
             return Ok((Visitor::new(None, Some(slot)), remote));
         }
         let (socket, writer) = (remote.socket().clone(), remote.writer);
@@ -593,10 +599,12 @@ impl Session {
                 Err(error) => break Err(error),
             }
         };
-        let idle = &mut self.tunnels.lock().idle;
-        let place = idle.iter().position(|it| Arc::ptr_eq(it, &socket));
+        let mut tunnels = self.tunnels.lock();
+        let place = tunnels.idle.iter().position(|it| Arc::ptr_eq(it, &socket));
         // Not among them any more: the session's end has aborted it.
-        idle.swap_remove(place.ok_or_else(ended)?);
+        tunnels.idle.swap_remove(place.ok_or_else(ended)?);
+        tunnels.served |= address.is_ok();
+        drop(tunnels);
         // What came behind the line is the visitor's.
         let reader = lines.into_reader();
         Ok((Visitor::new(address?, Some(slot)), Conn { reader, writer }))
@@ -704,25 +712,32 @@ fn ended() -> io::Error {
     io::ErrorKind::ConnectionAborted.into()
 }
 
-/// When the control port is dialled again. Clients that lost their server in the same moment must
-/// not come back in the same, hence the fraction.
+/// When the control port is dialled again: the first time soon, later less and less often, until there
+/// was a session that was of use.
 struct Backoff {
     longest: Duration,
+    /// When the last dial began, or the last session ended.
+    since: Instant,
 }
 
 impl Backoff {
-    fn new() -> Self {
+    fn new(now: Instant) -> Self {
         Self {
             longest: FIRST_PAUSE,
+            since: now,
         }
     }
 
-    /// The pause after a dial that took so long, with a random fraction from 0 to 1: dials begin in a
-    /// steady rhythm, however they fail.
-    fn next(&mut self, took: Duration, fraction: f64) -> Duration {
+    /// The pause from now on, with a random fraction from 0 to 1: clients that lost their server in
+    /// the same moment must not come back in the same. Dials begin in a steady rhythm, however long
+    /// they take to fail.
+    fn next(&mut self, now: Instant, fraction: f64) -> Duration {
         let pause = self.longest.mul_f64(0.5 + 0.5 * fraction);
         self.longest = (self.longest * 2).min(LONGEST_PAUSE);
-        pause.saturating_sub(took).max(FIRST_PAUSE / 2)
+        let left = (self.since + pause).saturating_duration_since(now);
+        let left = left.max(FIRST_PAUSE / 2);
+        self.since = now + left;
+        left
     }
 }
 
@@ -740,18 +755,18 @@ mod tests {
     fn a_server_that_is_away_is_dialled_with_restraint() {
         for (took, fraction) in [(0, 0.0), (0, 0.5), (0, 1.0), (5, 0.0), (5, 1.0)] {
             let took = Duration::from_secs(took);
-            let (mut backoff, mut now, mut dials) = (Backoff::new(), Duration::ZERO, 0);
-            while now < Duration::from_secs(60) {
+            let start = Instant::now();
+            let (mut backoff, mut now, mut dials) = (Backoff::new(start), start, 0);
+            while now < start + Duration::from_secs(60) {
                 dials += 1;
-                let apart = took + backoff.next(took, fraction);
+                let apart = took + backoff.next(now + took, fraction);
                 assert!(apart <= Duration::from_secs(10), "{apart:?}");
                 now += apart;
             }
             assert!((5..=20).contains(&dials), "{dials} dials");
         }
-        let (mut early, mut late) = (Backoff::new(), Backoff::new());
-        let [early, late] = [(&mut early, 0.1), (&mut late, 0.9)]
-            .map(|(backoff, fraction)| backoff.next(Duration::ZERO, fraction));
+        let now = Instant::now();
+        let [early, late] = [0.1, 0.9].map(|fraction| Backoff::new(now).next(now, fraction));
         assert!(early < late, "no jitter");
     }
 }

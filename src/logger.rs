@@ -56,7 +56,7 @@ pub fn start(level: LevelFilter) -> Result<(), Error> {
 pub fn end(last: Option<String>) {
     let last = last.map(|line| format!("{line}\n").into_bytes());
     let Some(lines) = LINES.get() else {
-        return last.map_or((), write);
+        return last.map_or((), |line| drop(io::stderr().write_all(&line)));
     };
     // First the queue, so that there is room for what was left out of it.
     flush(lines);
@@ -75,21 +75,30 @@ fn flush(lines: &Sender<Entry>) {
 fn write_lines(lines: &Receiver<Entry>) {
     for entry in lines {
         if let Entry::Line(line) = entry {
-            write(line);
+            write(&line);
         }
     }
 }
 
-/// A closed stderr or a full disk is no reason to stop: nobody else could be told.
-fn write(line: Vec<u8>) {
-    let _ = io::stderr().write_all(&line);
+/// A closed stderr or a full disk is no reason to stop: nobody else could be told. One that takes
+/// nothing at the moment is waited for.
+fn write(line: &[u8]) {
+    let mut rest = line;
+    while !rest.is_empty() {
+        match io::stderr().write(rest) {
+            Ok(count @ 1..) => rest = &rest[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(LAST_LINES),
+            _ => return,
+        }
+    }
 }
 
 /// A line about those that were left out, if there are some.
 fn take_left_out() -> Option<Vec<u8>> {
     match LEFT_OUT.swap(0, Ordering::Relaxed) {
         0 => None,
-        count => Some(format!("({count} lines left out: nobody read them)\n").into_bytes()),
+        count => Some(format!("(lines left out, as nobody read them: {count})\n").into_bytes()),
     }
 }
 
@@ -159,8 +168,8 @@ pub mod tests {
         queue.write_all(b"five\n").unwrap();
         queue.write_all(b"six\n").unwrap();
         assert_eq!(next(), "two\n");
-        assert_eq!(next(), "(2 lines left out: nobody read them)\nfive\n");
+        assert_eq!(next(), "(lines left out, as nobody read them: 2)\nfive\n");
         queue.write_all(b"seven\n").unwrap();
-        assert_eq!(next(), "(1 lines left out: nobody read them)\nseven\n");
+        assert_eq!(next(), "(lines left out, as nobody read them: 1)\nseven\n");
     }
 }

@@ -25,11 +25,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(8);
 #[cfg(target_os = "linux")]
 const KEEPALIVE_PROBES: u32 = 3;
 
-/// A server that was told to stop keeps its ports for as long as visitors wait for a tunnel: 5 s by
-/// default. The next one waits for them, and some.
-const PORT_PATIENCE: Duration = Duration::from_secs(6);
-
-/// And looks again this often.
+/// A port in use is looked at again this often.
 const PORT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections that the kernel completes while a program is busy: Linux' own upper limit
@@ -38,12 +34,13 @@ const BACKLOG: i32 = 4096;
 
 /// Listens on the first address of a name that works; the answer has the real one. `[::]` takes
 /// IPv4 too, whatever the system's default is. A port in use may be that of a server that is about
-/// to end: it is waited for. Unless `anywhere`, every address of the name must be
-/// a loopback one.
+/// to end: it is waited for until `patience` ends. Unless `anywhere`, every address of the name must
+/// be a loopback one.
 pub fn listen(
     option: &'static str,
     address: &Address,
     anywhere: bool,
+    patience: Instant,
 ) -> Result<(TcpListener, SocketAddr), Error> {
     let unknown = |error| Error::Resolve(option, address.clone(), error);
     let found = address.resolve().map_err(unknown)?;
@@ -51,32 +48,28 @@ pub fn listen(
     if let (false, Some(open)) = (anywhere, open) {
         return Err(Error::NotLoopback(option, *open));
     }
-    let mut failed = unknown(io::ErrorKind::NotFound.into());
-    for address in found {
-        match listen_patiently(option, address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => failed = Error::Listen(option, address, error),
-        }
-    }
-    Err(failed)
-}
-
-fn listen_patiently(option: &str, address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
-    let start = Instant::now();
     let mut said = false;
     loop {
-        match listen_on(address) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                if start.elapsed() >= PORT_PATIENCE {
-                    return Err(error);
+        let mut failed = unknown(io::ErrorKind::NotFound.into());
+        let mut in_use = false;
+        for address in &found {
+            match listen_on(*address) {
+                Ok(listener) => return Ok(listener),
+                Err(error) => {
+                    in_use |= error.kind() == io::ErrorKind::AddrInUse;
+                    failed = Error::Listen(option, *address, error);
                 }
-                if !std::mem::replace(&mut said, true) {
-                    warn!("{option}: {address} is in use, waiting up to {PORT_PATIENCE:?} for it");
-                }
-                thread::sleep(PORT_PAUSE);
             }
-            listening => return listening,
         }
+        let left = patience.saturating_duration_since(Instant::now());
+        if !in_use || left.is_zero() {
+            return Err(failed);
+        }
+        if !std::mem::replace(&mut said, true) {
+            let left = left.as_secs_f64();
+            warn!("{option}: {address} is in use, waiting for it for up to {left:.0} s");
+        }
+        thread::sleep(PORT_PAUSE);
     }
 }
 
@@ -268,7 +261,8 @@ mod tests {
     /// Nothing but the system's word says that what is set on a listener holds for its connections.
     #[test]
     fn both_ends_of_a_connection_are_tuned() {
-        let (listener, address) = listen("--public", &Address::new("127.0.0.1", 0), true).unwrap();
+        let any = Address::new("127.0.0.1", 0);
+        let (listener, address) = listen("--public", &any, true, Instant::now()).unwrap();
         let dialled = dial_one(address).unwrap();
         for socket in [dialled, accept(&listener).unwrap().0] {
             let socket = SockRef::from(&socket);

@@ -7,7 +7,8 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 #[cfg(unix)]
-use std::sync::{Arc, atomic::AtomicBool};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 #[cfg(unix)]
 use std::thread;
 use std::time::Duration;
@@ -28,17 +29,20 @@ const KEY_VARIABLE: &str = "TP_KEY";
 const KEY_FILE_SIZE: u64 = 1024;
 
 /// Does what a command asks for, if it is no more than to print something; otherwise gets ready to
-/// run, and answers with the options, the keys, and what [`obey_signals`] needs.
+/// run, and answers with the options, the keys, and the signals that the program takes from now on.
 ///
 /// # Errors
 /// There is no key where one should be, or what was to be printed could not be.
-pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Duration)>, Error> {
+pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, Error> {
     match command {
         Command::Print(text) => print(&text).map(|()| None),
         Command::GenerateKey => {
             print(&format!("{}\n", Key::generate()?.to_base64())).map(|()| None)
         }
-        Command::Run(options, common) => Ok(Some((options, prepare(&common)?, common.drain))),
+        Command::Run(options, common) => {
+            let keys = prepare(&common)?;
+            Ok(Some((options, keys, Signals::take(common.drain)?)))
+        }
     }
 }
 
@@ -62,46 +66,63 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     Ok(vec![key])
 }
 
-/// From now on TERM and INT stop what the handle belongs to, with so much time for the visitors that
-/// are there; a second one ends the process as if nobody obeyed it. USR1 logs the status.
-///
-/// # Errors
-/// The system refuses a thread, or lets no signal be obeyed.
-#[cfg(unix)]
-pub fn obey_signals(handle: Handle, drain: Duration) -> Result<(), Error> {
-    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-    use signal_hook::flag;
-    use signal_hook::iterator::Signals;
+/// The signals that the program obeys.
+pub struct Signals(Arc<OnceLock<Handle>>);
 
-    let stopping = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        // In this order: the second one is what finds the flag set. It needs no thread, whatever
-        // state they are in.
-        flag::register_conditional_default(signal, stopping.clone()).map_err(Error::Signals)?;
-        flag::register(signal, stopping.clone()).map_err(Error::Signals)?;
-    }
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).map_err(Error::Signals)?;
-    let obey = move || {
-        for signal in signals.forever() {
-            if signal != SIGUSR1 {
-                info!("stopping: no more visitors, {drain:?} for those that are there");
-                handle.stop(drain);
-            } else if let Some(status) = handle.status() {
-                info!("status: {status}");
-            }
+impl Signals {
+    /// From now on TERM and INT end the program, and a second one as if nobody obeyed it.
+    #[cfg(unix)]
+    fn take(drain: Duration) -> Result<Self, Error> {
+        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+        use signal_hook::flag;
+
+        let all = [SIGTERM, SIGINT, SIGUSR1];
+        let mut signals = signal_hook::iterator::Signals::new(all).map_err(Error::Signals)?;
+        let ending = Arc::new(AtomicBool::new(false));
+        for signal in [SIGTERM, SIGINT] {
+            // In this order: the second one is what finds the flag set. It needs no thread, whatever
+            // state they are in.
+            flag::register_conditional_default(signal, ending.clone()).map_err(Error::Signals)?;
+            flag::register(signal, ending.clone()).map_err(Error::Signals)?;
         }
-    };
-    let thread = thread::Builder::new().name("signals".to_owned());
-    thread.spawn(obey).map(drop).map_err(Error::Thread)
+        let running = Arc::new(OnceLock::new());
+        let obeyed = Self(running.clone());
+        let obey = move || {
+            for signal in signals.forever() {
+                match running.get() {
+                    Some(handle) if signal == SIGUSR1 => log_status(handle),
+                    Some(handle) => {
+                        info!("stopping: no more visitors, {drain:?} for those that are there");
+                        handle.stop(drain);
+                    }
+                    None if signal == SIGUSR1 => info!("status: starting"),
+                    None => std::process::exit(0),
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("signals".to_owned());
+        thread.spawn(obey).map_err(Error::Thread)?;
+        Ok(obeyed)
+    }
+
+    /// Other systems have no such signals: there a process just ends.
+    #[cfg(not(unix))]
+    fn take(_: Duration) -> Result<Self, Error> {
+        Ok(Self(Arc::default()))
+    }
+
+    /// From now on TERM and INT stop what the handle belongs to, and give its visitors time; USR1 logs
+    /// its status.
+    pub fn obey_for(&self, handle: Handle) {
+        let _ = self.0.set(handle);
+    }
 }
 
-/// Other systems have no such signals: there a process just ends.
-///
-/// # Errors
-/// None.
-#[cfg(not(unix))]
-pub fn obey_signals(_: Handle, _: Duration) -> Result<(), Error> {
-    Ok(())
+#[cfg(unix)]
+fn log_status(handle: &Handle) {
+    if let Some(status) = handle.status() {
+        info!("status: {status}");
+    }
 }
 
 fn read_key(path: &Path) -> Result<Key, Error> {

@@ -158,21 +158,21 @@ impl Pairs {
     /// Waits until no pair is joined or expected any more, see [`Pairs::end_after`]. None can be
     /// joined then.
     pub fn wait(&self) {
+        let mut sweep = Instant::now() + SWEEP;
         loop {
-            let mut state = self.state.lock();
             let now = Instant::now();
+            if sweep <= now {
+                self.sweep();
+                sweep = now + SWEEP;
+            }
+            let mut state = self.state.lock();
             let done = state.joined.is_empty() && state.expected == 0;
             if done || state.end_by.is_some_and(|end_by| end_by <= now) {
                 state.closed = true;
                 break;
             }
-            let sweep = now + SWEEP;
             let next = state.end_by.map_or(sweep, |end_by| end_by.min(sweep));
-            let timed_out = self.changed.wait_until(&mut state, next).timed_out();
-            drop(state);
-            if timed_out {
-                self.sweep();
-            }
+            self.changed.wait_until(&mut state, next);
         }
         for pair in self.all() {
             pair.abort(CUT_OFF.to_owned());
@@ -274,11 +274,12 @@ struct Side {
 /// A direction of a pair. However it goes away, the pair is told that it has ended, so that the
 /// other direction does not wait for this one for ever.
 pub struct Direction {
-    pair: Arc<Pair>,
     way: Way,
     reader: Reader,
     writer: Writer,
     outcome: Result<(), String>,
+    /// Behind the sockets: they are closed before the pair is forgotten.
+    pair: Arc<Pair>,
 }
 
 #[derive(Clone, Copy)]

@@ -39,6 +39,11 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
     Duration::from_secs(366 * 24 * 60 * 60),
 );
 
+/// A server that was told to stop keeps the client's ports for as long as visitors wait for a tunnel.
+/// The next one waits as long for them, but not for ever, and some.
+const MAX_PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Why a connection was closed although nothing was wrong with it.
 const CROWDED_OUT: &str = "others came before it had proved itself";
 
@@ -163,7 +168,9 @@ struct Tunnel {
 
 impl Server {
     /// Opens all three listeners. Nothing is accepted before [`run`](Server::run), but visitors
-    /// and clients can connect from now on: the kernel keeps them until then.
+    /// and clients can connect from now on: the kernel keeps them until then. A port in use may be
+    /// that of a server that is about to end, and is waited for: for the pair timeout and a second,
+    /// 61 s at the most.
     ///
     /// # Errors
     /// A host without an address, an address that cannot be listened on, or a tunnel or control
@@ -179,9 +186,11 @@ impl Server {
         }
         let sealed = !options.keys.is_empty();
         let anywhere = options.insecure || sealed;
-        let control = Listener::open("--control", &options.control, anywhere)?;
-        let tunnel = Listener::open("--tunnel", &options.tunnel, anywhere)?;
-        let public = Listener::open("--public", &options.public, true)?;
+        let patience = Instant::now() + options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
+        // This one first: visitors can come while the others are waited for.
+        let public = Listener::open("--public", &options.public, true, patience)?;
+        let control = Listener::open("--control", &options.control, anywhere, patience)?;
+        let tunnel = Listener::open("--tunnel", &options.tunnel, anywhere, patience)?;
         let (sender, receiver) = bounded(1);
         let shared = Shared {
             slots: Slots::new(options.max_conns),
@@ -252,7 +261,11 @@ impl Server {
         thread::scope(|scope| {
             let start = |name: &str, work: fn(&Arc<Shared>)| {
                 let thread = thread::Builder::new().name(name.to_owned());
-                match thread.spawn_scoped(scope, move || work(shared)) {
+                let work = move || {
+                    let _all = AllOrNone(shared);
+                    work(shared);
+                };
+                match thread.spawn_scoped(scope, work) {
                     Ok(_) => Ok(()),
                     Err(error) => {
                         shared.finish();
@@ -264,6 +277,7 @@ impl Server {
             start("make_accept", Shared::make_accept)?;
             start("make_forward", Shared::make_forward)?;
             start("release", Shared::release_conn_match)?;
+            let _all = AllOrNone(shared);
             shared.tcp_forward(&self.conn_list_map_update);
             Ok(())
         })?;
@@ -711,6 +725,19 @@ impl Shared {
     }
 }
 
+/// Ends the server when one of the threads that it consists of panics: without one of them it would
+/// only look alive. What ended is started anew by whoever looks after it.
+struct AllOrNone<'a>(&'a Arc<Shared>);
+
+impl Drop for AllOrNone<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.finish();
+            self.0.update();
+        }
+    }
+}
+
 impl Running for Shared {
     /// Takes no more visitors. Those that wait still get their tunnels, from a client that knows
     /// nothing yet; then the matcher [finishes](Shared::finish).
@@ -734,8 +761,13 @@ impl Running for Shared {
 }
 
 impl Listener {
-    fn open(option: &'static str, address: &Address, anywhere: bool) -> Result<Self, Error> {
-        let (socket, addr) = net::listen(option, address, anywhere)?;
+    fn open(
+        option: &'static str,
+        address: &Address,
+        anywhere: bool,
+        patience: Instant,
+    ) -> Result<Self, Error> {
+        let (socket, addr) = net::listen(option, address, anywhere, patience)?;
         Ok(Self {
             option,
             socket,

@@ -41,7 +41,7 @@ impl Handle {
         }
     }
 
-    /// What it does now, and has done; None once it has ended.
+    /// What it does now, and has done; None once all of it has ended.
     pub fn status(&self) -> Option<Status> {
         Some(self.0.upgrade()?.status())
     }

@@ -10,10 +10,10 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Error> {
     let command = options::client(std::env::args_os().skip(1))?;
-    if let Some((mut options, mut keys, drain)) = program::start(command)? {
+    if let Some((mut options, mut keys, signals)) = program::start(command)? {
         options.key = keys.pop();
         let client = Client::new(options);
-        program::obey_signals(client.handle(), drain)?;
+        signals.obey_for(client.handle());
         client.run()?;
     }
     Ok(())

@@ -10,10 +10,10 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Error> {
     let command = options::server(std::env::args_os().skip(1))?;
-    if let Some((mut options, keys, drain)) = program::start(command)? {
+    if let Some((mut options, keys, signals)) = program::start(command)? {
         options.keys = keys;
         let server = Server::bind(options)?;
-        program::obey_signals(server.handle(), drain)?;
+        signals.obey_for(server.handle());
         server.run()?;
     }
     Ok(())

@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::Signal;
 
 use crate::programs::{Launch, Program};
+use crate::stop::under_load;
 use crate::support::{
     DEADLINE, Pattern, Protection, Record, Service, assert_echo, assert_ended, assert_reset,
     connect, eventually, expect_pattern, plain_and_sealed, reset_on_close, send_pattern,
@@ -25,6 +27,7 @@ plain_and_sealed! {
         a_short_silence_loses_nothing,
         a_long_silence_is_noticed_and_survived,
         a_reset_of_all_connections_is_passed_on_and_survived,
+        a_far_client_is_replaced_without_losing_a_visitor,
     ],
 }
 
@@ -702,6 +705,23 @@ fn a_reset_of_all_connections_is_passed_on_and_survived(protection: Protection) 
     let back = start.elapsed();
     let logs = [&apart.server, &apart.client].map(|program| program.lines_with(""));
     assert!(back < BACK, "served after {back:?}: {logs:#?}");
+}
+
+fn a_far_client_is_replaced_without_losing_a_visitor(protection: Protection) {
+    let service = Service::echo();
+    let apart = Apart::start(protection, service.addr);
+    apart.set(Fault::Delay(Duration::from_millis(200)));
+    let ways = [apart.public, apart.tunnel.addr, apart.control.addr];
+    let mut clients = Vec::new();
+    let [whole, refused] = under_load(apart.public, |whole| {
+        for _ in 0..2 {
+            let so_far = whole.load(Ordering::SeqCst);
+            eventually("visits", || whole.load(Ordering::SeqCst) >= so_far + 8);
+            clients.last().unwrap_or(&apart.client).signal(Signal::TERM);
+            clients.push(Program::client(protection, ways, service.addr, &[]));
+        }
+    });
+    assert_eq!(refused, 0, "beside {whole}");
 }
 
 /// Whether a visitor that sends a byte gets one. If not, it must be reset.

@@ -32,6 +32,7 @@ plain_and_sealed! {
         an_abort_is_passed_on_to_an_end_that_does_not_read,
         a_half_closed_pair_that_stands_still_is_aborted_at_linger,
         the_clients_linger_holds_as_well,
+        linger_holds_while_a_stop_drains,
     ],
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
@@ -251,6 +252,37 @@ fn the_clients_linger_holds_as_well(protection: Protection) {
     served.shutdown(Shutdown::Write).unwrap();
     assert_ended(&visitor);
     assert_reset(&served, LINGER + Duration::from_secs(3));
+}
+
+/// However often something else ends meanwhile.
+fn linger_holds_while_a_stop_drains(protection: Protection) {
+    const LINGER: Duration = Duration::from_secs(1);
+    let service = Service::echo_or_silent();
+    let server = RunningServer::start(ServerOptions {
+        linger: LINGER,
+        ..server_options(protection)
+    });
+    let _client = RunningClient::start(client_options(&server, service.addr));
+    let [mut silent, others] = [1, 50].map(|count| {
+        let visitors = (0..count).map(|_| server.visit()).collect::<Vec<_>>();
+        visitors.iter().for_each(crate::support::echo);
+        visitors
+    });
+    let silent = silent.remove(0);
+    (&silent).write_all(b"?").unwrap();
+    silent.shutdown(Shutdown::Write).unwrap();
+    server.handle().stop(Duration::from_secs(3600));
+    let start = Instant::now();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for other in others {
+                thread::sleep(Duration::from_millis(100));
+                drop(other);
+            }
+        });
+        assert_reset(&silent, DEADLINE);
+        assert!(start.elapsed() < LINGER + Duration::from_secs(3));
+    });
 }
 
 fn a_stop_drains_first_and_cuts_what_is_left(protection: Protection) {

@@ -82,7 +82,7 @@ fn as_its_reader_has_stopped(protection: Protection) {
     // A reader that comes back is told what it has missed.
     server.read_log();
     end(&mut server);
-    server.wait_for_line("left out: nobody read them");
+    server.wait_for_line("lines left out, as nobody read them: ");
 }
 
 fn counts_what_goes_on(protection: Protection) {

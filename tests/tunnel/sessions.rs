@@ -240,6 +240,18 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
 }
 
 fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) {
+    thread::scope(|scope| {
+        // Refused, and taken by a server that ends at once.
+        for answer in [
+            "bye reason=busy\n",
+            "hello proto=1 session=00112233445566778899aabbccddeeff pool=0\n",
+        ] {
+            scope.spawn(move || dials_come_further_apart(protection, answer));
+        }
+    });
+}
+
+fn dials_come_further_apart(protection: Protection, answer: &str) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
         control_port: listener.local_addr().unwrap().port(),
@@ -251,7 +263,7 @@ fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) 
         let mut peer = Peer::accept_control(&listener, protection);
         times.push(Instant::now());
         assert_eq!(peer.line(), "hello proto=1 pool=8\n");
-        peer.write("bye reason=busy\n");
+        peer.write(answer);
     }
     // 0.2 s doubled each time; each pause is between the half and the whole of it.
     for (number, pair) in times.windows(2).enumerate() {

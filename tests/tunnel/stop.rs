@@ -3,7 +3,7 @@
 #![cfg(target_os = "linux")]
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::peer::Peer;
-use crate::programs::{Both, Program};
+use crate::programs::{Both, Launch, Program};
 use crate::support::{
     DEADLINE, Protection, RunningServer, Service, assert_echo, assert_ended, assert_reset, echo,
     eventually, expect_pattern, plain_and_sealed, send_pattern, server_options,
@@ -24,6 +24,7 @@ plain_and_sealed! {
         lets_transfers_finish,
         cuts_what_takes_longer_than_the_drain,
         that_comes_twice_ends_at_once,
+        that_comes_early_is_obeyed,
     ],
     visitors_that_wait_are_served_before_a_stop,
     visitors_that_nobody_can_serve_do_not_keep_a_stop,
@@ -136,6 +137,22 @@ fn that_comes_twice_ends_at_once(protection: Protection) {
     });
 }
 
+/// While the server waits for a port that another program has.
+fn that_comes_early_is_obeyed(protection: Protection) {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap();
+    let free = SocketAddr::from(([127, 0, 0, 1], 0));
+    let launch = Launch::new(protection).on([free, free, taken]);
+    let mut server = launch.server(&[]);
+    server.wait_for_line("is in use, waiting for it for up to 6 s");
+    server.signal(Signal::USR1);
+    server.wait_for_line("status: starting");
+    server.signal(Signal::TERM);
+    let start = Instant::now();
+    assert!(server.wait_for_end().success());
+    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+}
+
 fn visitors_that_wait_are_served_before_a_stop(protection: Protection) {
     let mut server = RunningServer::start(server_options(protection));
     let mut control = Peer::dial_control(&server);
@@ -174,15 +191,16 @@ fn visitors_that_nobody_can_serve_do_not_keep_a_stop(protection: Protection) {
 }
 
 /// How a visit of several messages went.
-enum Visit {
+#[derive(PartialEq)]
+pub enum Visit {
     Whole,
     /// Before the first answer.
     Refused,
 }
 
-fn visit(both: &Both) -> Visit {
+pub fn visit(public: SocketAddr) -> Visit {
     let begin = || {
-        let mut visitor = TcpStream::connect(both.addresses[0])?;
+        let mut visitor = TcpStream::connect(public)?;
         visitor.set_read_timeout(Some(DEADLINE))?;
         visitor.write_all(b"first")?;
         visitor.read_exact(&mut [0; 5])?;
@@ -201,7 +219,7 @@ fn visit(both: &Both) -> Visit {
 
 /// Lets eight visitors come again and again while `meanwhile` goes on; how many visits were whole,
 /// and how many refused.
-fn under_load(both: &Both, meanwhile: impl FnOnce(&AtomicUsize)) -> [usize; 2] {
+pub fn under_load(public: SocketAddr, meanwhile: impl FnOnce(&AtomicUsize)) -> [usize; 2] {
     let (over, began) = (AtomicBool::new(false), Instant::now());
     let counts = [AtomicUsize::new(0), AtomicUsize::new(0)];
     thread::scope(|scope| {
@@ -209,7 +227,7 @@ fn under_load(both: &Both, meanwhile: impl FnOnce(&AtomicUsize)) -> [usize; 2] {
             scope.spawn(|| {
                 // Nor for ever if the test has failed.
                 while !over.load(Ordering::SeqCst) && began.elapsed() < DEADLINE {
-                    counts[visit(both) as usize].fetch_add(1, Ordering::SeqCst);
+                    counts[visit(public) as usize].fetch_add(1, Ordering::SeqCst);
                 }
             });
         }
@@ -221,7 +239,7 @@ fn under_load(both: &Both, meanwhile: impl FnOnce(&AtomicUsize)) -> [usize; 2] {
 
 fn a_signal_under_load_cuts_nobody_who_was_joined(protection: Protection) {
     each_asked_to_end(protection, &[], |mut both, asked| {
-        let served = under_load(&both, |whole| {
+        let served = under_load(both.addresses[0], |whole| {
             eventually("some visits", || whole.load(Ordering::SeqCst) > 50);
             match asked {
                 "tpserver" => both.server.signal(Signal::TERM),
@@ -240,7 +258,7 @@ fn a_client_is_replaced_without_losing_a_visitor(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let mut clients = Vec::new();
-    let [_, refused] = under_load(&both, |whole| {
+    let [_, refused] = under_load(both.addresses[0], |whole| {
         for _ in 0..TIMES {
             let so_far = whole.load(Ordering::SeqCst);
             eventually("visits", || whole.load(Ordering::SeqCst) > so_far + 20);

@@ -127,8 +127,12 @@ pub fn raise_descriptors() {
 
 /// Connects, with a deadline on every later read and write.
 pub fn connect(address: SocketAddr) -> TcpStream {
-    let socket = TcpStream::connect_timeout(&address, DEADLINE).unwrap();
-    with_deadline(socket)
+    try_connect(address).unwrap()
+}
+
+/// The same where the other side may close at once.
+pub fn try_connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+    TcpStream::connect_timeout(&address, DEADLINE).map(with_deadline)
 }
 
 fn with_deadline(socket: TcpStream) -> TcpStream {
@@ -180,6 +184,8 @@ pub fn assert_reset(mut socket: &TcpStream, within: Duration) {
         match socket.read(&mut buffer) {
             Ok(0) => panic!("a proper end in the place of a reset"),
             Ok(_) => {}
+            // Where the machine was paused.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => break error,
         }
     };
@@ -291,6 +297,19 @@ impl Service {
             stopped,
             thread: Some(thread),
         }
+    }
+
+    /// Sends everything back, but from a `?` on says nothing more, and stays for a while.
+    pub fn echo_or_silent() -> Self {
+        Self::start(|mut socket| {
+            let mut buffer = [0; 1024];
+            while let Ok(count @ 1..) = socket.read(&mut buffer) {
+                if buffer[count - 1] == b'?' {
+                    return thread::sleep(DEADLINE / 2);
+                }
+                let _ = socket.write_all(&buffer[..count]);
+            }
+        })
     }
 
     /// Hands out the record of each connection once it has ended.
