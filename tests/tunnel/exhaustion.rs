@@ -50,6 +50,8 @@ fn descriptors_for_the_clients_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&[], &FEW_DESCRIPTORS]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
+    // Visitors wait before that: who has got a tunnel is served.
+    assert_eq!(both.client.lines_with("Too many open files"), [""; 0]);
 }
 
 /// Who never proves to be a client has a place for 5 s.

@@ -713,8 +713,8 @@ fn a_far_client_is_replaced_without_losing_a_visitor(protection: Protection) {
     apart.set(Fault::Delay(Duration::from_millis(200)));
     let ways = [apart.public, apart.tunnel.addr, apart.control.addr];
     let mut clients = Vec::new();
-    let [whole, refused] = under_load(apart.public, |whole| {
-        for _ in 0..2 {
+    let [whole, refused] = under_load(apart.public, 0, |whole| {
+        for _ in 0..4 {
             let so_far = whole.load(Ordering::SeqCst);
             eventually("visits", || whole.load(Ordering::SeqCst) >= so_far + 8);
             clients.last().unwrap_or(&apart.client).signal(Signal::TERM);

@@ -265,13 +265,14 @@ fn dials_come_further_apart(protection: Protection, answer: &str) {
         assert_eq!(peer.line(), "hello proto=1 pool=8\n");
         peer.write(answer);
     }
-    // 0.2 s doubled each time; each pause is between the half and the whole of it.
+    // 0.2 s doubled each time; each pause is between the half and the whole of it, but what is seen
+    // here may have been late.
     for (number, pair) in times.windows(2).enumerate() {
         let whole = Duration::from_millis(200 << number);
         let pause = pair[1] - pair[0];
         let most = whole + Duration::from_millis(1000);
         assert!(
-            (whole / 2..most).contains(&pause),
+            (whole * 2 / 5..most).contains(&pause),
             "pause {number}: {pause:?}"
         );
     }

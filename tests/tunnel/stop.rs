@@ -191,14 +191,13 @@ fn visitors_that_nobody_can_serve_do_not_keep_a_stop(protection: Protection) {
 }
 
 /// How a visit of several messages went.
-#[derive(PartialEq)]
-pub enum Visit {
+enum Visit {
     Whole,
     /// Before the first answer.
     Refused,
 }
 
-pub fn visit(public: SocketAddr) -> Visit {
+fn visit(public: SocketAddr, messages: usize) -> Visit {
     let begin = || {
         let mut visitor = TcpStream::connect(public)?;
         visitor.set_read_timeout(Some(DEADLINE))?;
@@ -209,7 +208,7 @@ pub fn visit(public: SocketAddr) -> Visit {
     let Ok(visitor) = begin() else {
         return Visit::Refused;
     };
-    for message in 0..20 {
+    for message in 0..messages {
         assert_echo(&visitor, &format!("message {message}"));
     }
     visitor.shutdown(std::net::Shutdown::Write).unwrap();
@@ -217,9 +216,13 @@ pub fn visit(public: SocketAddr) -> Visit {
     Visit::Whole
 }
 
-/// Lets eight visitors come again and again while `meanwhile` goes on; how many visits were whole,
-/// and how many refused.
-pub fn under_load(public: SocketAddr, meanwhile: impl FnOnce(&AtomicUsize)) -> [usize; 2] {
+/// Lets eight visitors come again and again while `meanwhile` goes on, each with a first message and
+/// so many more; how many visits were whole, and how many refused.
+pub fn under_load(
+    public: SocketAddr,
+    messages: usize,
+    meanwhile: impl FnOnce(&AtomicUsize),
+) -> [usize; 2] {
     let (over, began) = (AtomicBool::new(false), Instant::now());
     let counts = [AtomicUsize::new(0), AtomicUsize::new(0)];
     thread::scope(|scope| {
@@ -227,7 +230,7 @@ pub fn under_load(public: SocketAddr, meanwhile: impl FnOnce(&AtomicUsize)) -> [
             scope.spawn(|| {
                 // Nor for ever if the test has failed.
                 while !over.load(Ordering::SeqCst) && began.elapsed() < DEADLINE {
-                    counts[visit(public) as usize].fetch_add(1, Ordering::SeqCst);
+                    counts[visit(public, messages) as usize].fetch_add(1, Ordering::SeqCst);
                 }
             });
         }
@@ -239,7 +242,7 @@ pub fn under_load(public: SocketAddr, meanwhile: impl FnOnce(&AtomicUsize)) -> [
 
 fn a_signal_under_load_cuts_nobody_who_was_joined(protection: Protection) {
     each_asked_to_end(protection, &[], |mut both, asked| {
-        let served = under_load(both.addresses[0], |whole| {
+        let served = under_load(both.addresses[0], 20, |whole| {
             eventually("some visits", || whole.load(Ordering::SeqCst) > 50);
             match asked {
                 "tpserver" => both.server.signal(Signal::TERM),
@@ -258,7 +261,7 @@ fn a_client_is_replaced_without_losing_a_visitor(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let mut clients = Vec::new();
-    let [_, refused] = under_load(both.addresses[0], |whole| {
+    let [_, refused] = under_load(both.addresses[0], 20, |whole| {
         for _ in 0..TIMES {
             let so_far = whole.load(Ordering::SeqCst);
             eventually("visits", || whole.load(Ordering::SeqCst) > so_far + 20);
