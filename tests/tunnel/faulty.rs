@@ -718,7 +718,7 @@ fn a_far_client_is_replaced_without_losing_a_visitor(protection: Protection) {
             let so_far = whole.load(Ordering::SeqCst);
             eventually("visits", || whole.load(Ordering::SeqCst) >= so_far + 8);
             // Visits keep step with each other: at another place of them each time.
-            thread::sleep(round * Duration::from_millis(100));
+            thread::sleep(round * Duration::from_millis(150));
             clients.last().unwrap_or(&apart.client).signal(Signal::TERM);
             clients.push(Program::client(protection, ways, service.addr, &[]));
         }
