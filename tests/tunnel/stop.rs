@@ -226,8 +226,11 @@ pub fn under_load(
     let (over, began) = (AtomicBool::new(false), Instant::now());
     let counts = [AtomicUsize::new(0), AtomicUsize::new(0)];
     thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
+        for number in 0..8 {
+            let (over, counts) = (&over, &counts);
+            scope.spawn(move || {
+                // Each is at another place of its visit, also where all visits take as long.
+                thread::sleep(number * Duration::from_millis(100));
                 // Nor for ever if the test has failed.
                 while !over.load(Ordering::SeqCst) && began.elapsed() < DEADLINE {
                     counts[visit(public, messages) as usize].fetch_add(1, Ordering::SeqCst);
