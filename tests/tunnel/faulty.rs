@@ -710,7 +710,7 @@ fn a_reset_of_all_connections_is_passed_on_and_survived(protection: Protection) 
 fn a_far_client_is_replaced_without_losing_a_visitor(protection: Protection) {
     let service = Service::echo();
     let apart = Apart::start(protection, service.addr);
-    apart.set(Fault::Delay(Duration::from_millis(200)));
+    apart.set(Fault::Delay(Duration::from_millis(350)));
     let ways = [apart.public, apart.tunnel.addr, apart.control.addr];
     let mut clients = Vec::new();
     let [whole, refused] = under_load(apart.public, 0, |whole| {
