@@ -63,7 +63,11 @@ fn a_stopped_client_is_dropped_and_comes_back(protection: Protection) {
     both.server.wait_for_line(" left: ");
     assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
     assert_ended(&both.visit());
-    both.client.signal(Signal::CONT);
+    goes_on(&both, &both.client, patient);
+}
+
+fn goes_on(both: &Both, stopped: &Program, patient: TcpStream) {
+    stopped.signal(Signal::CONT);
     let start = Instant::now();
     both.client.wait_for_lines("connected to", 2);
     echo(&both.visit());
@@ -85,14 +89,7 @@ fn a_stopped_server_is_left_and_found_again(protection: Protection) {
     both.client.wait_for_line("lost the server");
     assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
     both.client.wait_for_lines("no session with the server", 2);
-    both.server.signal(Signal::CONT);
-    let start = Instant::now();
-    both.client.wait_for_lines("connected to", 2);
-    echo(&both.visit());
-    assert!(start.elapsed() < BACK, "{:?}", start.elapsed());
-    echo(&patient);
-    drop(patient);
-    both.assert_recovered(echo);
+    goes_on(&both, &both.server, patient);
 }
 
 /// Killed and asked to end by turns. One that was asked still has visitors while the next one takes
