@@ -61,8 +61,7 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
     let public = server.public_addr();
     println!("server    http://{public} for visitors");
     let client = Client::new(ClientOptions {
-        control_port: server.control_addr().port(),
-        tunnel_port: server.tunnel_addr().port(),
+        server: server.control_addr().into(),
         local: site.addr.into(),
         ..ClientOptions::default()
     });

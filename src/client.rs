@@ -1,10 +1,9 @@
 //! The client, in the original's functions: the control link, and a tunnel for each visitor.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
-use std::io::ErrorKind::{ConnectionReset, UnexpectedEof};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::slice::from_ref;
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,18 +11,16 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use log::{Level, info, log, warn};
 use parking_lot::{Condvar, Mutex};
 
-use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send, why_ended, write_lines};
+use crate::door::{Answered, NoSession, no_server, open_link, seal_tunnel};
 use crate::error::Error;
 use crate::limits::{LogLimit, Slot, Slots, affordable_visitors};
 use crate::net::{self, timed_out};
-use crate::options::ClientOptions;
-use crate::protocol::{
-    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HEARTBEAT, Line, PROTO, SILENCE, SessionId,
-};
+use crate::options::{ClientOptions, TUNNEL_PORT};
+use crate::protocol::{Failure, HEARTBEAT, Line, Reason, SILENCE, SessionId, Welcome};
 use crate::relay::{End, Expected, Pairs, SWEEP, Visitor};
-use crate::secure::{Bond, Purpose};
+use crate::secure::Bond;
 use crate::status::{Counts, Status, count};
 use crate::stop::{Handle, Running, Stop};
 use crate::workers::{Workers, set_name};
@@ -42,13 +39,18 @@ const MAX_SPARE: usize = 8192;
 /// session to close its idle tunnels, which is under way by then.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
+/// The last line of a client that stops.
+const STOPPING: Line = Line::Bye {
+    reason: Reason::Draining,
+};
+
 /// The half of the tunnel that runs in the LAN.
 ///
 /// ```no_run
-/// use tunnel_proxy::{Client, ClientOptions};
+/// use tunnel_proxy::{Address, Client, ClientOptions};
 ///
 /// let client = Client::new(ClientOptions {
-///     server: "tunnel.example.org".to_owned(),
+///     server: Address::new("tunnel.example.org", 8009),
 ///     ..ClientOptions::default()
 /// });
 /// client.run()?;
@@ -66,6 +68,9 @@ struct Shared {
     slots: Arc<Slots>,
     /// The session with the server, while there is one.
     session: Mutex<Option<Arc<Session>>>,
+    /// Where this client's own connections to the local service come from: a visitor from there
+    /// would come again and again.
+    own_dials: Mutex<HashSet<SocketAddr>>,
     stop: Stop,
     logs: Logs,
     counts: Counts,
@@ -83,20 +88,13 @@ struct Session {
     /// On the host that the control link leads to, whatever the server's name says by now.
     tunnel_addr: SocketAddr,
     proto: Proto,
+    /// Where the server sees this client's connections come from.
+    seen_as: Option<IpAddr>,
     /// What its tunnels are tied to. None without a key.
     bond: Option<Bond>,
     tunnels: Mutex<Tunnels>,
     /// No tunnel is spare any more.
     none_spare: Condvar,
-}
-
-/// A control link to a server that has answered.
-struct Link {
-    lines: Lines<Reader>,
-    writer: Writer,
-    /// The server's first line.
-    first: Line,
-    bond: Option<Bond>,
 }
 
 #[derive(Clone, Copy)]
@@ -133,6 +131,7 @@ impl Client {
                 pairs: Pairs::new(),
                 slots: Slots::new(affordable_visitors()),
                 session: Mutex::new(None),
+                own_dials: Mutex::new(HashSet::new()),
                 stop: Stop::new(),
                 logs: Logs {
                     local_failed: once_a_second(),
@@ -191,28 +190,37 @@ impl Shared {
     /// the session was lost, or why there was none.
     fn connect_control(self: &Arc<Self>, backoff: &mut Backoff) -> Result<String, String> {
         let ClientOptions {
-            server,
-            control_port,
+            server: address,
             tunnel_port,
             local,
+            key,
             pool,
+            original,
             ..
         } = &self.options;
-        let address = Address::new(server, *control_port);
         let unreachable = |error| format!("could not reach the server: {error}");
-        let control = Arc::new(net::dial(&address).map_err(unreachable)?);
+        let control = Arc::new(net::dial(address).map_err(unreachable)?);
         let mut tunnel_addr = control.peer_addr().map_err(unreachable)?;
-        tunnel_addr.set_port(*tunnel_port);
 
-        let no_session = |why| format!("no session with the server at {address}: {why}");
-        let link = self.open_link(Conn::new(control.clone()));
-        let Link {
+        let no_session = |why: NoSession| format!("no session with the server at {address}: {why}");
+        let conn = Conn::new(control.clone());
+        let answered = open_link(conn, key.as_ref(), *pool, *original).map_err(no_session)?;
+        let Answered {
             mut lines,
             writer,
             first,
+            welcome,
             bond,
-        } = link.map_err(|error| no_session(why_ended(&error)))?;
-        let proto = Proto::agreed(&first, *pool, bond.is_some()).map_err(no_session)?;
+        } = answered;
+        let proto = Proto::agreed(welcome.as_ref());
+        let welcome = welcome.map(|(_, welcome)| welcome);
+        let told = welcome.as_ref().and_then(|welcome| welcome.tunnel);
+        tunnel_addr.set_port(tunnel_port.or(told).unwrap_or(TUNNEL_PORT));
+        if let Some(public) = welcome.as_ref().and_then(|welcome| welcome.public)
+            && public == tunnel_addr.port()
+        {
+            return Err(no_session(NoSession::TunnelPortIsPublic(public)));
+        }
         let sealed = if bond.is_some() { ", sealed" } else { "" };
         info!("connected to {address}: {proto}{sealed}; visitors go to {local}");
 
@@ -221,6 +229,7 @@ impl Shared {
             control: control.clone(),
             tunnel_addr,
             proto,
+            seen_as: welcome.and_then(|welcome| Some(welcome.client?.ip())),
             bond,
             tunnels: Mutex::new(Tunnels {
                 spare: 0,
@@ -234,7 +243,7 @@ impl Shared {
         *self.session.lock() = Some(session.clone());
         if self.stop.stopped() {
             // The stop may have come too early to find this session.
-            session.end(Some(Line::bye(DRAINING)));
+            session.end(Some(STOPPING));
         }
         let start = Instant::now();
         let why = self.serve(&session, writer, to_write, first, &mut lines);
@@ -250,42 +259,6 @@ impl Shared {
         });
         session.cut_idle();
         Ok(format!("lost the server at {address}: {why}"))
-    }
-
-    /// What a control link begins with: the handshake, if there is a key, and a line each way.
-    fn open_link(&self, mut conn: Conn) -> io::Result<Link> {
-        conn.socket().set_write_timeout(Some(SILENCE))?;
-        let start = Instant::now();
-        let (bond, deadline) = match &self.options.key {
-            None => (None, start + SILENCE),
-            Some(key) => {
-                let (purpose, deadline) =
-                    (Purpose::Control(from_ref(key)), start + HANDSHAKE_TIMEOUT);
-                (Some(initiate(&mut conn, &purpose, deadline)?), deadline)
-            }
-        };
-        let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
-        let hello = Line::Hello {
-            proto: PROTO,
-            pool: self.options.pool,
-            session: None,
-        };
-        send(&mut writer, &hello)?;
-        let first = lines
-            .next_line_by(deadline)
-            .map_err(|error| match error.kind() {
-                UnexpectedEof | ConnectionReset if bond.is_none() => {
-                    io::Error::other("it closed the connection: it may want a key (--key-file)")
-                }
-                _ => error,
-            })?;
-        lines.limit_silence();
-        Ok(Link {
-            lines,
-            writer,
-            first,
-            bond,
-        })
     }
 
     /// Does what the server says, until it says no more; the answer is why.
@@ -307,7 +280,7 @@ impl Shared {
         loop {
             match line {
                 Line::New { .. } => self.one_more(session),
-                Line::Bye { reason } => return format!("it said bye, {}", reason.escape_debug()),
+                Line::Bye { reason } => return NoSession::Bye(reason).to_string(),
                 _ => {}
             }
             line = match lines.next_line_alive() {
@@ -397,16 +370,17 @@ impl Shared {
         let Some((visitor, remote, _expected)) = self.next_visitor(session, slot) else {
             return false;
         };
-        match self.connect_local() {
-            Ok(local) => self.join_conn(session, local, remote, visitor),
-            Err(error) => {
+        match self.connect_local(session, &visitor) {
+            Ok((local, own_dial)) => self.join_conn(session, local, own_dial, remote, visitor),
+            Err((reason, why)) => {
                 net::abort(remote.socket());
-                count(match timed_out(&error) {
-                    true => &self.counts.timed_out,
-                    false => &self.counts.refused,
+                count(match reason {
+                    Failure::TimedOut => &self.counts.timed_out,
+                    _ => &self.counts.refused,
                 });
+                session.tell_failed(&visitor, reason);
                 let log = &self.logs.local_failed;
-                log.say(|more| warn!("{visitor}: no local service: {error}{more}"));
+                log.say(|more| warn!("{visitor}: no local service: {why}{more}"));
             }
         }
         true
@@ -420,8 +394,12 @@ impl Shared {
                 Ok((visitor, remote)) => Ok((visitor, remote, expected)),
                 // Most likely it was superfluous.
                 Err(error) => {
+                    let level = match error.kind() {
+                        io::ErrorKind::Other => Level::Warn,
+                        _ => Level::Info,
+                    };
                     let why = why_ended(&error);
-                    Err((Level::Info, format!("idle tunnel to {to} ended: {why}")))
+                    Err((level, format!("idle tunnel to {to} ended: {why}")))
                 }
             },
             Err(error) => Err((Level::Warn, format!("could not dial a tunnel: {error}"))),
@@ -440,12 +418,39 @@ impl Shared {
         }
     }
 
-    /// Dials the local service.
-    fn connect_local(&self) -> io::Result<TcpStream> {
-        let local = net::dial(&self.options.local)?;
+    /// Dials the local service, unless that leads back to the server.
+    fn connect_local(
+        self: &Arc<Self>,
+        session: &Session,
+        visitor: &Visitor,
+    ) -> Result<(TcpStream, OwnDial), (Failure, String)> {
+        let failed = |error: io::Error| (failure(&error), error.to_string());
+        if self.is_own_dial(session, visitor) {
+            let why = format!(
+                "this visitor is this client's own connection to {}: --local leads back to the \
+                 server's port for visitors",
+                self.options.local
+            );
+            return Err((Failure::Loop, why));
+        }
+        let local = net::dial(&self.options.local).map_err(failed)?;
+        let from = local.local_addr().map_err(failed)?;
+        self.own_dials.lock().insert(from);
         // Until it is joined and has ended well, an end would be taken for a complete visit.
         net::reset_on_close(&local, true);
-        Ok(local)
+        Ok((local, OwnDial(self.clone(), from)))
+    }
+
+    /// True if a visitor is one of this client's connections to the local service. Behind a NAT the
+    /// server sees another address, but most often the same port.
+    fn is_own_dial(&self, session: &Session, visitor: &Visitor) -> bool {
+        let Some(from) = visitor.address() else {
+            return false;
+        };
+        let own_dials = self.own_dials.lock();
+        own_dials.contains(&from)
+            || (session.seen_as == Some(from.ip())
+                && own_dials.iter().any(|own| own.port() == from.port()))
     }
 
     /// Dials the tunnel port, and names the session, after the handshake if there is a key.
@@ -453,7 +458,13 @@ impl Shared {
         let mut remote = match &session.bond {
             None => dial_tunnel(session)?,
             Some(bond) => {
-                let dial = || seal_tunnel(dial_tunnel(session)?, bond);
+                let dial = || {
+                    let mut remote = dial_tunnel(session)?;
+                    let sealed = seal_tunnel(&mut remote, bond);
+                    sealed
+                        .map(|()| remote)
+                        .map_err(|why| io::Error::other(why.to_string()))
+                };
                 // A server that is flooded may have pushed it out.
                 dial().or_else(|_| dial())?
             }
@@ -470,6 +481,7 @@ impl Shared {
         self: &Arc<Self>,
         session: &Arc<Session>,
         local: TcpStream,
+        own_dial: OwnDial,
         remote: Conn,
         visitor: Visitor,
     ) {
@@ -498,6 +510,7 @@ impl Shared {
         }
         set_name("up");
         up.copy();
+        drop(own_dial);
     }
 
     fn no_thread(&self, error: &io::Error) {
@@ -507,7 +520,7 @@ impl Shared {
 
     fn end_session(&self) {
         if let Some(session) = self.session.lock().take() {
-            session.end(Some(Line::bye(DRAINING)));
+            session.end(Some(STOPPING));
         }
     }
 }
@@ -595,6 +608,12 @@ impl Session {
         let address = loop {
             match lines.next_line() {
                 Ok(Line::New { visitor }) => break Ok(visitor),
+                line @ Ok(Line::Bye { .. }) => {
+                    break Err(io::Error::other(no_server(line, &lines).to_string()));
+                }
+                line @ Ok(_) if lines.foreign().is_some() => {
+                    break Err(io::Error::other(no_server(line, &lines).to_string()));
+                }
                 Ok(_) => {}
                 Err(error) => break Err(error),
             }
@@ -619,6 +638,15 @@ impl Session {
         }
     }
 
+    /// Tells a server that understands it why a visitor's tunnel was aborted.
+    fn tell_failed(&self, visitor: &Visitor, reason: Failure) {
+        if let (Some(visitor), Some(to_server)) =
+            (visitor.address(), &self.tunnels.lock().to_server)
+        {
+            let _ = to_server.send(Line::Failed { visitor, reason });
+        }
+    }
+
     /// Ends every idle tunnel.
     fn cut_idle(&self) {
         let mut tunnels = self.tunnels.lock();
@@ -640,25 +668,13 @@ impl Proto {
         }
     }
 
-    /// What the server's first line leads to, or why to nothing.
-    fn agreed(first: &Line, asked: usize, sealed: bool) -> Result<Self, String> {
-        match first {
-            Line::Hello {
-                proto: PROTO,
-                pool,
-                session: Some(id),
-            } => {
-                let (id, pool) = (*id, asked.min(*pool));
-                Ok(Proto::Tp1 { id, pool })
-            }
-            Line::Hello { .. } => Err("it speaks another version of the protocol".to_owned()),
-            Line::Bye { reason } if reason == BUSY => {
-                Err("it has another client, and takes one only".to_owned())
-            }
-            Line::Bye { reason } => Err(format!("it said bye, {}", reason.escape_debug())),
-            // The original has no key.
-            _ if sealed => Err("its first line is not a hello".to_owned()),
-            _ => Ok(Proto::Original),
+    fn agreed(welcome: Option<&(usize, Welcome)>) -> Self {
+        match welcome {
+            None => Proto::Original,
+            Some((pool, welcome)) => Proto::Tp1 {
+                id: welcome.session,
+                pool: *pool,
+            },
         }
     }
 }
@@ -680,21 +696,28 @@ fn dial_tunnel(session: &Session) -> io::Result<Conn> {
     Ok(Conn::new(Arc::new(remote)))
 }
 
-fn seal_tunnel(mut remote: Conn, bond: &Bond) -> io::Result<Conn> {
-    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
-    initiate(&mut remote, &Purpose::Tunnel(bond), deadline)?;
-    Ok(remote)
+/// Why a dial of the local service failed, for the server.
+fn failure(error: &io::Error) -> Failure {
+    use io::ErrorKind::{
+        AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, NotFound,
+    };
+    match error.kind() {
+        ConnectionRefused => Failure::Refused,
+        NotFound => Failure::UnknownHost,
+        HostUnreachable | NetworkUnreachable => Failure::Unreachable,
+        AddrNotAvailable => Failure::Exhausted,
+        _ if timed_out(error) => Failure::TimedOut,
+        _ => Failure::Error,
+    }
 }
 
-/// The client's part of a handshake, in time.
-fn initiate(conn: &mut Conn, purpose: &Purpose, deadline: Instant) -> io::Result<Bond> {
-    conn.reader.set_deadline(Some(deadline))?;
-    let bond = conn.initiate(purpose).map_err(|error| match error {
-        late if timed_out(&late) => io::Error::other("its half of the handshake took too long"),
-        error => error,
-    })?;
-    conn.reader.set_deadline(None)?;
-    Ok(bond)
+/// Where a connection to the local service comes from, known as long as this lives.
+struct OwnDial(Arc<Shared>, SocketAddr);
+
+impl Drop for OwnDial {
+    fn drop(&mut self) {
+        self.0.own_dials.lock().remove(&self.1);
+    }
 }
 
 impl Tunnels {

@@ -5,9 +5,13 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::secure::{self, Bond, Opener, Purpose, Sealer, Secured, TAG};
+use crate::net;
+use crate::secure::{self, Bond, NoHandshake, Opener, Purpose, Sealer, Secured, TAG};
+
+/// The shortest read time-out that is set: 0 would mean none at all.
+const LEAST_TIMEOUT: Duration = Duration::from_millis(1);
 
 /// A connection.
 pub struct Conn {
@@ -41,22 +45,35 @@ impl Conn {
     }
 
     /// The client's handshake; it must be over by the reader's deadline.
-    pub fn initiate(&mut self, purpose: &Purpose) -> io::Result<Bond> {
-        let secured = secure::initiate(&mut self.reader, &mut self.writer, purpose)?;
-        Ok(self.seal(secured))
+    pub fn initiate(&mut self, purpose: &Purpose) -> Result<Bond, NoHandshake> {
+        let secured = secure::initiate(&mut self.reader, &mut self.writer, purpose);
+        self.seal(secured)
     }
 
-    /// The server's handshake; it must be over by the reader's deadline. `known` is called when the
-    /// client has begun as if it had the key.
-    pub fn respond(&mut self, purpose: &Purpose, known: impl FnOnce()) -> io::Result<Bond> {
-        let secured = secure::respond(&mut self.reader, &mut self.writer, purpose, known)?;
-        Ok(self.seal(secured))
+    /// The server's handshake; it must be over by the reader's deadline. `elsewhere` is what comes
+    /// to the server's other port. `known` is called when the client has begun as if it had the
+    /// key.
+    pub fn respond(
+        &mut self,
+        purpose: &Purpose,
+        elsewhere: Option<&Purpose>,
+        known: impl FnOnce(),
+    ) -> Result<Bond, NoHandshake> {
+        let (reader, writer) = (&mut self.reader, &mut self.writer);
+        let secured = secure::respond(reader, writer, purpose, elsewhere, known);
+        self.seal(secured)
     }
 
-    fn seal(&mut self, secured: Secured) -> Bond {
+    /// After a handshake: frames from now on. Where the other side makes none, its bytes are to be
+    /// read again.
+    fn seal(&mut self, secured: Result<Secured, NoHandshake>) -> Result<Bond, NoHandshake> {
+        if let Err(NoHandshake::NotNoise(began)) = &secured {
+            self.reader.put_back(began);
+        }
+        let secured = secured?;
         self.reader.opener = Some(secured.opener);
         self.writer.sealer = Some(secured.sealer);
-        secured.bond
+        Ok(secured.bond)
     }
 }
 
@@ -161,10 +178,12 @@ impl Source<'_> {
         loop {
             if let Some(deadline) = self.1 {
                 let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
+                // At the deadline a read takes what has come, and waits no longer: on a busy host
+                // the bytes may have been in time, and this thread late.
+                if left.is_zero() && !net::has_input(self.0) {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
-                self.0.set_read_timeout(Some(left))?;
+                self.0.set_read_timeout(Some(left.max(LEAST_TIMEOUT)))?;
             }
             match call(self.0) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -10,6 +10,19 @@ use crate::conn::Reader;
 use crate::net::{self, timed_out};
 use crate::protocol::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
 
+/// How other protocols begin.
+const FOREIGN: [(&[u8], &str); 9] = [
+    (b"HTTP", "HTTP"),
+    (b"GET ", "HTTP"),
+    (b"HEAD", "HTTP"),
+    (b"POST", "HTTP"),
+    (b"PUT ", "HTTP"),
+    (b"OPTI", "HTTP"),
+    (b"SSH-", "ssh"),
+    (b"220 ", "FTP or SMTP"),
+    (b"\x16\x03", "TLS"),
+];
+
 /// Reads lines, and keeps what came behind them.
 pub struct Lines<R> {
     from: R,
@@ -17,6 +30,8 @@ pub struct Lines<R> {
     limited: bool,
     buffer: [u8; MAX_LINE],
     filled: usize,
+    /// What the first line began with.
+    began: Option<[u8; 4]>,
 }
 
 impl<R: Read> Lines<R> {
@@ -27,7 +42,18 @@ impl<R: Read> Lines<R> {
             limited: false,
             buffer: [0; MAX_LINE],
             filled: 0,
+            began: None,
         }
+    }
+
+    /// The protocol that the other side speaks, if its first bytes are those of another one that
+    /// people take these ports for.
+    pub fn foreign(&self) -> Option<&'static str> {
+        let began = self.began.as_ref().map_or(self.rest(), |began| began);
+        FOREIGN
+            .iter()
+            .find(|(bytes, _)| began.starts_with(bytes))
+            .map(|(_, name)| *name)
     }
 
     /// The next line. `UnexpectedEof` at the end, `InvalidData` for a line that is not one; a read
@@ -59,6 +85,7 @@ impl<R: Read> Lines<R> {
             return Ok(None);
         };
         let line = Line::parse(&filled[..end]).map_err(invalid)?;
+        self.began = self.began.or_else(|| self.buffer.first_chunk().copied());
         self.buffer.copy_within(end + 1..self.filled, 0);
         self.filled -= end + 1;
         Ok(Some(line))
@@ -107,6 +134,11 @@ impl Lines<Reader> {
                 net::abort(self.from.socket());
             }
         })
+    }
+
+    /// True if nothing came behind the last line.
+    pub fn nothing_behind(&self) -> bool {
+        self.filled == 0 && self.from.is_empty()
     }
 
     /// The reader again, for what comes behind the last line.

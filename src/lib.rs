@@ -38,15 +38,21 @@
 //! The control link:
 //!
 //! 1. The client dials the control port and says `hello proto=1 pool=8`: it wants eight idle
-//!    tunnels. Who says something else is closed, who says nothing for 1 s is an original client
-//!    (see below).
-//! 2. The server answers `hello proto=1 session=<32 hex digits> pool=8`: the session's id, and the
-//!    idle tunnels that it grants, at most 64. Or `bye reason=busy` if another client is live.
+//!    tunnels. Who says something else, or says nothing for 5 s, is closed.
+//! 2. The server answers `hello proto=1 pool=8 session=<32 hex digits> tunnel=8008 public=8007
+//!    client=<ip:port>`: the idle tunnels that it grants, at most 64, the session's id, its two other
+//!    ports, and where it sees the client come from. Or `bye reason=…`: `busy` if another client is
+//!    live, `wants-key` or `no-key` if only one side has a key, `wrong-key`, `draining` if the server
+//!    is about to stop; and `control-port`, `tunnel-port` or `public-port`, the one that this port
+//!    is, to a client that has come to the wrong one.
 //! 3. Both write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every idle
 //!    tunnel of its session ends. Visitors that are joined go on.
 //! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
-//! 5. Either says `bye reason=…` before an end that it wants. A server that stops says it when no
+//! 5. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
+//!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
+//!    `exhausted`, `loop` or `error`.
+//! 6. Either says `bye reason=…` before an end that it wants. A server that stops says it when no
 //!    visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
 //! A tunnel:
@@ -69,7 +75,7 @@
 //!    `tp/1 tunnel`, followed by the handshake hash of its session's control link. So a tunnel
 //!    belongs to one session, and what was recorded of one connection fits no other.
 //! 2. Both messages of the handshake carry nothing. Each of 48 bytes stands behind its length, two
-//!    bytes with the highest first. Who has another key gets no answer but a close.
+//!    bytes with the highest first. Who has another key is told so in plain, and closed.
 //! 3. Frames follow: a length like that, and that many bytes of AES-GCM around a type byte and what
 //!    the frame carries. Each side counts its frames from 0, and the count is the nonce. The first
 //!    frame of a side has at most 273 bytes, later ones 65,535.
@@ -83,10 +89,13 @@
 //!
 //! # The original
 //!
-//! Both programs also work with the other half of the program that this one follows. It knows
-//! `hi` and `new` on the control link, both from the server, and its tunnels are raw bytes from
-//! the first one; its client writes nothing. An original server is recognised by a first line that
-//! is no hello. With a key, neither program speaks to it.
+//! With `--original`, and without a key, both programs also work with the other half of the program
+//! that this one follows. It knows `hi` and `new` on the control link, both from the server, and its
+//! tunnels are raw bytes from the first one, which prove nothing; its client writes nothing.
+//!
+//! A server takes a client that says nothing for 1 s for an original one. If a hello comes after
+//! all, the link ends with `bye reason=late`, and the client comes back. A client takes a server
+//! whose first line is `hi` or `new` for an original one.
 //!
 //! # Limits
 //!
@@ -112,6 +121,7 @@ mod client;
 mod conn;
 mod conn_match;
 mod control;
+mod door;
 mod error;
 mod key;
 mod limits;

@@ -117,23 +117,24 @@ pub fn unblock(listener: &TcpListener) {
 /// Dials every address of a name in turn, looked up anew each time, until one answers. The error
 /// names the address, and the one of its numbers that was tried last.
 pub fn dial(address: &Address) -> io::Result<TcpStream> {
-    let named = |error: io::Error| {
+    let named = |kind, error: io::Error| {
         let text = error.to_string();
         let name = address.to_string();
         let text = match text.starts_with(&name) {
             true => text,
             false => format!("{name}: {text}"),
         };
-        io::Error::new(error.kind(), text)
+        io::Error::new(kind, text)
     };
     let mut failed = io::Error::from(io::ErrorKind::NotFound);
-    for number in address.resolve().map_err(named)? {
+    let found = address.resolve();
+    for number in found.map_err(|error| named(io::ErrorKind::NotFound, error))? {
         match dial_one(number) {
             Ok(socket) => return Ok(socket),
             Err(error) => failed = error,
         }
     }
-    Err(named(failed))
+    Err(named(failed.kind(), failed))
 }
 
 /// Dials one address; the error names it.
@@ -179,17 +180,47 @@ pub fn is_quiet(socket: &TcpStream) -> bool {
 /// True if bytes have come that nobody has read yet. Never on systems that cannot tell without
 /// waiting.
 pub fn has_unread(socket: &TcpStream) -> bool {
+    peek_now(socket, &mut [0]) > 0
+}
+
+/// Copies what has come and nobody has read yet, and returns how many bytes that is. None on systems
+/// that cannot tell without waiting.
+pub fn peek_now(socket: &TcpStream, buffer: &mut [u8]) -> usize {
     #[cfg(target_os = "linux")]
     {
         use rustix::net::{RecvFlags, recv};
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        recv(socket, &mut [0], flags).is_ok_and(|(count, _)| count > 0)
+        recv(socket, buffer, flags).map_or(0, |(count, _)| count)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (socket, buffer);
+        0
+    }
+}
+
+/// True if a read would return at once: bytes have come, the end, or an error. Always true on systems
+/// that cannot tell without waiting.
+pub fn has_input(socket: &TcpStream) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::event::PollFlags;
+        polls(socket, PollFlags::IN | PollFlags::HUP | PollFlags::ERR)
     }
     #[cfg(not(target_os = "linux"))]
     {
         let _ = socket;
-        false
+        true
     }
+}
+
+/// True if one of these events is there now.
+#[cfg(target_os = "linux")]
+fn polls(socket: &TcpStream, events: rustix::event::PollFlags) -> bool {
+    use rustix::event::{PollFd, Timespec, poll};
+    let mut polled = [PollFd::new(socket, events)];
+    let told = poll(&mut polled, Some(&Timespec::default()));
+    told.is_ok() && polled[0].revents().intersects(events)
 }
 
 /// True if the far side has finished or reset a connection, whatever is still to be read before
@@ -197,11 +228,8 @@ pub fn has_unread(socket: &TcpStream) -> bool {
 pub fn has_hung_up(socket: &TcpStream) -> bool {
     #[cfg(target_os = "linux")]
     {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-        let mut polled = [PollFd::new(socket, gone)];
-        let told = poll(&mut polled, Some(&Timespec::default()));
-        told.is_ok() && polled[0].revents().intersects(gone)
+        use rustix::event::PollFlags;
+        polls(socket, PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
     }
     #[cfg(not(target_os = "linux"))]
     {

@@ -15,7 +15,7 @@ use crate::protocol::MAX_POOL;
 
 /// The original's ports: visitors, tunnels, the control link, and its example of a local service.
 const PUBLIC_PORT: u16 = 8007;
-const TUNNEL_PORT: u16 = 8008;
+pub const TUNNEL_PORT: u16 = 8008;
 const CONTROL_PORT: u16 = 8009;
 const LOCAL_PORT: u16 = 8000;
 
@@ -64,6 +64,9 @@ pub struct ServerOptions {
     /// Without a key: open the tunnel and control ports to other hosts, although nothing protects
     /// them.
     pub insecure: bool,
+    /// Without a key: take a client that says nothing for 1 s for an original one, whose tunnels
+    /// prove nothing.
+    pub original: bool,
 }
 
 impl Default for ServerOptions {
@@ -77,6 +80,7 @@ impl Default for ServerOptions {
             linger: LINGER,
             keys: Vec::new(),
             insecure: false,
+            original: false,
         }
     }
 }
@@ -84,12 +88,11 @@ impl Default for ServerOptions {
 /// What a [`Client`](crate::Client) is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientOptions {
-    /// The server's host: a name or an address without a port.
-    pub server: String,
-    /// The server's control port.
-    pub control_port: u16,
-    /// The server's tunnel port.
-    pub tunnel_port: u16,
+    /// The server's host, and its control port.
+    pub server: Address,
+    /// The server's tunnel port. None: the one that the server tells, or 8008 if it is an original
+    /// one.
+    pub tunnel_port: Option<u16>,
     /// The local service.
     pub local: Address,
     /// How many idle tunnels to keep ready; the server grants at most 64. 0: dial on demand.
@@ -99,18 +102,20 @@ pub struct ClientOptions {
     pub linger: Duration,
     /// A key of the server's. None: nothing is sealed, and the server has none either.
     pub key: Option<Key>,
+    /// Without a key: serve a server that speaks the original's protocol, too.
+    pub original: bool,
 }
 
 impl Default for ClientOptions {
     fn default() -> Self {
         Self {
-            server: LOOPBACK.to_owned(),
-            control_port: CONTROL_PORT,
-            tunnel_port: TUNNEL_PORT,
+            server: Address::new(LOOPBACK, CONTROL_PORT),
+            tunnel_port: None,
             local: Address::new(LOOPBACK, LOCAL_PORT),
             pool: POOL,
             linger: LINGER,
             key: None,
+            original: false,
         }
     }
 }
@@ -172,6 +177,11 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
             "insecure",
             "let other hosts reach the tunnel and control ports without a key: whoever reaches \
              them can become the client or read along",
+        )
+        .optflag(
+            "",
+            "original",
+            "take a client that says nothing for one of the original program, which has no key",
         );
     add_common(&mut grammar, d.linger);
     let given = match parse(&grammar, words, "tpserver", SERVER_HELP)? {
@@ -201,6 +211,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
     })?;
     set(&mut options.linger, &given, "linger", seconds)?;
     options.insecure = given.opt_present("insecure");
+    options.original = original(&given)?;
     Ok(Command::Run(options, common(&given)?))
 }
 
@@ -208,9 +219,11 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
 pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<ClientOptions>, Error> {
     let d = ClientOptions::default();
     let mut grammar = getopts::Options::new();
-    let server = format!("host that tpserver runs on ({})", d.server);
-    let control = format!("its control port ({})", d.control_port);
-    let tunnel = format!("its tunnel port ({})", d.tunnel_port);
+    let server = format!(
+        "host that tpserver runs on, and its control port ({})",
+        d.server
+    );
+    let control = format!("its control port, if --server has none ({})", d.server.port);
     let local = format!("the service that visitors are to reach ({})", d.local);
     let pool = format!(
         "idle tunnels kept ready, so that no visitor waits for one; the server grants up to \
@@ -218,12 +231,24 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
         d.pool
     );
     grammar
-        .optopt("s", "server", &server, "HOST")
+        .optopt("s", "server", &server, "HOST[:PORT]")
         .optopt("c", "control-port", &control, "PORT")
-        .optopt("t", "tunnel-port", &tunnel, "PORT")
+        .optopt("", "control", "the same as --control-port", "PORT")
+        .optopt(
+            "t",
+            "tunnel-port",
+            "its tunnel port, if it is another one than the server tells",
+            "PORT",
+        )
+        .optopt("", "tunnel", "the same as --tunnel-port", "PORT")
         .optopt("l", "local", &local, "HOST:PORT")
         .optopt("p", "pool", &pool, "N")
-        .optopt("k", "key-file", "the key that the server has", "FILE");
+        .optopt("k", "key-file", "the key that the server has", "FILE")
+        .optflag(
+            "",
+            "original",
+            "serve a server of the original program, too, which has no key",
+        );
     add_common(&mut grammar, d.linger);
     let given = match parse(&grammar, words, "tpclient", CLIENT_HELP)? {
         Parsed::Given(given) => given,
@@ -231,9 +256,12 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
     };
 
     let mut options = ClientOptions::default();
-    set(&mut options.server, &given, "server", host)?;
-    set(&mut options.control_port, &given, "control-port", port)?;
-    set(&mut options.tunnel_port, &given, "tunnel-port", port)?;
+    set_server(&mut options.server, &given)?;
+    for name in ["tunnel-port", "tunnel"] {
+        set(&mut options.tunnel_port, &given, name, |text| {
+            port(text).map(Some)
+        })?;
+    }
     set(&mut options.local, &given, "local", |text| {
         match address(text) {
             Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
@@ -244,7 +272,44 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
         number(text, 0..=1_000_000)
     })?;
     set(&mut options.linger, &given, "linger", seconds)?;
+    options.original = original(&given)?;
     Ok(Command::Run(options, common(&given)?))
+}
+
+/// The server's host, and its control port, which may stand in an option of its own.
+fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
+    let host_and_port = |text: &str| match address(text) {
+        Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
+        Ok(address) => Ok((address.host, Some(address.port))),
+        // An address of IPv6 is full of colons, and none of them is that of a port.
+        Err(why) => host(text).map(|host| (host, None)).map_err(|_| why),
+    };
+    let mut control = None;
+    if let Some((host, port)) = value(given, "server", host_and_port)? {
+        (server.host, control) = (host, port);
+    }
+    for name in ["control-port", "control"] {
+        let port = value(given, name, port)?;
+        if port.is_some() && control.is_some() && control != port {
+            return Err(usage(format!(
+                "--{name}: another option names another port"
+            )));
+        }
+        control = control.or(port);
+    }
+    server.port = control.unwrap_or(server.port);
+    Ok(())
+}
+
+/// The original has no key.
+fn original(given: &Matches) -> Result<bool, Error> {
+    let original = given.opt_present("original");
+    if original && given.opt_present("key-file") {
+        return Err(usage(
+            "--original and --key-file exclude each other".to_owned(),
+        ));
+    }
+    Ok(original)
 }
 
 const SERVER_HELP: &str = "
@@ -488,28 +553,49 @@ mod tests {
             linger: Duration::from_secs(11),
             keys: Vec::new(),
             insecure: true,
+            original: true,
         };
         for line in [
             "--public [::]:80 --tunnel localhost:81 --control 192.0.2.1:82 --pair-timeout 7 \
-             --max-conns 9 --linger 11 --insecure",
-            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i",
+             --max-conns 9 --linger 11 --insecure --original",
+            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i --original",
         ] {
             assert_eq!(server_options(line), expected);
         }
         let expected = ClientOptions {
-            server: "::1".to_owned(),
-            control_port: 1,
-            tunnel_port: 2,
+            server: Address::new("::1", 1),
+            tunnel_port: Some(2),
             local: Address::new("db", 3),
             pool: 0,
             linger: Duration::from_secs(11),
             key: None,
+            original: true,
         };
         for line in [
-            "--server ::1 --control-port 1 --tunnel-port 2 --local db:3 --pool 0 --linger 11",
-            "-s [::1] -c 1 -t 2 -l db:3 -p 0 -L 11",
+            "--server ::1 --control-port 1 --tunnel-port 2 --local db:3 --pool 0 --linger 11 \
+             --original",
+            "-s [::1] -c 1 -t 2 -l db:3 -p 0 -L 11 --original",
+            "-s [::1]:1 --tunnel 2 -l db:3 -p 0 -L 11 --original",
+            "-s ::1 --control 1 --tunnel 2 -l db:3 -p 0 -L 11 --original",
         ] {
             assert_eq!(client_options(line), expected);
+        }
+    }
+
+    #[test]
+    fn a_servers_port_is_named_once() {
+        let server = |line| client_options(line).server.to_string();
+        assert_eq!(server("--server host"), "host:8009");
+        assert_eq!(server("--server host:7 --control-port 7"), "host:7");
+        for (line, why) in [
+            ("--server host:7 --control-port 8", "names another port"),
+            ("--control 7 --control-port 8", "names another port"),
+            ("--server host:0", "the port is 0"),
+            ("--server host:x", "not a number"),
+            ("--original --key-file x", "exclude each other"),
+        ] {
+            let error = client(words(line)).unwrap_err().to_string();
+            assert!(error.contains(why), "{line}: {error}");
         }
     }
 
@@ -590,7 +676,7 @@ mod tests {
             ("--pool=-1", "--pool '-1'"),
             ("--control-port 0", "--control-port '0'"),
             ("--local 127.0.0.1:0", "--local '127.0.0.1:0'"),
-            ("--server host:80", "--server 'host:80'"),
+            ("--server host:80:80", "--server 'host:80:80'"),
         ] {
             let error = client(words(line)).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
@@ -616,7 +702,7 @@ mod tests {
         let Ok(Command::Print(help)) = client(words("--help")) else {
             panic!("no help");
         };
-        for shown in ["8009", "8008", "127.0.0.1:8000", "(8)", "(600)"] {
+        for shown in ["8009", "127.0.0.1:8000", "(8)", "(600)"] {
             assert!(help.contains(shown), "{shown}");
         }
     }

@@ -5,6 +5,7 @@
 //! before each. Words and keys that a side does not know are ignored, so that either side can
 //! learn new ones first. CR is a byte like any other: `hi` with CRLF is an unknown word.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::net::SocketAddr;
 use std::str::FromStr;
@@ -32,17 +33,87 @@ pub const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 /// handshake and the first line behind it.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The reason of a `bye` to a client that came while another is live.
-pub const BUSY: &str = "busy";
-
-/// The reason of a `bye` from a side that is about to stop.
-pub const DRAINING: &str = "draining";
-
-/// The reason of a `bye` to a client that has a key, from a server that has none.
-pub const NO_KEY: &str = "no-key";
-
 /// Asks the client for one more tunnel.
 pub const NEW: Line = Line::New { visitor: None };
+
+/// A fixed set of words of the protocol, each of which stands for a variant.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub enum $name {
+            $($(#[$about])* $variant,)*
+            /// A word that this version does not know.
+            Other(String),
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self {
+                    $(Self::$variant => f.write_str($word),)*
+                    Self::Other(word) => f.write_str(word),
+                }
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Infallible;
+
+            fn from_str(word: &str) -> Result<Self, Infallible> {
+                Ok(match word {
+                    $($word => Self::$variant,)*
+                    _ => Self::Other(word.to_owned()),
+                })
+            }
+        }
+    };
+}
+
+words! {
+    /// Why a side says `bye`.
+    Reason {
+        /// Another client is live.
+        Busy = "busy",
+        /// The side is about to stop.
+        Draining = "draining",
+        /// The client has a key and the server has none.
+        NoKey = "no-key",
+        /// The server has a key and the client came without one.
+        WantsKey = "wants-key",
+        /// The client's key is none of the server's.
+        WrongKey = "wrong-key",
+        /// This is the control port, and a tunnel came to it.
+        ControlPort = "control-port",
+        /// This is the tunnel port, and a control link came to it.
+        TunnelPort = "tunnel-port",
+        /// This is the port for visitors, and a client came to it.
+        PublicPort = "public-port",
+        /// The hello came after the server had taken the client for an original one.
+        Late = "late",
+        /// The server could not begin a session; its log says why.
+        Error = "error",
+    }
+}
+
+words! {
+    /// Why a visitor did not get to the local service.
+    Failure {
+        /// Nobody listens there.
+        Refused = "refused",
+        /// The dial was not answered in time.
+        TimedOut = "timed-out",
+        /// The service's host has no address.
+        UnknownHost = "unknown-host",
+        /// There is no way to the service's host.
+        Unreachable = "unreachable",
+        /// The client's host has no free port for the dial.
+        Exhausted = "exhausted",
+        /// The local service is the server's own public port.
+        Loop = "loop",
+        /// Something else; the client's log says what.
+        Error = "error",
+    }
+}
 
 /// Names the time from a control link's registration to its end: 128 random bits, 32 hex digits on
 /// the wire. A tunnel that cannot name the live session is never handed a visitor.
@@ -93,14 +164,14 @@ impl FromStr for SessionId {
 /// A line that a side understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// `hello proto=1 pool=8` from the client, `hello proto=1 session=… pool=8` from the server.
+    /// `hello proto=1 pool=8` from the client; the server's has a [`Welcome`] besides.
     Hello {
         /// The highest version of the protocol that the side speaks.
         proto: u32,
         /// The idle tunnels that the client asks for, or that the server grants.
         pool: usize,
-        /// Only from the server: the id of the session that begins.
-        session: Option<SessionId>,
+        /// Only from the server.
+        welcome: Option<Welcome>,
     },
     /// `hi`: the heartbeat.
     Hi,
@@ -112,8 +183,15 @@ pub enum Line {
     },
     /// `bye reason=…`: the side ends the link on purpose.
     Bye {
-        /// Why, in one word.
-        reason: String,
+        /// Why.
+        reason: Reason,
+    },
+    /// `failed visitor=ip:port reason=…` from the client: it aborted this visitor's tunnel.
+    Failed {
+        /// Where the visitor comes from.
+        visitor: SocketAddr,
+        /// Why the visitor did not get to the local service.
+        reason: Failure,
     },
     /// `tunnel session=…`: the first line of a tunnel.
     Tunnel {
@@ -122,6 +200,44 @@ pub enum Line {
     },
     /// A word that this version does not know, and ignores.
     Unknown,
+}
+
+/// What a server's hello tells a client: ` session=… tunnel=8008 public=8007 client=ip:port`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The id of the session that begins.
+    pub session: SessionId,
+    /// The server's tunnel port.
+    pub tunnel: Option<u16>,
+    /// The server's port for visitors.
+    pub public: Option<u16>,
+    /// Where the server sees the client's control link come from.
+    pub client: Option<SocketAddr>,
+}
+
+impl Welcome {
+    fn parse(arguments: &str) -> Result<Option<Self>, LineError> {
+        let Some(session) = argument(arguments, "session")? else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            session,
+            tunnel: argument(arguments, "tunnel")?,
+            public: argument(arguments, "public")?,
+            client: argument(arguments, "client")?,
+        }))
+    }
+}
+
+impl fmt::Display for Welcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, " session={}", self.session)?;
+        for (key, port) in [("tunnel", self.tunnel), ("public", self.public)] {
+            port.map_or(Ok(()), |port| write!(f, " {key}={port}"))?;
+        }
+        let client = self.client;
+        client.map_or(Ok(()), |client| write!(f, " client={client}"))
+    }
 }
 
 impl Line {
@@ -142,27 +258,24 @@ impl Line {
             "hello" => Line::Hello {
                 proto: argument(arguments, "proto")?.ok_or(LineError::Argument("proto"))?,
                 pool: argument(arguments, "pool")?.unwrap_or(0),
-                session: argument(arguments, "session")?,
+                welcome: Welcome::parse(arguments)?,
             },
             "hi" => Line::Hi,
             "new" => Line::New {
                 visitor: argument(arguments, "visitor")?,
             },
             "bye" => Line::Bye {
-                reason: argument(arguments, "reason")?.unwrap_or_default(),
+                reason: argument(arguments, "reason")?.unwrap_or(Reason::Other(String::new())),
+            },
+            "failed" => Line::Failed {
+                visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
+                reason: argument(arguments, "reason")?.unwrap_or(Failure::Error),
             },
             "tunnel" => Line::Tunnel {
                 session: argument(arguments, "session")?.ok_or(LineError::Argument("session"))?,
             },
             _ => Line::Unknown,
         })
-    }
-
-    /// The `bye` with this reason.
-    pub fn bye(reason: &str) -> Self {
-        Line::Bye {
-            reason: reason.to_owned(),
-        }
     }
 }
 
@@ -183,19 +296,23 @@ impl fmt::Display for Line {
             Line::Hello {
                 proto,
                 pool,
-                session: None,
-            } => writeln!(f, "hello proto={proto} pool={pool}"),
-            Line::Hello {
-                proto,
-                pool,
-                session: Some(session),
-            } => writeln!(f, "hello proto={proto} session={session} pool={pool}"),
+                welcome,
+            } => {
+                write!(f, "hello proto={proto} pool={pool}")?;
+                match welcome {
+                    Some(welcome) => writeln!(f, "{welcome}"),
+                    None => writeln!(f),
+                }
+            }
             Line::Hi => writeln!(f, "hi"),
             Line::New { visitor: None } => writeln!(f, "new"),
             Line::New {
                 visitor: Some(visitor),
             } => writeln!(f, "new visitor={visitor}"),
             Line::Bye { reason } => writeln!(f, "bye reason={reason}"),
+            Line::Failed { visitor, reason } => {
+                writeln!(f, "failed visitor={visitor} reason={reason}")
+            }
             Line::Tunnel { session } => writeln!(f, "tunnel session={session}"),
             Line::Unknown => Ok(()),
         }
@@ -246,7 +363,7 @@ mod tests {
                 Line::Hello {
                     proto: 1,
                     pool: 8,
-                    session: None,
+                    welcome: None,
                 },
                 "hello proto=1 pool=8\n".to_owned(),
             ),
@@ -254,9 +371,30 @@ mod tests {
                 Line::Hello {
                     proto: 1,
                     pool: 8,
-                    session: Some(session()),
+                    welcome: Some(Welcome {
+                        session: session(),
+                        tunnel: None,
+                        public: None,
+                        client: None,
+                    }),
                 },
-                format!("hello proto=1 session={ID} pool=8\n"),
+                format!("hello proto=1 pool=8 session={ID}\n"),
+            ),
+            (
+                Line::Hello {
+                    proto: 1,
+                    pool: 8,
+                    welcome: Some(Welcome {
+                        session: session(),
+                        tunnel: Some(8008),
+                        public: Some(8007),
+                        client: Some(visitor),
+                    }),
+                },
+                format!(
+                    "hello proto=1 pool=8 session={ID} tunnel=8008 public=8007 \
+                     client=[2001:db8::1]:50000\n"
+                ),
             ),
             (Line::Hi, "hi\n".to_owned()),
             (Line::New { visitor: None }, "new\n".to_owned()),
@@ -266,7 +404,19 @@ mod tests {
                 },
                 "new visitor=[2001:db8::1]:50000\n".to_owned(),
             ),
-            (Line::bye(BUSY), "bye reason=busy\n".to_owned()),
+            (
+                Line::Bye {
+                    reason: Reason::Busy,
+                },
+                "bye reason=busy\n".to_owned(),
+            ),
+            (
+                Line::Failed {
+                    visitor,
+                    reason: Failure::TimedOut,
+                },
+                "failed visitor=[2001:db8::1]:50000 reason=timed-out\n".to_owned(),
+            ),
             (
                 Line::Tunnel { session: session() },
                 format!("tunnel session={ID}\n"),
@@ -300,7 +450,7 @@ mod tests {
         assert_eq!(
             Line::parse(b"bye"),
             Ok(Line::Bye {
-                reason: String::new()
+                reason: Reason::Other(String::new())
             })
         );
     }
@@ -323,6 +473,11 @@ mod tests {
             ("hello proto=1 pool=-1", "pool"),
             ("hello proto=1 session=ab", "session"),
             ("new visitor=here", "visitor"),
+            (
+                "hello proto=1 session=00112233445566778899aabbccddeeff tunnel=x",
+                "tunnel",
+            ),
+            ("failed", "visitor"),
             ("tunnel", "session"),
             ("tunnel session=", "session"),
             ("tunnel session=+0112233445566778899aabbccddeeff", "session"),
@@ -351,7 +506,8 @@ mod tests {
     /// survives being printed and read again.
     #[test]
     fn random_lines_never_panic() {
-        let words = b"hello hi new bye tunnel proto=1 pool=8 session= visitor= reason=x \0\xff\r";
+        let words =
+            b"hello hi new bye tunnel failed proto=1 pool=8 session= visitor= reason=x \0\xff\r";
         let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = move |below: usize| {
             seed ^= seed << 13;

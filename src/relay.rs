@@ -239,6 +239,13 @@ impl Visitor {
     }
 }
 
+impl Visitor {
+    /// Where the visitor comes from, if that is known.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+}
+
 impl fmt::Display for Visitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.address {
@@ -604,10 +611,12 @@ mod tests {
             let keys = [key.clone()];
             let client = thread::spawn(move || {
                 let mut far = Conn::new(Arc::new(far));
-                far.initiate(&Purpose::Control(&[key])).map(|_| ())
+                far.initiate(&Purpose::Control(&[key])).is_ok()
             });
-            near.respond(&Purpose::Control(&keys), || ()).unwrap();
-            client.join().unwrap().unwrap();
+            near.respond(&Purpose::Control(&keys), None, || ())
+                .ok()
+                .unwrap();
+            assert!(client.join().unwrap());
         }
         (far, near)
     }

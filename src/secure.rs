@@ -28,7 +28,7 @@ pub const TAG: usize = 16;
 const MESSAGE: usize = 32 + TAG;
 
 /// What a side that has a key begins with. No line of the protocol begins with a NUL.
-const OPENING: [u8; LENGTH] = (MESSAGE as u16).to_be_bytes();
+pub const OPENING: [u8; LENGTH] = (MESSAGE as u16).to_be_bytes();
 
 /// What a frame adds to the bytes that it carries, its length field not counted.
 const OVERHEAD: usize = 1 + TAG;
@@ -96,66 +96,86 @@ pub struct Secured {
     pub bond: Bond,
 }
 
+/// Why a handshake led to nothing.
+pub enum NoHandshake {
+    /// The other side begins with these bytes, and nobody who has a key does.
+    NotNoise([u8; LENGTH]),
+    /// The other side's message was made with another key.
+    WrongKey,
+    /// The other side's message was made for another of the server's ports.
+    OtherPort,
+    /// The connection failed, or this side could not do its part.
+    Io(io::Error),
+}
+
+impl From<io::Error> for NoHandshake {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
 /// The client's half of a handshake: its own message, and then the server's. Only the first key
 /// counts.
 pub fn initiate(
     reader: &mut impl Read,
     writer: &mut impl Write,
     purpose: &Purpose,
-) -> io::Result<Secured> {
+) -> Result<Secured, NoHandshake> {
     let prologue = purpose.prologue();
     let [key, ..] = purpose.keys() else {
-        return Err(io::Error::other("there is no key"));
+        return Err(io::Error::other("there is no key").into());
     };
     let mut state = begin(key, &prologue)?.build_initiator().map_err(broken)?;
     writer.write_all(&write_message(&mut state)?)?;
-    let closed = match purpose {
-        Purpose::Control(_) => "it closed the connection: most likely it has another key",
-        Purpose::Tunnel(_) => "it closed the connection",
-    };
-    let message = read_message(reader, closed)?
-        .ok_or_else(|| io::Error::other("it answered without a key: it has none (--key-file)"))?;
+    let message = read_message(reader)?;
     let opened = state.read_message(&message, &mut []);
-    opened.map_err(|_| io::Error::other("its half of the handshake is not valid"))?;
-    Secured::new(state, key)
+    opened.map_err(|_| NoHandshake::WrongKey)?;
+    Ok(Secured::new(state, key)?)
 }
 
 /// The server's half of a handshake. What was recorded of another one gets an answer, too: only
-/// the first frame shows that the client is there.
+/// the first frame shows that the client is there. `elsewhere` is what comes to the server's other
+/// port.
 ///
 /// `known` is called once the client's message has opened.
 pub fn respond(
     reader: &mut impl Read,
     writer: &mut impl Write,
     purpose: &Purpose,
+    elsewhere: Option<&Purpose>,
     known: impl FnOnce(),
-) -> io::Result<Secured> {
-    let message = read_message(reader, "it closed the connection")?
-        .ok_or_else(|| io::Error::other("it came without a key (--key-file)"))?;
-    let (answer, secured) = answer(&message, purpose)?;
+) -> Result<Secured, NoHandshake> {
+    let message = read_message(reader)?;
+    let Some((answer, secured)) = answer(&message, purpose)? else {
+        let other = elsewhere.map_or(Ok(None), |elsewhere| answer(&message, elsewhere));
+        return Err(match other? {
+            Some(_) => NoHandshake::OtherPort,
+            None => NoHandshake::WrongKey,
+        });
+    };
     known();
     writer.write_all(&answer)?;
     Ok(secured)
 }
 
-/// The server's message, and what it leads to. Not inlined: kilobytes of a handshake's state have
+/// The server's message, and what it leads to; None if the client's does not open. Not inlined: kilobytes of a handshake's state have
 /// no place on the stack of a thread that waits for a stranger.
 #[inline(never)]
 fn answer(
     message: &[u8; MESSAGE],
     purpose: &Purpose,
-) -> io::Result<([u8; LENGTH + MESSAGE], Secured)> {
+) -> io::Result<Option<([u8; LENGTH + MESSAGE], Secured)>> {
     let prologue = purpose.prologue();
     for key in purpose.keys() {
         let mut state = begin(key, &prologue)?.build_responder().map_err(broken)?;
         if state.read_message(message, &mut []).is_ok() {
-            return Ok((write_message(&mut state)?, Secured::new(state, key)?));
+            return Ok(Some((
+                write_message(&mut state)?,
+                Secured::new(state, key)?,
+            )));
         }
     }
-    Err(io::Error::other(match purpose {
-        Purpose::Control(_) => "its key is another one",
-        Purpose::Tunnel(_) => "its key is another one, or its session is not the live one",
-    }))
+    Ok(None)
 }
 
 fn begin<'a>(key: &'a Key, prologue: &'a [u8]) -> io::Result<Builder<'a>> {
@@ -175,26 +195,15 @@ fn write_message(state: &mut HandshakeState) -> io::Result<[u8; LENGTH + MESSAGE
     Ok(bytes)
 }
 
-/// The far side's message; None as soon as it is clear that this is none. `closed` is what to say if
-/// the far side has closed the connection instead.
-fn read_message(reader: &mut impl Read, closed: &str) -> io::Result<Option<[u8; MESSAGE]>> {
+/// The far side's message. Whoever begins with something else is not waited for.
+fn read_message(reader: &mut impl Read) -> Result<[u8; MESSAGE], NoHandshake> {
     let (mut opening, mut message) = (OPENING, [0; MESSAGE]);
-    let mut read = |buffer: &mut [u8]| {
-        reader
-            .read_exact(buffer)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-                    io::Error::other(closed.to_owned())
-                }
-                _ => error,
-            })
-    };
-    read(&mut opening)?;
+    reader.read_exact(&mut opening)?;
     if opening != OPENING {
-        return Ok(None);
+        return Err(NoHandshake::NotNoise(opening));
     }
-    read(&mut message)?;
-    Ok(Some(message))
+    reader.read_exact(&mut message)?;
+    Ok(message)
 }
 
 /// What only a fault in this program or a system without a random source leads to.

@@ -16,16 +16,14 @@ use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
 use crate::conn_match::{ConnList, Placed};
 use crate::control::{Lines, send, why_ended, write_lines};
+use crate::door::{Door, Link, Refusal, is_client};
 use crate::error::Error;
 use crate::limits::{Lobby, LogLimit, Place, Slot, Slots, affordable_visitors};
-use crate::net::{self, timed_out};
+use crate::net;
 use crate::options::ServerOptions;
-use crate::protocol::{
-    BUSY, DRAINING, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, NEW, NO_KEY, PROTO, SILENCE,
-    SessionId,
-};
+use crate::protocol::{Failure, Line, NEW, PROTO, Reason, SessionId, Welcome};
 use crate::relay::{End, Pairs, SWEEP, Visitor};
-use crate::secure::{Bond, Purpose};
+use crate::secure::Bond;
 use crate::status::{Counts, Status, count};
 use crate::stop::{Handle, Running, Stop};
 use crate::workers::Workers;
@@ -43,9 +41,6 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 /// The next one waits as long for them, but not for ever, and some.
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Why a connection was closed although nothing was wrong with it.
-const CROWDED_OUT: &str = "others came before it had proved itself";
 
 /// Lines a second that strangers can cause with `-v`, and clients that have a key.
 const DETAIL_LINES: u32 = 100;
@@ -114,6 +109,7 @@ struct Logs {
     client_came: LogLimit,
     client_left: LogLimit,
     timed_out: LogLimit,
+    local_failed: LogLimit,
     /// All lines of level debug.
     detail: LogLimit,
 }
@@ -143,14 +139,6 @@ enum Proto {
     Original,
     /// `tp/1`, with this many idle tunnels granted.
     Tp1 { pool: usize },
-}
-
-/// A control link that has said what it speaks, and with a key has proved itself.
-struct Link {
-    lines: Lines<Reader>,
-    writer: Writer,
-    proto: Proto,
-    bond: Option<Bond>,
 }
 
 /// A visitor's connection.
@@ -258,6 +246,9 @@ impl Server {
             (true, false) => warn!("--insecure changes nothing: a client needs the key"),
             (false, _) => {}
         }
+        if shared.options.original && !shared.options.keys.is_empty() {
+            warn!("--original changes nothing: a client needs the key");
+        }
         thread::scope(|scope| {
             let start = |name: &str, work: fn(&Arc<Shared>)| {
                 let thread = thread::Builder::new().name(name.to_owned());
@@ -301,35 +292,77 @@ impl Shared {
 
     /// One control link, from hello to bye. This thread reads, another one writes.
     fn control(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr, place: Place) {
-        let opened = self.open_link(Conn::new(socket.clone()), &place);
+        let admitted = self.door(&place).admit_link(Conn::new(socket.clone()));
         if !place.leave() {
-            return self.refuse_link(from, CROWDED_OUT);
+            return self.refuse_link(from, &Refusal::CrowdedOut);
         }
         let Link {
             mut lines,
             mut writer,
-            proto,
+            pool,
             bond,
-        } = match opened {
+        } = match admitted {
             Ok(link) => link,
-            Err(error) if timed_out(&error) => return self.refuse_link(from, self.too_late()),
-            Err(error) => return self.refuse_link(from, &why_ended(&error)),
+            Err(refusal) => return self.refuse_link(from, &refusal),
         };
+        let proto = pool.map_or(Proto::Original, |pool| Proto::Tp1 { pool });
         let (id, to_write) = match self.register(from, socket, proto, bond) {
             Ok(registered) => registered,
-            Err((reason, why)) => {
-                // To a client that never said hello the line means nothing, and does no harm.
-                let _ = send(&mut writer, &Line::bye(reason));
-                return self.refuse_link(from, &why);
-            }
+            Err(refusal) => return self.refuse_link(from, &refusal.tell(&mut writer)),
         };
         let (server, owned) = (self.clone(), socket.clone());
         let write = move || server.control_writer(&owned, writer, id, &to_write);
         let why = match self.workers.start("control_writer", write) {
-            Ok(()) => read_until_end(&mut lines),
+            Ok(()) => self.read_until_end(&mut lines, proto, id),
             Err(error) => format!("there is no thread to write to it: {error}"),
         };
         self.client_left(id, &why);
+    }
+
+    /// What is asked of a connection that has this place.
+    fn door<'a>(&'a self, place: &'a Place) -> Door<'a> {
+        Door {
+            keys: &self.options.keys,
+            original: self.options.original && self.options.keys.is_empty(),
+            bond: self
+                .state
+                .lock()
+                .cache
+                .as_ref()
+                .and_then(|live| live.bond.clone()),
+            place,
+        }
+    }
+
+    /// Reads a client's lines until there are no more, and returns why.
+    fn read_until_end(&self, lines: &mut Lines<Reader>, proto: Proto, id: SessionId) -> String {
+        loop {
+            match lines.next_line_alive() {
+                Ok(Line::Bye { reason }) => {
+                    return format!("it said bye, {}", reason.to_string().escape_debug());
+                }
+                Ok(Line::Hello { .. }) if proto == Proto::Original => {
+                    // It never was an original one. It comes back, and is asked again.
+                    self.say_bye(id, Reason::Late);
+                    return "its hello came late: it is no original one".to_owned();
+                }
+                Ok(Line::Failed { visitor, reason }) => self.local_failed(visitor, &reason),
+                Ok(_) => {}
+                Err(error) => return why_ended(&error),
+            }
+        }
+    }
+
+    /// A visitor's tunnel was aborted, as the client could not reach the local service.
+    fn local_failed(&self, visitor: SocketAddr, reason: &Failure) {
+        count(&self.counts.refused);
+        let reason = reason.to_string();
+        let (log, reason) = (&self.logs.local_failed, reason.escape_debug());
+        log.say(|more| {
+            warn!(
+                "visitor {visitor}: the client could not reach the local service: {reason}{more}"
+            );
+        });
     }
 
     /// Writes what [`send_message`](Self::send_message) hands over, and heartbeats, until the
@@ -348,63 +381,35 @@ impl Shared {
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    /// What a control link begins with: the handshake, if there is a key, and hello.
-    fn open_link(&self, mut conn: Conn, place: &Place) -> io::Result<Link> {
-        let (start, keys) = (Instant::now(), &self.options.keys);
-        let socket = conn.socket().clone();
-        socket.set_write_timeout(Some(SILENCE))?;
-        if keys.is_empty() {
-            return open_plain_link(conn, start + HELLO_TIMEOUT);
-        }
-        let deadline = start + HANDSHAKE_TIMEOUT;
-        conn.reader.set_deadline(Some(deadline))?;
-        let bond = Some(conn.respond(&Purpose::Control(keys), || place.extend())?);
-        let mut lines = Lines::new(conn.reader);
-        let proto = read_hello(&mut lines, deadline)?;
-        Ok(Link {
-            lines,
-            writer: conn.writer,
-            proto,
-            bond,
-        })
-    }
-
-    fn too_late(&self) -> &'static str {
-        match self.options.keys.is_empty() {
-            true => "its hello took too long",
-            false => "its handshake took too long: it may have no key",
-        }
-    }
-
-    fn refuse_link(&self, from: SocketAddr, why: &str) {
+    fn refuse_link(&self, from: SocketAddr, refusal: &Refusal) {
         count(&self.counts.refused);
         let log = &self.logs.link_refused;
-        log.say(|more| warn!("refused control link from {from}: {why}{more}"));
+        log.say(|more| warn!("refused control link from {from}: {refusal}{more}"));
     }
 
     /// Makes a client the one that is live, if none is. One that said hello takes the place of
-    /// one that did not. If refused, the answer is the reason for its `bye`, and the one to log.
+    /// one that did not.
     fn register(
         &self,
         client: SocketAddr,
         socket: &Arc<TcpStream>,
         proto: Proto,
         bond: Option<Bond>,
-    ) -> Result<(SessionId, Receiver<Line>), (&'static str, String)> {
-        let id = SessionId::random().map_err(|error| ("error", format!("no session: {error}")))?;
+    ) -> Result<(SessionId, Receiver<Line>), Refusal> {
+        let id = SessionId::random().map_err(io::Error::other)?;
         let (to_client, to_write) = unbounded();
         self.forget_hung_up();
         let mut state = self.state.lock();
         if self.stop.stopped() {
-            return Err((DRAINING, "the server stops".to_owned()));
+            return Err(Refusal::Stopping);
         }
         if let Some(live) = &state.cache
             && (live.proto != Proto::Original || proto == Proto::Original)
         {
-            return Err((BUSY, format!("client {} is connected", live.client)));
+            return Err(Refusal::Busy(live.client));
         }
         let waiting = std::iter::repeat_n(NEW, state.conn_list_map.waiting());
-        for line in std::iter::once(proto.first_line(id)).chain(waiting) {
+        for line in std::iter::once(self.first_line(proto, id, client)).chain(waiting) {
             let _ = to_client.send(line);
         }
         let mut remarks = self.key_remark(bond.as_ref());
@@ -440,6 +445,23 @@ impl Shared {
         drop(state);
         if let Some(id) = gone {
             self.client_left(id, "it hung up");
+        }
+    }
+
+    /// The server's first line to such a client.
+    fn first_line(&self, proto: Proto, session: SessionId, client: SocketAddr) -> Line {
+        match proto {
+            Proto::Original => Line::Hi,
+            Proto::Tp1 { pool } => Line::Hello {
+                proto: PROTO,
+                pool,
+                welcome: Some(Welcome {
+                    session,
+                    tunnel: Some(self.tunnel.addr.port()),
+                    public: Some(self.public.addr.port()),
+                    client: Some(client),
+                }),
+            },
         }
     }
 
@@ -510,68 +532,78 @@ impl Shared {
         }
     }
 
+    /// Hands a client its last line.
+    fn say_bye(&self, id: SessionId, reason: Reason) {
+        if let Some(session) = self
+            .state
+            .lock()
+            .cache
+            .as_ref()
+            .filter(|live| live.id == id)
+        {
+            let _ = session.to_client.send(Line::Bye { reason });
+        }
+    }
+
     /// Listens for tunnels. Each proves on its own thread which session it belongs to; those of an
     /// original client cannot, and go straight to a visitor.
     fn make_forward(self: &Arc<Self>) {
         while let Some((socket, from)) = self.accept(&self.tunnel) {
             let socket = Arc::new(socket);
-            let state = self.state.lock();
-            let live = state.cache.as_ref();
-            let live = live.map(|live| (live.id, live.proto, live.bond.clone()));
-            drop(state);
             let conn = Conn::new(socket.clone());
-            match live {
-                Some((id, Proto::Original, _)) => self.config_conn_list_tunnel(conn, from, id),
-                Some((_, Proto::Tp1 { .. }, bond)) => {
-                    let place = self.unproved_tunnels.enter(&socket);
-                    self.start("tunnel", move |server| {
-                        server.tunnel(conn, bond, from, place)
-                    });
-                }
-                None => self.refuse_tunnel(from, "no client is connected"),
+            let original = |live: &&Session| live.proto == Proto::Original;
+            let live = self
+                .state
+                .lock()
+                .cache
+                .as_ref()
+                .filter(original)
+                .map(|live| live.id);
+            if let Some(id) = live {
+                self.config_conn_list_tunnel(conn, from, id);
+                continue;
             }
+            let place = self.unproved_tunnels.enter(&socket);
+            self.start("tunnel", move |server| server.tunnel(conn, from, place));
         }
     }
 
     /// Waits until a tunnel has shown which session it belongs to.
-    fn tunnel(&self, conn: Conn, bond: Option<Bond>, from: SocketAddr, place: Place) {
-        let opened = open_tunnel(conn, bond.as_ref(), &place);
+    fn tunnel(&self, conn: Conn, from: SocketAddr, place: Place) {
+        let admitted = self.door(&place).admit_tunnel(conn);
         if !place.leave() {
-            return self.refuse_tunnel(from, CROWDED_OUT);
+            return self.refuse_tunnel(from, &Refusal::CrowdedOut);
         }
-        match opened {
+        match admitted {
             Ok((conn, session)) => self.config_conn_list_tunnel(conn, from, session),
-            Err(error) if timed_out(&error) => {
-                self.refuse_tunnel(from, "it did not name its session in time");
-            }
-            Err(error) => self.refuse_tunnel(from, &why_ended(&error)),
+            Err(refusal) => self.refuse_tunnel(from, &refusal),
         }
     }
 
-    fn refuse_tunnel(&self, from: SocketAddr, why: &str) {
+    fn refuse_tunnel(&self, from: SocketAddr, refusal: &Refusal) {
         count(&self.counts.refused);
         let log = &self.logs.tunnel_refused;
-        log.say(|more| warn!("refused tunnel from {from}: {why}{more}"));
+        log.say(|more| warn!("refused tunnel from {from}: {refusal}{more}"));
     }
 
     /// Gives a tunnel of the live session to the visitor that has waited longest.
     fn config_conn_list_tunnel(&self, conn: Conn, from: SocketAddr, id: SessionId) {
         // An idle tunnel is peeked at, which must not wait.
         if let Err(error) = conn.socket().set_nonblocking(true) {
-            return self.refuse_tunnel(from, &error.to_string());
+            return self.refuse_tunnel(from, &error.into());
         }
         let mut state = self.state.lock();
         let live = state.cache.as_ref().filter(|live| live.id == id);
         let Some(proto) = live.map(|live| live.proto) else {
             drop(state);
-            return self.refuse_tunnel(from, "its session is not the live one");
+            return self.refuse_tunnel(from, &Refusal::OldSession);
         };
         let tunnel = Tunnel { conn, proto };
         let placed = state.conn_list_map.add_tunnel(tunnel, proto.pool(), greet);
         drop(state);
         match placed {
             Placed::Matched => self.update(),
-            Placed::Dead => self.refuse_tunnel(from, "it was closed before its visitor came"),
+            Placed::Dead => self.refuse_tunnel(from, &Refusal::Dead),
             Placed::Idle => self.detail(format_args!("tunnel from {from} is idle")),
             Placed::Superfluous(_) => self.detail(format_args!("closed a superfluous tunnel")),
         }
@@ -655,9 +687,24 @@ impl Shared {
                 // A stop waits for those that wait.
                 self.update();
             }
-            for Accept { visitor, .. } in &expired {
+            for Accept {
+                visitor, socket, ..
+            } in &expired
+            {
                 count(&self.counts.timed_out);
                 let log = &self.logs.timed_out;
+                if is_client(socket) {
+                    let reason = Reason::PublicPort;
+                    let _ = socket.set_nonblocking(true);
+                    let _ = send(socket, &Line::Bye { reason });
+                    log.say(|more| {
+                        warn!(
+                            "closed {visitor}: it is a tpclient, and this is the port for visitors \
+                             (--control-port, --tunnel-port of tpclient){more}"
+                        );
+                    });
+                    continue;
+                }
                 log.say(|more| warn!("closed visitor {visitor} after {timeout:?}: {why}{more}"));
             }
             // Who comes from now on does not expire before a whole timeout has passed.
@@ -720,7 +767,8 @@ impl Shared {
             self.join_conn2(accept, tunnel);
         }
         if let Some(session) = session {
-            let _ = session.to_client.send(Line::bye(DRAINING));
+            let reason = Reason::Draining;
+            let _ = session.to_client.send(Line::Bye { reason });
         }
     }
 }
@@ -797,24 +845,13 @@ impl Logs {
             client_came: LogLimit::new(client_lines),
             client_left: LogLimit::new(client_lines),
             timed_out: once_a_second(),
+            local_failed: once_a_second(),
             detail: LogLimit::new(DETAIL_LINES),
         }
     }
 }
 
 impl Proto {
-    /// The server's first line to such a client.
-    fn first_line(self, id: SessionId) -> Line {
-        match self {
-            Proto::Original => Line::Hi,
-            Proto::Tp1 { pool } => Line::Hello {
-                proto: PROTO,
-                pool,
-                session: Some(id),
-            },
-        }
-    }
-
     /// How many idle tunnels are kept.
     fn pool(self) -> usize {
         match self {
@@ -843,78 +880,4 @@ fn greet(accept: &Accept, tunnel: &mut Tunnel) -> bool {
         net::reset_on_close(&accept.socket, false);
     }
     greeted
-}
-
-/// What a control link begins with if there is no key: hello, or nothing at all.
-fn open_plain_link(conn: Conn, deadline: Instant) -> io::Result<Link> {
-    let (socket, mut writer) = (conn.socket().clone(), conn.writer);
-    let mut lines = Lines::new(conn.reader);
-    let proto = match read_hello(&mut lines, deadline) {
-        Err(error) if timed_out(&error) && lines.rest().is_empty() => {
-            // It never writes, so its silence says nothing.
-            net::end_when_unacknowledged(&socket, SILENCE)?;
-            Proto::Original
-        }
-        // No line begins like that, but a handshake does.
-        Err(_) if lines.rest().first() == Some(&0) => {
-            let _ = send(&mut writer, &Line::bye(NO_KEY));
-            let why = "it has a key, and this server has none (--key-file)";
-            return Err(io::Error::other(why));
-        }
-        read => read?,
-    };
-    Ok(Link {
-        lines,
-        writer,
-        proto,
-        bond: None,
-    })
-}
-
-/// The first line of a client that speaks `tp/1`. Its silence will mean something from now on.
-fn read_hello(lines: &mut Lines<Reader>, deadline: Instant) -> io::Result<Proto> {
-    match lines.next_line_by(deadline)? {
-        Line::Hello {
-            proto: PROTO..,
-            pool,
-            ..
-        } => {
-            lines.limit_silence();
-            let pool = pool.min(MAX_POOL);
-            Ok(Proto::Tp1 { pool })
-        }
-        _ => Err(io::Error::other("its first line is not a hello")),
-    }
-}
-
-/// What a tunnel begins with: the handshake, if there is a key, and the line that names its
-/// session. The client says no more before it is told a visitor.
-fn open_tunnel(
-    mut conn: Conn,
-    bond: Option<&Bond>,
-    place: &Place,
-) -> io::Result<(Conn, SessionId)> {
-    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
-    if let Some(bond) = bond {
-        conn.reader.set_deadline(Some(deadline))?;
-        conn.respond(&Purpose::Tunnel(bond), || place.extend())?;
-    }
-    let mut lines = Lines::new(conn.reader);
-    let line = lines.next_line_by(deadline)?;
-    let (reader, writer) = (lines.into_reader(), conn.writer);
-    match line {
-        Line::Tunnel { session } if reader.is_empty() => Ok((Conn { reader, writer }, session)),
-        _ => Err(io::Error::other("it did not name its session")),
-    }
-}
-
-/// Reads a client's lines until there are no more; the answer is why.
-fn read_until_end(lines: &mut Lines<Reader>) -> String {
-    loop {
-        match lines.next_line_alive() {
-            Ok(Line::Bye { reason }) => return format!("it said bye, {}", reason.escape_debug()),
-            Ok(_) => {}
-            Err(error) => return why_ended(&error),
-        }
-    }
 }

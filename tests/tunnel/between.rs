@@ -92,8 +92,8 @@ impl Between {
     /// The options of a client that gets to the server only through here.
     pub fn options(&self, local: SocketAddr, key: Option<&Key>) -> ClientOptions {
         ClientOptions {
-            control_port: self.control.addr.port(),
-            tunnel_port: self.tunnel.addr.port(),
+            server: self.control.addr.into(),
+            tunnel_port: Some(self.tunnel.addr.port()),
             local: local.into(),
             key: key.cloned(),
             ..ClientOptions::default()

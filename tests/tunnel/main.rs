@@ -23,3 +23,4 @@ mod soak;
 mod stop;
 mod support;
 mod traffic;
+mod wrong_ports;

@@ -10,7 +10,7 @@ use crate::support::{
     Protection, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended,
     closed_port, connect, eventually, expect_pattern, send_pattern, server_options,
 };
-use tunnel_proxy::ServerOptions;
+use tunnel_proxy::{ClientOptions, ServerOptions};
 
 /// The original client: reads lines; on `new` dials the local service, then the tunnel port, and
 /// copies raw bytes. It never writes to the control link.
@@ -29,6 +29,18 @@ fn original_client(control: SocketAddr, tunnel: SocketAddr, local: SocketAddr) -
     link
 }
 
+/// A server that takes original clients, too.
+fn original_server() -> RunningServer {
+    RunningServer::start(original_options())
+}
+
+fn original_options() -> ServerOptions {
+    ServerOptions {
+        original: true,
+        ..server_options(Protection::Plain)
+    }
+}
+
 /// As the original's io.Copy with its two deferred closes.
 fn copy_and_close(mut from: TcpStream, mut to: TcpStream) {
     thread::spawn(move || {
@@ -40,7 +52,7 @@ fn copy_and_close(mut from: TcpStream, mut to: TcpStream) {
 #[test]
 fn an_original_client_is_served() {
     let service = Service::echo();
-    let server = RunningServer::start(server_options(Protection::Plain));
+    let server = original_server();
     // Waits from before the client is known to be an original one.
     let early = server.visit();
     let _link = original_client(server.control, server.tunnel, service.addr);
@@ -57,7 +69,7 @@ fn an_original_client_is_served() {
 
 #[test]
 fn an_original_client_gets_the_originals_bytes() {
-    let server = RunningServer::start(server_options(Protection::Plain));
+    let server = original_server();
     let mut client = Peer::dial_control(&server);
     let mut lines = vec![client.line(), client.line()];
     let _visitors = (server.visit(), server.visit());
@@ -81,7 +93,7 @@ fn an_original_client_gets_the_originals_bytes() {
 #[test]
 fn an_original_client_is_undisturbed_by_refused_ones() {
     let service = Service::echo();
-    let server = RunningServer::start(server_options(Protection::Plain));
+    let server = original_server();
     let _link = original_client(server.control, server.tunnel, service.addr);
     let visitor = server.visit();
     assert_echo(&visitor, "before");
@@ -104,7 +116,7 @@ fn an_original_client_is_undisturbed_by_refused_ones() {
 
 #[test]
 fn a_client_that_never_said_hello_gives_way_to_one_that_does() {
-    let server = RunningServer::start(server_options(Protection::Plain));
+    let server = original_server();
     let mut original = Peer::dial_control(&server);
     assert_eq!(original.line(), "hi\n");
     let mut client = Peer::dial_control(&server);
@@ -121,7 +133,7 @@ fn a_client_that_never_said_hello_gives_way_to_one_that_does() {
 
 #[test]
 fn an_original_client_that_leaves_makes_room() {
-    let server = RunningServer::start(server_options(Protection::Plain));
+    let server = original_server();
     let mut first = Peer::dial_control(&server);
     assert_eq!(first.line(), "hi\n");
     drop(first);
@@ -138,11 +150,21 @@ struct OriginalServer {
 
 impl OriginalServer {
     fn start(local: SocketAddr) -> Self {
+        Self::beginning_with(local, "hi\n")
+    }
+
+    fn beginning_with(local: SocketAddr, first: &str) -> Self {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::of(Protection::Plain, &controls, &tunnels, local, 8);
+        let client = RunningClient::start(ClientOptions {
+            server: controls.local_addr().unwrap().into(),
+            tunnel_port: Some(tunnels.local_addr().unwrap().port()),
+            local: local.into(),
+            original: true,
+            ..ClientOptions::default()
+        });
         let mut control = Peer::accept_control(&controls, Protection::Plain);
-        control.write("hi\n");
+        control.write(first);
         Self {
             control,
             tunnels,
@@ -210,7 +232,7 @@ fn an_original_server_is_told_hello_and_nothing_more() {
 fn an_original_clients_visitors_time_out_as_they_did() {
     let server = RunningServer::start(ServerOptions {
         pair_timeout: Duration::from_millis(1500),
-        ..server_options(Protection::Plain)
+        ..original_options()
     });
     // Says nothing and dials nothing, as a client whose local service refuses does.
     let _client = connect(server.control);
@@ -219,4 +241,69 @@ fn an_original_clients_visitors_time_out_as_they_did() {
     assert_ended(&visitor);
     assert!(start.elapsed() >= Duration::from_millis(1400));
     eventually("the server lives", || server.visit().peer_addr().is_ok());
+}
+
+/// A hello that comes too late is no sign of an original client, and whoever is silent is none
+/// unless the server was told to expect one.
+#[test]
+fn silence_makes_nobody_a_client_without_the_option() {
+    let server = RunningServer::start(server_options(Protection::Plain));
+    let mut silent = Peer::dial_control(&server);
+    let start = Instant::now();
+    assert_eq!(silent.line(), "");
+    assert!(
+        start.elapsed() >= Duration::from_secs(4),
+        "{:?}",
+        start.elapsed()
+    );
+    let mut late = Peer::dial_control(&server);
+    thread::sleep(Duration::from_millis(1200));
+    assert_eq!(late.say_hello(0).len(), 32);
+    // Nobody is handed a visitor who cannot name the session.
+    let _visitor = server.visit();
+    assert_eq!(late.line_after_hi(), "new\n");
+    let mut stranger = connect(server.tunnel);
+    stranger.write_all(b"\n").unwrap();
+    assert_ended(&stranger);
+}
+
+#[test]
+fn a_hello_that_comes_late_ends_an_original_link_and_is_asked_again() {
+    let server = original_server();
+    let mut late = Peer::dial_control(&server);
+    assert_eq!(late.line(), "hi\n", "taken for an original one");
+    late.write("hello proto=1 pool=0\n");
+    assert_eq!(late.line_after_hi(), "bye reason=late\n");
+    assert_eq!(late.line(), "");
+    let mut again = Peer::dial_control(&server);
+    assert_eq!(again.say_hello(0).len(), 32);
+}
+
+#[test]
+fn an_original_server_is_left_alone_without_the_option() {
+    let service = Service::echo();
+    let controls = TcpListener::bind("127.0.0.1:0").unwrap();
+    let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _client = RunningClient::of(Protection::Plain, &controls, &tunnels, service.addr, 8);
+    for first in ["hi\n", "new\n"] {
+        let mut control = Peer::accept_control(&controls, Protection::Plain);
+        assert_eq!(control.line(), "hello proto=1 pool=8\n");
+        control.write(first);
+        assert_eq!(control.line(), "", "{first:?}");
+    }
+}
+
+/// Whatever else a server says first, it is no original one.
+#[test]
+fn only_hi_and_new_are_an_original_servers_first_line() {
+    let service = Service::echo();
+    for first in [
+        "SSH-2.0-OpenSSH_9.2\r\n",
+        "hey\n",
+        "new visitor=192.0.2.1:1\n",
+    ] {
+        let mut server = OriginalServer::beginning_with(service.addr, first);
+        assert_eq!(server.control.line(), "hello proto=1 pool=8\n");
+        assert_eq!(server.control.line(), "", "{first:?}");
+    }
 }

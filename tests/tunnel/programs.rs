@@ -93,6 +93,11 @@ impl<'a> Launch<'a> {
         self.start(env!("CARGO_BIN_EXE_tpclient"), &all)
     }
 
+    /// `tpclient` with these options and no others.
+    pub fn bare_client(self, arguments: &[&str]) -> Program {
+        self.start(env!("CARGO_BIN_EXE_tpclient"), arguments)
+    }
+
     fn start(self, program: &str, arguments: &[&str]) -> Program {
         let words: Vec<_> = self.under.iter().copied().chain([program]).collect();
         let mut command = Command::new(words[0]);

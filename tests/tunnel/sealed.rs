@@ -151,7 +151,10 @@ fn the_first_frame_is_at_most_a_line_and_every_frame_of_a_known_kind() {
     let frame = client.frame(DATA, &padded(longest));
     client.socket.write_all(&frame).unwrap();
     let answer = client.line();
-    assert!(answer.starts_with("hello proto=1 session="), "{answer}");
+    assert!(
+        answer.starts_with("hello proto=1 pool=0 session="),
+        "{answer}"
+    );
 }
 
 #[test]
@@ -162,7 +165,7 @@ fn only_who_has_the_key_becomes_the_client() {
     assert!(wrong.is_err(), "a handshake with another key");
     let mut plain = Peer::plain(connect(server.control));
     plain.write("hello proto=1 pool=8\n");
-    assert_eq!(plain.read_until_closed(), b"");
+    assert_eq!(plain.read_until_closed(), b"bye reason=wants-key\n");
     // They go on trying, while the one who has the key serves.
     let _others = [Some(other), None].map(|key| {
         let options = client_options(&server, service.addr);
@@ -179,12 +182,12 @@ fn both_programs_say_when_only_one_of_them_has_a_key() {
     let (server, addresses) = Program::server(Protection::Plain, &[]);
     let client = Program::client(Protection::Sealed, addresses, service.addr, &[]);
     server.wait_for_line("it has a key, and this server has none");
-    client.wait_for_line("it answered without a key");
+    client.wait_for_line("it has no key, and this client has one");
 
     let (server, addresses) = Program::server(Protection::Sealed, &[]);
     let client = Program::client(Protection::Plain, addresses, service.addr, &[]);
     server.wait_for_line("it came without a key (--key-file)");
-    client.wait_for_line("it closed the connection: it may want a key (--key-file)");
+    client.wait_for_line("it wants a key (--key-file)");
 }
 
 #[test]
@@ -213,8 +216,8 @@ fn both_programs_say_when_they_have_two_keys() {
     let (server, addresses) = Program::server(Protection::Sealed, &[]);
     let arguments = ["--key-file", file.path().to_str().unwrap()];
     let client = Program::client(Protection::Sealed, addresses, service.addr, &arguments);
-    server.wait_for_line("its key is another one");
-    client.wait_for_line("most likely it has another key; trying again");
+    server.wait_for_line(": wrong key");
+    client.wait_for_line("wrong key (--key-file): the server has another one; trying again");
     // It goes on trying: for each wrong client, the server has a line a second at the most.
     server.wait_for_line("more like this before, not logged");
     for program in [&server, &client] {

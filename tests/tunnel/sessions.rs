@@ -220,8 +220,8 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
     let refusing = closed_port();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
-        control_port: listener.local_addr().unwrap().port(),
-        tunnel_port: refusing.addr.port(),
+        server: listener.local_addr().unwrap().into(),
+        tunnel_port: Some(refusing.addr.port()),
         key: protection.key(),
         ..ClientOptions::default()
     });
@@ -254,7 +254,7 @@ fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) 
 fn dials_come_further_apart(protection: Protection, answer: &str) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(ClientOptions {
-        control_port: listener.local_addr().unwrap().port(),
+        server: listener.local_addr().unwrap().into(),
         key: protection.key(),
         ..ClientOptions::default()
     });
@@ -338,7 +338,7 @@ fn visitors_are_served_through_a_crowd_of_silent_strangers(protection: Protectio
 #[test]
 fn a_client_whose_host_name_does_not_resolve_goes_on_and_can_be_stopped() {
     let mut client = RunningClient::start(ClientOptions {
-        server: "does-not-exist.invalid".to_owned(),
+        server: Address::new("does-not-exist.invalid", 8009),
         ..ClientOptions::default()
     });
     thread::sleep(Duration::from_millis(500));

@@ -107,9 +107,7 @@ pub fn server_options(protection: Protection) -> ServerOptions {
 /// The client's options for this server, its key included, and this local service.
 pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOptions {
     ClientOptions {
-        server: server.control.ip().to_string(),
-        control_port: server.control.port(),
-        tunnel_port: server.tunnel.port(),
+        server: server.control.into(),
         local: local.into(),
         key: server.key.clone(),
         ..ClientOptions::default()
@@ -444,8 +442,8 @@ impl RunningClient {
         pool: usize,
     ) -> Self {
         Self::start(ClientOptions {
-            control_port: controls.local_addr().unwrap().port(),
-            tunnel_port: tunnels.local_addr().unwrap().port(),
+            server: controls.local_addr().unwrap().into(),
+            tunnel_port: Some(tunnels.local_addr().unwrap().port()),
             local: local.into(),
             pool,
             key: protection.key(),
