@@ -280,7 +280,9 @@ impl Shared {
         loop {
             match line {
                 Line::New { .. } => self.one_more(session),
-                Line::Bye { reason } => return NoSession::Bye(reason).to_string(),
+                Line::Bye { reason } => {
+                    return format!("it said bye, {}", reason.to_string().escape_debug());
+                }
                 _ => {}
             }
             line = match lines.next_line_alive() {

@@ -94,7 +94,7 @@ fn bad_usage_is_exit_code_2() {
         ("--pool=-1", &["--pool '-1'"]),
         ("--pool", &["pool"]),
         ("--local 8000", &["--local '8000'"]),
-        ("--server host:80", &["--server 'host:80'"]),
+        ("--server host:80:80", &["--server 'host:80:80'"]),
         ("--control-port 70000", &["--control-port '70000'"]),
         ("one two", &["'one'"]),
         ("-x", &["x"]),
