@@ -22,7 +22,7 @@ use crate::options::ClientOptions;
 use crate::protocol::{
     BUSY, DRAINING, HANDSHAKE_TIMEOUT, HEARTBEAT, Line, PROTO, SILENCE, SessionId,
 };
-use crate::relay::{End, Expected, Pairs, SWEEP, Visitor};
+use crate::relay::{Closing, End, Expected, Pairs, SWEEP, Visitor};
 use crate::secure::{Bond, Purpose};
 use crate::status::{Counts, Status, count};
 use crate::stop::{Handle, Running, Stop};
@@ -394,11 +394,16 @@ impl Shared {
     /// One tunnel: dialled, idle until its visitor comes, then joined with the local service until
     /// that visitor has gone. False if none came.
     fn combine(self: &Arc<Self>, session: &Arc<Session>, slot: Slot) -> bool {
-        let Some((visitor, remote, _expected)) = self.next_visitor(session, slot) else {
+        let Some((visitor, remote, expected)) = self.next_visitor(session, slot) else {
             return false;
         };
         match self.connect_local() {
-            Ok(local) => self.join_conn(session, local, remote, visitor),
+            Ok(local) => {
+                let closing = self.join_conn(session, local, remote, visitor);
+                // A stop need not wait for the rest.
+                drop(expected);
+                closing.map(Closing::wait);
+            }
             Err(error) => {
                 net::abort(remote.socket());
                 count(match timed_out(&error) {
@@ -472,15 +477,17 @@ impl Shared {
         local: TcpStream,
         remote: Conn,
         visitor: Visitor,
-    ) {
+    ) -> Option<Closing> {
         let (up, down) = self.pairs.join(
             visitor,
             End {
                 name: "server",
+                is_program: true,
                 conn: remote,
             },
             End {
                 name: "local service",
+                is_program: false,
                 conn: Conn::new(Arc::new(local)),
             },
             self.options.linger,
@@ -491,13 +498,13 @@ impl Shared {
             if session.is_low() {
                 client.refill(&session);
             }
-            down.copy();
+            down.copy().map(Closing::wait);
         };
         if let Err(error) = self.workers.start("down", work) {
             self.no_thread(&error);
         }
         set_name("up");
-        up.copy();
+        up.copy()
     }
 
     fn no_thread(&self, error: &io::Error) {
