@@ -19,7 +19,7 @@ use crate::limits::{LogLimit, Slot, Slots, affordable_visitors};
 use crate::net::{self, timed_out};
 use crate::options::{ClientOptions, TUNNEL_PORT};
 use crate::protocol::{Failure, HEARTBEAT, Line, Reason, SILENCE, SessionId, Welcome};
-use crate::relay::{End, Expected, Pairs, SWEEP, Visitor};
+use crate::relay::{Closing, End, Expected, Pairs, SWEEP, Visitor};
 use crate::secure::Bond;
 use crate::status::{Counts, Status, count};
 use crate::stop::{Handle, Running, Stop};
@@ -369,11 +369,16 @@ impl Shared {
     /// One tunnel: dialled, idle until its visitor comes, then joined with the local service until
     /// that visitor has gone. False if none came.
     fn combine(self: &Arc<Self>, session: &Arc<Session>, slot: Slot) -> bool {
-        let Some((visitor, remote, _expected)) = self.next_visitor(session, slot) else {
+        let Some((visitor, remote, expected)) = self.next_visitor(session, slot) else {
             return false;
         };
         match self.connect_local(session, &visitor) {
-            Ok((local, own_dial)) => self.join_conn(session, local, own_dial, remote, visitor),
+            Ok((local, own_dial)) => {
+                let closing = self.join_conn(session, local, own_dial, remote, visitor);
+                // A stop need not wait for the rest.
+                drop(expected);
+                closing.map(Closing::wait);
+            }
             Err((reason, why)) => {
                 net::abort(remote.socket());
                 count(match reason {
@@ -486,15 +491,17 @@ impl Shared {
         own_dial: OwnDial,
         remote: Conn,
         visitor: Visitor,
-    ) {
+    ) -> Option<Closing> {
         let (up, down) = self.pairs.join(
             visitor,
             End {
                 name: "server",
+                is_program: true,
                 conn: remote,
             },
             End {
                 name: "local service",
+                is_program: false,
                 conn: Conn::new(Arc::new(local)),
             },
             self.options.linger,
@@ -505,14 +512,15 @@ impl Shared {
             if session.is_low() {
                 client.refill(&session);
             }
-            down.copy();
+            down.copy().map(Closing::wait);
         };
         if let Err(error) = self.workers.start("down", work) {
             self.no_thread(&error);
         }
         set_name("up");
-        up.copy();
+        let closing = up.copy();
         drop(own_dial);
+        closing
     }
 
     fn no_thread(&self, error: &io::Error) {

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::net;
@@ -106,6 +107,11 @@ impl Reader {
     /// The socket, if what it gives needs no work, and nothing was read ahead.
     pub fn plain(&self) -> Option<Arc<TcpStream>> {
         (self.opener.is_none() && self.rest.is_empty()).then(|| self.socket.clone())
+    }
+
+    /// Whether there is a key.
+    pub fn is_sealed(&self) -> bool {
+        self.opener.is_some()
     }
 
     /// Gives bytes back, to be read again.
@@ -230,13 +236,29 @@ impl Writer {
         self.batch = Vec::new();
     }
 
-    /// Writes the first `count` bytes that were put into the batch.
-    pub fn write_batch(&mut self, count: usize) -> io::Result<()> {
+    /// Writes the first `count` bytes that were put into the batch, and adds them to `moved`: those
+    /// that travel as they are with each step, however long the far side takes for the rest.
+    pub fn write_batch(&mut self, count: usize, moved: &AtomicU64) -> io::Result<()> {
         let batch = &mut self.batch[..1 + count];
-        match &mut self.sealer {
-            None => (&*self.socket).write_all(&batch[1..]),
-            Some(sealer) => (&*self.socket).write_all(sealer.seal(batch)?),
+        if let Some(sealer) = &mut self.sealer {
+            (&*self.socket).write_all(sealer.seal(batch)?)?;
+            moved.fetch_add(count as u64, Ordering::Relaxed);
+            return Ok(());
         }
+        let mut left = &batch[1..];
+        while !left.is_empty() {
+            match (&*self.socket).write(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    moved.fetch_add(written as u64, Ordering::Relaxed);
+                    left = &left[written..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if net::paused(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Writes the frame that ends the stream, if there are frames. Who has none learns of the end

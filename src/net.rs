@@ -32,6 +32,11 @@ const PORT_PAUSE: Duration = Duration::from_millis(50);
 /// (`net.core.somaxconn`) since 5.4.
 const BACKLOG: i32 = 4096;
 
+/// What to do when the system has no address for this side of a dial.
+const NO_PORT: &str = "; most likely every local port for it is in use, or was within the last minute: \
+    allow more (net.ipv4.ip_local_port_range) or their use again at once (net.ipv4.tcp_tw_reuse=1), \
+    or have fewer visits";
+
 /// Listens on the first address of a name that works; the answer has the real one. `[::]` takes
 /// IPv4 too, whatever the system's default is. A port in use may be that of a server that is about
 /// to end: it is waited for until `patience` ends. Unless `anywhere`, every address of the name must
@@ -145,7 +150,13 @@ pub fn dial_one(address: SocketAddr) -> io::Result<TcpStream> {
         socket.connect_timeout(&address.into(), DIAL_TIMEOUT)?;
         Ok(socket.into())
     };
-    dial().map_err(|error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}")))
+    dial().map_err(|error: io::Error| {
+        let hint = match error.kind() {
+            io::ErrorKind::AddrNotAvailable => NO_PORT,
+            _ => "",
+        };
+        io::Error::new(error.kind(), format!("{address}: {error}{hint}"))
+    })
 }
 
 /// What all four kinds of connections want: nothing held back for company (a lone keystroke goes
@@ -268,7 +279,33 @@ pub fn limit_pause(socket: &TcpStream, limit: Option<Duration>) -> io::Result<()
     Ok(())
 }
 
-/// See [`limit_pause`].
+/// From now on a write that waits for room comes back after this time, with what it has written by
+/// then: nothing, an error that says so, is not the end, see [`paused`].
+pub fn limit_write(socket: &TcpStream, limit: Duration) {
+    // Fails on a connection that has been reset already, where it means nothing.
+    #[cfg(unix)]
+    let _ = socket.set_write_timeout(Some(limit));
+    #[cfg(not(unix))]
+    let _ = (socket, limit);
+}
+
+/// Waits until the last byte that was written to a connection has left, but not longer than that: a
+/// reset takes those with it that have not. Returns at once for a connection that has ended.
+pub fn wait_until_sent(socket: &TcpStream, limit: Duration) {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        // Now it has room for more only when nothing is left.
+        let asked = SockRef::from(socket).set_tcp_notsent_lowat(1);
+        if let (Ok(()), Ok(limit)) = (asked, Timespec::try_from(limit)) {
+            let _ = poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&limit));
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (socket, limit);
+}
+
+/// See [`limit_pause`] and [`limit_write`].
 pub fn paused(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock
 }

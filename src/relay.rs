@@ -7,9 +7,9 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -34,15 +34,34 @@ const BUFFERS: [usize; 3] = [8 * 1024, 64 * 1024, 448 * 1024];
 /// The place of the last one.
 const BULK: usize = BUFFERS.len() - 1;
 
+/// How many directions of a server's or a client's visitors may have the second buffer, and the third.
+/// Others stay with what they have: anyone can make a thousand downloads and stop reading, and what is
+/// in their buffers stays there for as long as they like. With a key, all of these hold 9 MiB.
+const ROOMY: [usize; BULK] = [16, 8];
+
 /// A direction that pauses for longer gives back all but the first.
 const BULK_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why a stop ends what is still joined.
 const CUT_OFF: &str = "cut off by the stop";
 
-/// Half-closed pairs are looked at this often, so that a reset is passed on within a second or so,
-/// and `linger` is held to two.
-pub const SWEEP: Duration = Duration::from_secs(1);
+/// Pairs are looked at this often, so that a reset is passed on within a second or so, and `linger`
+/// is held to two.
+pub const SWEEP: Duration = Duration::from_millis(500);
+
+/// What a direction that has failed has written before gets this long to leave, before the reset.
+const LAST_BYTES: Duration = Duration::from_secs(1);
+
+/// A write that waits for its reader comes back this often at the least, to tell what has left. A
+/// thousand stopped readers then wake a thread a hundred times a second.
+const LONGEST_WRITE: Duration = Duration::from_secs(10);
+
+/// And at the most this often.
+const SHORTEST_WRITE: Duration = Duration::from_millis(100);
+
+/// The server closes a tunnel within a round trip of the client's last byte, if its visitor takes
+/// what is left at once. One that takes longer is not worth a thread.
+const CLOSING: Duration = Duration::from_secs(1);
 
 /// Visitors' lines in a log, at most that many a second: the log of a busy hour stays readable,
 /// and a flood of visitors does not become a flood of lines.
@@ -54,6 +73,8 @@ pub struct Pairs {
     changed: Condvar,
     #[cfg_attr(not(target_os = "linux"), expect(dead_code))]
     pipes: Arc<Slots>,
+    /// Who may have the second buffer, and the third.
+    roomy: [Arc<Slots>; BULK],
     log: LogLimit,
 }
 
@@ -84,6 +105,7 @@ impl Pairs {
             }),
             changed: Condvar::new(),
             pipes: Slots::new(affordable_pipes()),
+            roomy: ROOMY.map(Slots::new),
             log: LogLimit::new(VISITOR_LINES),
         })
     }
@@ -93,13 +115,17 @@ impl Pairs {
     /// to be copied on a thread of its own. One that is dropped instead aborts both.
     pub fn join(
         self: &Arc<Self>,
-        visitor: Visitor,
+        mut visitor: Visitor,
         left: End,
         right: End,
         linger: Duration,
     ) -> (Direction, Direction) {
         let ((left, from_left, to_left), (right, from_right, to_right)) =
             (left.split(), right.split());
+        let write_limit = (linger / 8).clamp(SHORTEST_WRITE, LONGEST_WRITE);
+        for side in [&left, &right].into_iter().filter(|it| !it.is_program) {
+            net::limit_write(&side.socket, write_limit);
+        }
         let mut state = self.state.lock();
         let key = state.next_key;
         state.next_key += 1;
@@ -107,8 +133,13 @@ impl Pairs {
             left,
             right,
             linger,
+            write_limit,
             started: Instant::now(),
-            progress: Mutex::new(Progress::default()),
+            passing_on: AtomicBool::new(false),
+            progress: Mutex::new(Progress {
+                slot: visitor.slot.take(),
+                ..Progress::default()
+            }),
             visitor,
             joined: Joined {
                 key,
@@ -127,7 +158,10 @@ impl Pairs {
             way,
             reader,
             writer,
-            outcome: Err("there was no thread for it".to_owned()),
+            outcome: Some(Err(Failure::reading(
+                "there was no thread for it".to_owned(),
+            ))),
+            room: None,
         };
         (
             direction(Way::Up, from_left, to_right),
@@ -225,17 +259,14 @@ impl Drop for Expected {
 /// Who is served by a pair.
 pub struct Visitor {
     address: Option<SocketAddr>,
-    _slot: Option<Slot>,
+    slot: Option<Slot>,
 }
 
 impl Visitor {
     /// A visitor from `address`, which the client of an original server is not told. `slot` is its
     /// place on the server, given back when the pair has ended.
     pub fn new(address: Option<SocketAddr>, slot: Option<Slot>) -> Self {
-        Self {
-            address,
-            _slot: slot,
-        }
+        Self { address, slot }
     }
 }
 
@@ -259,6 +290,8 @@ impl fmt::Display for Visitor {
 pub struct End {
     /// Who is at the other end, for the log.
     pub name: &'static str,
+    /// The other program is there, which looks after its own end of what it carries.
+    pub is_program: bool,
     /// The connection.
     pub conn: Conn,
 }
@@ -266,15 +299,26 @@ pub struct End {
 impl End {
     /// What both directions need, and what each of them has for itself.
     fn split(self) -> (Side, Reader, Writer) {
-        let Self { name, conn } = self;
-        let socket = conn.socket().clone();
-        (Side { name, socket }, conn.reader, conn.writer)
+        let Self {
+            name,
+            is_program,
+            conn,
+        } = self;
+        let side = Side {
+            name,
+            is_program,
+            is_sealed: conn.reader.is_sealed(),
+            socket: conn.socket().clone(),
+        };
+        (side, conn.reader, conn.writer)
     }
 }
 
 /// What a pair keeps of an [`End`].
 struct Side {
     name: &'static str,
+    is_program: bool,
+    is_sealed: bool,
     socket: Arc<TcpStream>,
 }
 
@@ -284,7 +328,10 @@ pub struct Direction {
     way: Way,
     reader: Reader,
     writer: Writer,
-    outcome: Result<(), String>,
+    /// None once the pair has been told.
+    outcome: Option<Result<(), Failure>>,
+    /// For its second buffer, or its third.
+    room: Option<Slot>,
     /// Behind the sockets: they are closed before the pair is forgotten.
     pair: Arc<Pair>,
 }
@@ -297,42 +344,95 @@ enum Way {
     Down,
 }
 
-impl Direction {
-    /// Copies until the direction ends.
-    pub fn copy(mut self) {
-        self.outcome = Err("its thread panicked".to_owned());
-        #[cfg(test)]
-        tests::panic_on_purpose(&self.pair.visitor);
-        self.outcome = self.carry();
+/// Why a direction has not ended well.
+struct Failure {
+    why: String,
+    /// The side that it wrote to failed.
+    writing: bool,
+}
+
+impl Failure {
+    fn reading(why: String) -> Self {
+        let writing = false;
+        Self { why, writing }
     }
 
-    fn carry(&mut self) -> Result<(), String> {
-        let (from, to) = self.pair.sides(self.way);
-        let reading = |error| from.went_wrong("reading from", &error);
-        let writing = |error| to.went_wrong("writing to", &error);
-        let moved = &self.pair.joined.moved[self.way as usize];
+    fn writing(why: String) -> Self {
+        let writing = true;
+        Self { why, writing }
+    }
+}
+
+/// A connection to the other program that carries nothing any more. Who waits for that one to close
+/// it first is spared the minute for which the kernel keeps the port of the side that was first
+/// (`TIME_WAIT`).
+pub struct Closing {
+    socket: Arc<TcpStream>,
+    _slot: Option<Slot>,
+}
+
+impl Closing {
+    /// Waits until the other program has closed it, but not for long.
+    pub fn wait(self) {
+        if self.socket.set_read_timeout(Some(CLOSING)).is_ok() {
+            let _ = (&*self.socket).read(&mut [0]);
+        }
+    }
+}
+
+impl Direction {
+    /// Copies until the direction ends. Who is the client may [wait](Closing::wait) for the end of
+    /// the tunnel then, if there is one to wait for.
+    pub fn copy(mut self) -> Option<Closing> {
+        self.outcome = Some(Err(Failure::reading("its thread panicked".to_owned())));
+        #[cfg(test)]
+        tests::panic_on_purpose(&self.pair.visitor);
+        let outcome = self.carry();
+        if let Err(failure) = &outcome
+            && failure.writing
+            && self.pair.is_last(&failure.why)
+        {
+            self.discard();
+        }
+        self.outcome = None;
+        self.pair.ended(self.way, outcome)
+    }
+
+    fn carry(&mut self) -> Result<(), Failure> {
+        let pair = self.pair.clone();
+        let (from, to) = pair.sides(self.way);
+        let reading = |error| Failure::reading(from.went_wrong("reading from", &error));
+        let writing = |error| Failure::writing(to.went_wrong("writing to", &error));
+        let moved = &pair.joined.moved[self.way as usize];
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
         self.reader.wait().map_err(reading)?;
-        let mut level = 0;
+        let (mut level, mut spliced_not) = (0, false);
         loop {
             let (size, before) = (BUFFERS[level], level);
             match self.reader.read_batch(self.writer.batch(size)) {
                 Ok(0) => break,
                 Ok(count) => {
-                    self.writer.write_batch(count).map_err(writing)?;
-                    moved.fetch_add(count as u64, Ordering::Relaxed);
+                    pair.write_to(to, || self.writer.write_batch(count, moved))
+                        .map_err(writing)?;
                     let enough = if level == 0 { size } else { size / 2 };
                     if count >= enough && level < BULK {
-                        level += 1;
+                        let bulk = level + 1 == BULK && !spliced_not;
+                        if bulk && self.splice()? {
+                            level = 0;
+                        } else if let Some(room) = pair.joined.pairs.roomy[level].try_take() {
+                            self.room = Some(room);
+                            level += 1;
+                        }
+                        spliced_not |= bulk;
                     }
                 }
                 Err(error) if level > 0 && net::paused(&error) => level = 0,
                 Err(error) => return Err(reading(error)),
             }
-            let bulk = level == BULK && before < BULK;
-            if bulk && self.pair.splice(self.way, &self.reader, &mut self.writer)? {
-                level = 0;
+            if level == 0 {
+                self.room = None;
+                spliced_not = false;
             }
             if (before == 0) != (level == 0) {
                 let pause = (level > 0).then_some(BULK_PAUSE);
@@ -341,19 +441,81 @@ impl Direction {
         }
         // The end frame may have to wait for room like any byte, and so must not be written
         // under the lock; before it is written, the pair is not half-closed.
-        self.pair.check_end(self.way)?;
-        self.writer.write_end().map_err(writing)?;
-        if self.pair.half_close(self.way) {
+        pair.check_end(self.way).map_err(Failure::reading)?;
+        pair.write_to(to, || self.writer.write_end())
+            .map_err(writing)?;
+        if pair.half_close(self.way) {
             self.writer.shutdown().map_err(writing)?;
         }
         Ok(())
     }
+
+    /// Lets the kernel move bulk, if both sides are plain, until it is bulk no more. Whatever ends
+    /// that, the end of input included, is left for copying to find again. False if the kernel
+    /// moves nothing here.
+    ///
+    /// Bulk costs both programs together 0.4 CPU-s/GB so, instead of 0.9.
+    #[cfg(target_os = "linux")]
+    fn splice(&mut self) -> Result<bool, Failure> {
+        let Some((input, output)) = self.reader.plain().zip(self.writer.plain()) else {
+            return Ok(false);
+        };
+        let pipes = &self.pair.joined.pairs.pipes;
+        let Some(mut pipe) = pipes.try_take().and_then(Pipe::open) else {
+            return Ok(false);
+        };
+        self.writer.release();
+        self.room = None;
+        let (from, to) = self.pair.sides(self.way);
+        let moved = &self.pair.joined.moved[self.way as usize];
+        loop {
+            let count = match pipe.fill(&input) {
+                Ok(count) => count,
+                Err(error) if net::paused(&error) => 0,
+                Err(error) if refused(&error) => {
+                    // And always will be.
+                    pipes.close();
+                    return Ok(false);
+                }
+                Err(error) => {
+                    return Err(Failure::reading(from.went_wrong("reading from", &error)));
+                }
+            };
+            while !pipe.is_empty() {
+                match self.pair.write_to(to, || pipe.drain(&*output)) {
+                    Ok(drained) => _ = moved.fetch_add(drained as u64, Ordering::Relaxed),
+                    // No room yet.
+                    Err(error) if net::paused(&error) => {}
+                    Err(error) => {
+                        return Err(Failure::writing(to.went_wrong("writing to", &error)));
+                    }
+                }
+            }
+            if count < BUFFERS[0] {
+                return Ok(true);
+            }
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn splice(&mut self) -> Result<bool, Failure> {
+        Ok(false)
+    }
+
+    /// Throws away what still comes, until the far side ends or the [sweep](Pairs::sweep) ends the
+    /// pair: a far side that is reset at once may lose what the other direction, which has ended, has
+    /// sent it last.
+    fn discard(&mut self) {
+        while let Ok(1..) = self.reader.read_batch(self.writer.batch(BUFFERS[0])) {}
+    }
 }
 
 impl Drop for Direction {
+    /// It had no thread, or its thread has panicked.
     fn drop(&mut self) {
-        let outcome = std::mem::replace(&mut self.outcome, Ok(()));
-        self.pair.ended(outcome);
+        if let Some(outcome) = self.outcome.take() {
+            self.pair.ended(self.way, outcome);
+        }
     }
 }
 
@@ -362,7 +524,11 @@ struct Pair {
     left: Side,
     right: Side,
     linger: Duration,
+    /// How old the newest count of what was written may be.
+    write_limit: Duration,
     started: Instant,
+    /// A direction writes to the other program just now.
+    passing_on: AtomicBool,
     progress: Mutex<Progress>,
     /// Behind the sockets: its slot is free, and the pair forgotten, when they are closed.
     visitor: Visitor,
@@ -380,10 +546,15 @@ struct Joined {
 #[derive(Default)]
 struct Progress {
     half_closed: Option<HalfClosed>,
+    /// What went wrong first. The pair is about to be aborted.
+    failed: Option<String>,
+    /// The last look at the pair has found that it is.
+    doomed: bool,
     /// How many directions have ended, well or not.
     ended: u32,
-    /// What went wrong first.
+    /// Why the pair was aborted.
     aborted: Option<String>,
+    slot: Option<Slot>,
 }
 
 /// One direction has ended well, and its end was passed on; the other one is the last.
@@ -403,47 +574,16 @@ impl Pair {
         }
     }
 
-    /// Lets the kernel move bulk, if both sides are plain, until it is bulk no more. Whatever ends
-    /// that, the end of input included, is left for copying to find again. False if the kernel
-    /// moves nothing here.
-    ///
-    /// Bulk costs both programs together 0.4 CPU-s/GB so, instead of 0.9.
-    #[cfg(target_os = "linux")]
-    fn splice(&self, way: Way, reader: &Reader, writer: &mut Writer) -> Result<bool, String> {
-        let Some((input, output)) = reader.plain().zip(writer.plain()) else {
-            return Ok(false);
-        };
-        let pipes = &self.joined.pairs.pipes;
-        let Some(mut pipe) = pipes.try_take().and_then(Pipe::open) else {
-            return Ok(false);
-        };
-        writer.release();
-        let (from, to) = self.sides(way);
-        loop {
-            let count = match pipe.fill(&input) {
-                Ok(count) => count,
-                Err(error) if net::paused(&error) => 0,
-                Err(error) if refused(&error) => {
-                    // And always will be.
-                    pipes.close();
-                    return Ok(false);
-                }
-                Err(error) => return Err(from.went_wrong("reading from", &error)),
-            };
-            while !pipe.is_empty() {
-                let drained = pipe.drain(&*output);
-                let drained = drained.map_err(|error| to.went_wrong("writing to", &error))?;
-                self.joined.moved[way as usize].fetch_add(drained as u64, Ordering::Relaxed);
-            }
-            if count < BUFFERS[0] {
-                return Ok(true);
-            }
+    /// Writes to this side. How long that takes is nothing to go by if it is the other program: that
+    /// may have much to hand on to a slow reader before it takes more, and looks after that reader.
+    fn write_to<T>(&self, to: &Side, write: impl FnOnce() -> T) -> T {
+        if !to.is_program {
+            return write();
         }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn splice(&self, _: Way, _: &Reader, _: &mut Writer) -> Result<bool, String> {
-        Ok(false)
+        self.passing_on.store(true, Ordering::Relaxed);
+        let result = write();
+        self.passing_on.store(false, Ordering::Relaxed);
+        result
     }
 
     /// Is this end of input one? The kernel reports a reset once. If the other direction, writing to
@@ -451,7 +591,7 @@ impl Pair {
     fn check_end(&self, way: Way) -> Result<(), String> {
         let (from, _) = self.sides(way);
         let progress = self.progress.lock();
-        if let Some(why) = &progress.aborted {
+        if let Some(why) = progress.aborted.as_ref().or(progress.failed.as_ref()) {
             return Err(why.clone());
         }
         match progress.half_closed.is_none() && from.was_reset() {
@@ -464,7 +604,7 @@ impl Pair {
     /// direction that ends last, both sockets are closed, which says the same and wakes nobody.
     fn half_close(&self, way: Way) -> bool {
         let mut progress = self.progress.lock();
-        let first = progress.half_closed.is_none() && progress.aborted.is_none();
+        let first = progress.half_closed.is_none() && progress.failed.is_none();
         if first {
             progress.half_closed = Some(HalfClosed {
                 way,
@@ -479,53 +619,91 @@ impl Pair {
     /// that the other was reset, and one that has finished notices nothing.
     fn check(&self) {
         let mut progress = self.progress.lock();
+        if let Some(why) = self.why_doomed(&progress) {
+            // Not at first sight: a direction may still have something to hand on.
+            if std::mem::replace(&mut progress.doomed, true) {
+                drop(progress);
+                self.abort(why);
+            }
+            return;
+        }
         let Some(half_closed) = &mut progress.half_closed else {
-            drop(progress);
-            let reset = [&self.left, &self.right]
-                .into_iter()
-                .find(|it| it.was_reset());
-            return reset.map_or((), |side| self.abort(side.reset()));
+            return;
         };
         let moved = self.joined.moved().iter().sum();
-        if half_closed.moved != moved {
+        if half_closed.moved != moved || self.passing_on.load(Ordering::Relaxed) {
             half_closed.moved = moved;
             half_closed.since = Instant::now();
         }
-        // Nobody reads there any more, so nobody else would notice.
-        let (finished, _) = self.sides(half_closed.way);
-        let why = if finished.was_reset() {
-            finished.reset()
-        } else if half_closed.since.elapsed() >= self.linger {
+        if half_closed.since.elapsed() >= self.linger + self.write_limit.min(SWEEP) {
+            let (finished, _) = self.sides(half_closed.way);
             let (name, linger) = (finished.name, self.linger);
-            format!("no byte in {linger:?} after the {name} had finished")
-        } else {
-            return;
-        };
-        drop(progress);
-        self.abort(why);
-    }
-
-    fn ended(&self, outcome: Result<(), String>) {
-        if let Err(why) = outcome {
+            let why = format!("no byte in {linger:?} after the {name} had finished");
+            drop(progress);
             self.abort(why);
         }
+    }
+
+    fn why_doomed(&self, progress: &Progress) -> Option<String> {
+        if progress.failed.is_some() {
+            return progress.failed.clone();
+        }
+        let sides = match &progress.half_closed {
+            // The last direction notices what becomes of the other side.
+            Some(half_closed) => [self.sides(half_closed.way).0; 2],
+            None => [&self.left, &self.right],
+        };
+        let reset = sides.into_iter().find(|side| side.was_reset());
+        reset.map(Side::reset)
+    }
+
+    /// Notes what a direction has failed of. True if the other one has ended already.
+    fn is_last(&self, why: &str) -> bool {
         let mut progress = self.progress.lock();
+        progress.failed.get_or_insert_with(|| why.to_owned());
+        progress.ended > 0
+    }
+
+    /// Takes note of the end of a direction, and aborts the pair if one of them has failed. Whom a
+    /// direction cannot write to may have sent something before, such as a refusal of what is being
+    /// uploaded: the other direction hands that on, and aborts the pair when it has.
+    fn ended(&self, way: Way, outcome: Result<(), Failure>) -> Option<Closing> {
+        let (from, to) = self.sides(way);
+        let mut progress = self.progress.lock();
+        let writing = outcome.as_ref().is_err_and(|failure| failure.writing);
+        if let Err(failure) = outcome {
+            progress.failed.get_or_insert(failure.why);
+        }
+        let leave_it = writing && progress.ended == 0;
+        if let Some(why) = progress.failed.clone().filter(|_| !leave_it) {
+            drop(progress);
+            net::wait_until_sent(if writing { &from.socket } else { &to.socket }, LAST_BYTES);
+            self.abort(why);
+            progress = self.progress.lock();
+        }
         progress.ended += 1;
         if progress.ended < 2 {
-            return;
-        }
-        if progress.aborted.is_none() {
-            net::reset_on_close(&self.left.socket, false);
-            net::reset_on_close(&self.right.socket, false);
+            return None;
         }
         self.report(progress.aborted.as_deref());
+        if progress.aborted.is_some() {
+            return None;
+        }
+        net::reset_on_close(&self.left.socket, false);
+        net::reset_on_close(&self.right.socket, false);
+        // Without a key, its end has been read already.
+        self.left.is_sealed.then(|| Closing {
+            socket: self.left.socket.clone(),
+            _slot: progress.slot.take(),
+        })
     }
 
     /// Aborts both sockets; both directions end at once.
     fn abort(&self, why: String) {
         let mut progress = self.progress.lock();
         if progress.aborted.is_none() && progress.ended < 2 {
-            progress.aborted = Some(why);
+            progress.aborted = Some(why.clone());
+            progress.failed.get_or_insert(why);
             net::abort(&self.left.socket);
             net::abort(&self.right.socket);
         }
@@ -635,7 +813,11 @@ mod tests {
             assert_eq!((&near).read(&mut [0]).unwrap(), 0);
 
             let ends = [("visitor", Conn::new(Arc::new(near))), ("client", tunnel)];
-            let [left, right] = ends.map(|(name, conn)| End { name, conn });
+            let [left, right] = ends.map(|(name, conn)| End {
+                name,
+                is_program: name == "client",
+                conn,
+            });
             let visitor = Visitor::new(None, None);
             let (up, down) = Pairs::new().join(visitor, left, right, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
@@ -658,13 +840,17 @@ mod tests {
         let ([visitor, left], [service, right]) = (connected(), connected());
         let [left, right] = [("visitor", left), ("local service", right)].map(|(name, socket)| {
             net::reset_on_close(&socket, true);
-            let conn = Conn::new(Arc::new(socket));
-            End { name, conn }
+            let (is_program, conn) = (false, Conn::new(Arc::new(socket)));
+            End {
+                name,
+                is_program,
+                conn,
+            }
         });
         let from = Visitor::new(from.parse().ok(), None);
         let (up, down) = pairs.join(from, left, right, Duration::from_secs(600));
-        workers.start("up", move || up.copy()).unwrap();
-        workers.start("down", move || down.copy()).unwrap();
+        workers.start("up", move || drop(up.copy())).unwrap();
+        workers.start("down", move || drop(down.copy())).unwrap();
         [visitor, service]
     }
 

@@ -654,16 +654,18 @@ impl Shared {
             Visitor::new(Some(visitor), Some(slot)),
             End {
                 name: "visitor",
+                is_program: false,
                 conn: Conn::new(Arc::new(socket)),
             },
             End {
                 name: "client",
+                is_program: true,
                 conn: tunnel.conn,
             },
             self.options.linger,
         );
-        self.start("up", move |_| up.copy());
-        self.start("down", move |_| down.copy());
+        self.start("up", move |_| drop(up.copy()));
+        self.start("down", move |_| drop(down.copy()));
     }
 
     /// Closes the visitors that waited longer than the pair timeout; and looks after half-closed

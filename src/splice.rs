@@ -53,7 +53,8 @@ impl Pipe {
     }
 
     /// Moves out of the pipe as much as there is room for, after waiting if need be, and tells how
-    /// much that is. Where the system does not splice, all of it is copied: nothing is lost.
+    /// much that is. An error that says that there [was none](crate::net::limit_write) is not the end.
+    /// Where the system does not splice, all of it is copied: nothing is lost.
     pub fn drain(&mut self, mut to: impl AsFd + Write) -> io::Result<usize> {
         let count = match step(&self.output, &to, self.filled) {
             Err(error) if refused(&error) => self.copy(&mut to)?,

@@ -21,6 +21,49 @@ plain_and_sealed! {
     what_strangers_cause_is_logged_once_a_second,
     silent_strangers_take_neither_time_nor_memory,
     both_programs_together_idle_below_four_mib,
+    visits_leave_the_client_its_ports,
+}
+
+/// The kernel keeps the port of the side that closes a tunnel first for a minute. Not if the visitor
+/// of one without a key ends last: the client must have ended its half before.
+fn visits_leave_the_client_its_ports(protection: Protection) {
+    const VISITS: usize = 50;
+    let service = Service::start(|mut socket| {
+        let mut first = [0];
+        socket.read_exact(&mut first).unwrap();
+        socket.write_all(b"answer").unwrap();
+        if &first == b"?" {
+            assert_ended(&socket);
+        }
+    });
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    for number in 0..VISITS {
+        let mut visitor = both.visit();
+        let visitor_first = protection == Protection::Plain || number % 2 == 0;
+        visitor
+            .write_all(if visitor_first { b"?" } else { b"!" })
+            .unwrap();
+        visitor.read_exact(&mut [0; 6]).unwrap();
+        if !visitor_first {
+            assert_ended(&visitor);
+        }
+    }
+    // With the last visit, all before it have ended.
+    both.client.wait_for_lines("bytes down", VISITS);
+    let port = format!(":{:04X}", both.addresses[1].port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let kept = |column: usize| {
+        let lines = table
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let kept = lines.filter(|line| line[3] == "06" && line[column].ends_with(&port));
+        kept.count()
+    };
+    let (server, client) = (kept(1), kept(2));
+    assert!(
+        client == 0 && server > 0,
+        "{client} of the client, {server} of the server"
+    );
 }
 
 fn connections_that_have_ended_leave_nothing(protection: Protection) {

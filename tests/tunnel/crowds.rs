@@ -37,6 +37,7 @@ fn slow_visitors_take_little_from_others() {
 
 fn slow_visitors(protection: Protection, service: SocketAddr) -> Both {
     const EACH: usize = 100;
+    const MORE: usize = 20;
     let start = || Both::start(protection, service, [&[], &[]]);
     let (quiet, crowded) = (start(), start());
     let memory = || crowded.server.memory("Pss_Anon") + crowded.client.memory("Pss_Anon");
@@ -47,10 +48,24 @@ fn slow_visitors(protection: Protection, service: SocketAddr) -> Both {
         visitor
     };
     let _never_writing: Vec<_> = (0..EACH).map(|_| visit(b"")).collect();
+    let held = || {
+        let at_work = || crowded.client.processor_share(Duration::from_millis(500)) > 5.0;
+        eventually("what is not read fills all buffers", || !at_work());
+        memory()
+    };
+    let silent = held();
     let _never_reading: Vec<_> = (0..EACH).map(|_| visit(b"!")).collect();
+    let stopped = held();
+    let _more: Vec<_> = (0..MORE).map(|_| visit(b"!")).collect();
+    let [silent, stopped, more] = [
+        silent.saturating_sub(before) / EACH,
+        stopped.saturating_sub(silent) / EACH,
+        held().saturating_sub(stopped) / MORE,
+    ];
+    eprintln!("KiB each: {silent} silent, {stopped} stopped, {more} stopped beyond those");
+    assert!(stopped <= 300, "{stopped} KiB a stopped visitor");
+    assert!(more <= silent + 64, "{more} KiB a further one");
     let dripping: Vec<_> = (0..EACH).map(|_| crowded.visit()).collect();
-    let at_work = || crowded.client.processor_share(Duration::from_millis(500)) > 5.0;
-    eventually("what is not read fills all buffers", || !at_work());
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {

@@ -2,16 +2,16 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::programs::Program;
 use crate::support::{
-    DEADLINE, Protection, Record, RunningClient, RunningServer, Service, Tunnel, assert_echo,
-    assert_ended, assert_reset, client_options, closed_port, eventually, expect_pattern,
-    plain_and_sealed, reset_on_close, send_pattern, server_options,
+    DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
+    assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
+    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
 
@@ -23,6 +23,7 @@ plain_and_sealed! {
     an_abort_after_a_half_close_is_still_an_abort,
     an_abort_in_the_middle_of_a_stream_is_never_an_end,
     an_abort_while_both_directions_wait_is_never_an_end,
+    an_early_answer_reaches_a_visitor_that_still_sends,
     a_local_service_that_refuses_closes_the_visitor,
     a_stop_drains_first_and_cuts_what_is_left,
     a_client_that_stops_drains_as_well,
@@ -33,6 +34,8 @@ plain_and_sealed! {
         a_half_closed_pair_that_stands_still_is_aborted_at_linger,
         the_clients_linger_holds_as_well,
         linger_holds_while_a_stop_drains,
+        a_half_closed_stream_that_crawls_lives_on,
+        a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     ],
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
@@ -252,6 +255,100 @@ fn the_clients_linger_holds_as_well(protection: Protection) {
     served.shutdown(Shutdown::Write).unwrap();
     assert_ended(&visitor);
     assert_reset(&served, LINGER + Duration::from_secs(3));
+}
+
+/// A service that sends this much when its visitor has finished.
+fn sending_once_asked(size: usize) -> Service {
+    Service::start(move |socket| {
+        assert_ended(&socket);
+        send_pattern(&socket, 1, size);
+    })
+}
+
+/// So slowly that a kernel's buffer has room again only after several times `--linger`.
+fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
+    const LINGER: Duration = Duration::from_secs(2);
+    const SIZE: usize = 12 * 1024 * 1024;
+    const STEP: usize = 8 * 1024;
+    let service = sending_once_asked(SIZE);
+    let server = RunningServer::start(ServerOptions {
+        linger: LINGER,
+        ..server_options(protection)
+    });
+    let _client = RunningClient::start(ClientOptions {
+        linger: LINGER,
+        ..client_options(&server, service.addr)
+    });
+    let visitor = server.visit();
+    visitor.shutdown(Shutdown::Write).unwrap();
+    let (start, mut crawled) = (Instant::now(), vec![0; SIZE]);
+    let mut got = 0;
+    while start.elapsed() < 4 * LINGER {
+        (&visitor)
+            .read_exact(&mut crawled[got..got + STEP])
+            .unwrap();
+        got += STEP;
+        thread::sleep(Duration::from_millis(50));
+    }
+    (&visitor).read_exact(&mut crawled[got..]).unwrap();
+    assert_ended(&visitor);
+    let mut sent = vec![0; SIZE];
+    Pattern::new(1).fill(&mut sent);
+    assert!(crawled == sent, "changed bytes");
+}
+
+fn a_half_closed_stream_that_nobody_reads_is_aborted_at_linger(protection: Protection) {
+    const LINGER: Duration = Duration::from_secs(1);
+    let (service, sockets) = handing_out();
+    let server = RunningServer::start(ServerOptions {
+        linger: LINGER,
+        ..server_options(protection)
+    });
+    let _client = RunningClient::start(ClientOptions {
+        linger: LINGER,
+        ..client_options(&server, service.addr)
+    });
+    let visitor = server.visit();
+    visitor.shutdown(Shutdown::Write).unwrap();
+    let served = sockets.recv_timeout(DEADLINE).unwrap();
+    assert_ended(&served);
+    let mut moved = Instant::now();
+    while (&served).write(&[7; 64 * 1024]).is_ok() {
+        moved = Instant::now();
+    }
+    let still = moved.elapsed();
+    assert!(still < LINGER + Duration::from_secs(3), "{still:?}");
+    eventually("the visitor is reset", || visitor.peer_addr().is_err());
+}
+
+/// Of a service that answers and closes while most of what the visitor sends is unread: its kernel
+/// resets the connection behind the answer.
+fn an_early_answer_reaches_a_visitor_that_still_sends(protection: Protection) {
+    const VISITORS: usize = 60;
+    const AT_A_TIME: usize = 6;
+    const ANSWER: &[u8] = b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\n\r\ntoo large";
+    let service = Service::start(|mut socket| {
+        socket.read_exact(&mut [0; 1000]).unwrap();
+        socket.write_all(ANSWER).unwrap();
+        // What is unread when it closes.
+        socket.peek(&mut [0]).unwrap();
+    });
+    let tunnel = Tunnel::start(protection, service.addr, 8);
+    let answered = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..AT_A_TIME {
+            scope.spawn(|| {
+                for _ in 0..VISITORS / AT_A_TIME {
+                    let mut visitor = tunnel.visit();
+                    // Until the reset, if that comes first.
+                    let _ = visitor.write_all(&vec![7; 2 * 1024 * 1024]);
+                    let record = Record::of(&visitor);
+                    answered.fetch_add(usize::from(record.bytes == ANSWER), Ordering::SeqCst);
+                }
+            });
+        }
+    });
+    assert_eq!(answered.into_inner(), VISITORS);
 }
 
 /// However often something else ends meanwhile.

@@ -35,6 +35,31 @@ plain_and_sealed! {
         whose_first_address_is_dead,
     ],
     a_host_without_home_disk_or_proc,
+    a_host_without_free_ports,
+}
+
+fn a_host_without_free_ports(protection: Protection) {
+    if !allowed() {
+        return;
+    }
+    Host::new().enter();
+    let service = Service::echo();
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    fs::write(range, "40000 40003").unwrap();
+    let server = Launch::new(protection)
+        .on(["127.0.0.1:7", "127.0.0.1:8", "127.0.0.1:9"].map(|address| address.parse().unwrap()));
+    let server = server.server(&[]);
+    let addresses = server.addresses();
+    let client = Launch::new(protection).client(addresses, service.addr, &[]);
+    // More than there are ports, as the pool is to have eight.
+    let line = client.wait_for_line("could not dial a tunnel");
+    for text in [
+        &addresses[1].to_string(),
+        "ip_local_port_range",
+        "tcp_tw_reuse",
+    ] {
+        assert!(line.contains(text), "{line}");
+    }
 }
 
 /// Whether a test may have namespaces here. If not, it says why, and is left out; not in CI, where
