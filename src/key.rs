@@ -1,10 +1,12 @@
 //! The key that both programs share, as people handle it: 32 random bytes, in base64.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use zeroize::Zeroizing;
 
 use crate::error::Error;
 
@@ -18,8 +20,11 @@ use crate::error::Error;
 /// assert_eq!(key.to_base64().parse(), Ok(key));
 /// # Ok::<(), tunnel_proxy::Error>(())
 /// ```
+///
+/// Its bytes are wiped when it is dropped.
+// In a box: bytes that are moved leave a copy behind.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Key([u8; Self::SIZE]);
+pub struct Key(Box<Zeroizing<[u8; Self::SIZE]>>);
 
 impl Key {
     /// Its size in bytes.
@@ -30,14 +35,15 @@ impl Key {
     /// # Errors
     /// The system has no random source.
     pub fn generate() -> Result<Self, Error> {
-        let mut bytes = [0; Self::SIZE];
-        getrandom::fill(&mut bytes).map_err(Error::Random)?;
-        Ok(Self(bytes))
+        let mut key = Self(Box::default());
+        getrandom::fill(&mut **key.0).map_err(Error::Random)?;
+        Ok(key)
     }
 
-    /// The key as its owner keeps it: 44 letters. The only way to see it.
+    /// The key as its owner keeps it: 44 letters. The only way to see it. To wipe them is the
+    /// caller's part.
     pub fn to_base64(&self) -> String {
-        STANDARD.encode(self.0)
+        STANDARD.encode(**self.0)
     }
 
     pub(crate) fn bytes(&self) -> &[u8; Self::SIZE] {
@@ -56,10 +62,15 @@ impl FromStr for Key {
         }
         // The reason, and not the library's: that would quote what it found.
         let bytes = STANDARD.decode(text).map_err(|_| "not one key in base64")?;
-        match bytes.try_into() {
-            Ok(bytes) => Ok(Self(bytes)),
-            Err(bytes) if bytes.len() < Self::SIZE => Err("fewer than 32 bytes in base64"),
-            Err(_) => Err("more than 32 bytes in base64"),
+        let bytes = Zeroizing::new(bytes);
+        match bytes.len().cmp(&Self::SIZE) {
+            Ordering::Less => Err("fewer than 32 bytes in base64"),
+            Ordering::Greater => Err("more than 32 bytes in base64"),
+            Ordering::Equal => {
+                let mut key = Self(Box::default());
+                key.0.copy_from_slice(&bytes);
+                Ok(key)
+            }
         }
     }
 }

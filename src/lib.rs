@@ -82,9 +82,13 @@
 //! 4. Type 0 carries data: the lines above, and behind them on a tunnel a visitor's bytes. Where a
 //!    frame ends means nothing. Type 1 carries nothing, and ends the stream; the connection below
 //!    stays open for the other direction.
-//! 5. The client has proved itself once its first frame has opened: before, nothing is registered,
+//! 5. After every 2^24 frames a direction changes its key, as `Rekey()` of the Noise framework
+//!    does: the next key is the first 32 bytes of what the old one makes of 32 zeros with the nonce
+//!    2^64 - 1. Both sides do so by their count of that direction's frames, which goes on. The
+//!    directions know nothing of each other.
+//! 6. The client has proved itself once its first frame has opened: before, nothing is registered,
 //!    replaced or paired. Handshake and first line have 5 s in all.
-//! 6. A frame that does not open, or an end of the connection before that of the stream, aborts
+//! 7. A frame that does not open, or an end of the connection before that of the stream, aborts
 //!    what the connection was joined with, or ends the link.
 //!
 //! # The original

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use log::{info, warn};
+use zeroize::Zeroizing;
 
 use crate::error::Error;
 use crate::key::Key;
@@ -37,7 +38,8 @@ pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, E
     match command {
         Command::Print(text) => print(&text).map(|()| None),
         Command::GenerateKey => {
-            print(&format!("{}\n", Key::generate()?.to_base64())).map(|()| None)
+            print(&Zeroizing::new(Key::generate()?.to_base64()))?;
+            print("\n").map(|()| None)
         }
         Command::Run(options, common) => {
             let keys = prepare(&common)?;
@@ -61,7 +63,9 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     let Some(text) = in_environment else {
         return Ok(Vec::new());
     };
-    let key = text.to_string_lossy().parse();
+    let text = text.into_string();
+    let text = Zeroizing::new(text.unwrap_or_else(|odd| odd.to_string_lossy().into_owned()));
+    let key = text.parse();
     let key = key.map_err(|why: &str| Error::Key(KEY_VARIABLE.to_owned(), why.to_owned()))?;
     Ok(vec![key])
 }
@@ -128,7 +132,8 @@ fn log_status(handle: &Handle) {
 fn read_key(path: &Path) -> Result<Key, Error> {
     let option = format!("--key-file {}", path.display());
     let bad = |why: String| Error::Key(option.clone(), why);
-    let mut text = Vec::new();
+    // Large enough at once: a buffer that grows leaves its first bytes behind.
+    let mut text = Zeroizing::new(Vec::with_capacity(KEY_FILE_SIZE as usize));
     let file = File::open(path).map_err(|error| bad(error.to_string()))?;
     let (metadata, mut start) = (file.metadata(), file.take(KEY_FILE_SIZE));
     start

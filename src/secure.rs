@@ -5,13 +5,16 @@
 //! messages are empty, and stand behind their length, as the frames do. A frame is a length of two
 //! bytes, the highest first, and that many bytes of AES-GCM with 16 of them its tag; in it are a
 //! type byte and what is carried. Both sides count their frames, from 0, and the count is the
-//! nonce: a frame that was changed, dropped, repeated or moved does not open.
+//! nonce: a frame that was changed, dropped, repeated or moved does not open. After every 2^24
+//! frames a direction gets a new key, made of the old one.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{self, Read, Write};
-use std::sync::Arc;
 
-use snow::{Builder, HandshakeState, StatelessTransportState};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, Tag, UnboundKey};
+use snow::{Builder, HandshakeState};
+use zeroize::Zeroizing;
 
 use crate::key::Key;
 use crate::protocol::MAX_LINE;
@@ -42,6 +45,10 @@ const FIRST_FRAME: usize = MAX_LINE + OVERHEAD;
 
 /// The buffer for frames that are opened one by one: most of them are lines.
 const SMALL_BUFFER: usize = 512;
+
+/// A key seals this many frames, and then makes place for the next one: 256 GiB if they are full.
+/// TLS 1.3 lets AES-GCM seal 2^24.5 of the same size with one key, RFC 8446 section 5.5.
+const REKEY_AFTER: u64 = 1 << 24;
 
 /// Types of frames.
 const DATA: u8 = 0;
@@ -207,18 +214,25 @@ fn read_message(reader: &mut impl Read) -> Result<[u8; MESSAGE], NoHandshake> {
 }
 
 /// What only a fault in this program or a system without a random source leads to.
-fn broken(error: snow::Error) -> io::Error {
+fn broken(error: impl fmt::Display) -> io::Error {
     io::Error::other(format!("could not encrypt: {error}"))
 }
 
 impl Secured {
-    fn new(state: HandshakeState, key: &Key) -> io::Result<Self> {
+    fn new(mut state: HandshakeState, key: &Key) -> io::Result<Self> {
         let mut hash = [0; 32];
         hash.copy_from_slice(state.get_handshake_hash());
-        let cipher = Arc::new(state.into_stateless_transport_mode().map_err(broken)?);
+        // The keys of the two directions, the initiator's first. They are taken out of snow, which
+        // could only rekey both directions under one lock.
+        let (first, second) = state.dangerously_get_raw_split();
+        let (first, second) = (Zeroizing::new(first), Zeroizing::new(second));
+        let (out, into) = match state.is_initiator() {
+            true => (first, second),
+            false => (second, first),
+        };
         Ok(Self {
-            sealer: Sealer::new(cipher.clone()),
-            opener: Opener::new(cipher),
+            sealer: Sealer::new(Cipher::new(&out, REKEY_AFTER)?),
+            opener: Opener::new(Cipher::new(&into, REKEY_AFTER)?),
             bond: Bond {
                 key: key.clone(),
                 hash,
@@ -227,19 +241,88 @@ impl Secured {
     }
 }
 
+/// The cipher of one direction. Both of its ends count the frames, and change the key after the
+/// same ones.
+struct Cipher {
+    /// In a box, as it has half a kilobyte, and moves with the halves of a connection.
+    key: Box<LessSafeKey>,
+    /// The frames so far; the nonce of the next one. It goes on counting when the key changes.
+    count: u64,
+    rekey_after: u64,
+}
+
+impl Cipher {
+    fn new(key: &[u8; 32], rekey_after: u64) -> io::Result<Self> {
+        Ok(Self {
+            key: Box::new(aes(key)?),
+            count: 0,
+            rekey_after,
+        })
+    }
+
+    /// Seals a frame in place, and returns the tag that belongs behind it.
+    fn seal(&mut self, content: &mut [u8]) -> io::Result<Tag> {
+        let sealed = self
+            .key
+            .seal_in_place_separate_tag(nonce(self.count), Aad::empty(), content);
+        self.count_frame()?;
+        sealed.map_err(broken)
+    }
+
+    /// Opens a frame in place, and returns its content.
+    fn open<'a>(&mut self, frame: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let opened = self
+            .key
+            .open_in_place(nonce(self.count), Aad::empty(), frame)
+            .map_err(|_| invalid("a frame that does not open"))?;
+        self.count_frame()?;
+        Ok(opened)
+    }
+
+    fn count_frame(&mut self) -> io::Result<()> {
+        self.count += 1;
+        if self.count.is_multiple_of(self.rekey_after) {
+            self.rekey()?;
+        }
+        Ok(())
+    }
+
+    /// Noise's `Rekey()`: the next key is what this one makes of 32 zeros, with a nonce that no
+    /// frame has.
+    fn rekey(&mut self) -> io::Result<()> {
+        let mut next = Zeroizing::new([0; 32]);
+        // The tag of that is of no use.
+        let _tag = self
+            .key
+            .seal_in_place_separate_tag(nonce(u64::MAX), Aad::empty(), &mut *next)
+            .map_err(broken)?;
+        *self.key = aes(&next)?;
+        Ok(())
+    }
+}
+
+fn aes(key: &[u8; 32]) -> io::Result<LessSafeKey> {
+    let key = UnboundKey::new(&AES_256_GCM, key).map_err(broken)?;
+    Ok(LessSafeKey::new(key))
+}
+
+/// As Noise has it for AES-GCM: four zeros, and the count with its highest byte first.
+fn nonce(count: u64) -> Nonce {
+    let mut bytes = [0; NONCE_LEN];
+    bytes[4..].copy_from_slice(&count.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
 /// Puts bytes into frames.
 pub struct Sealer {
-    /// Shared with the opener; neither changes it, so both work at the same time.
-    cipher: Arc<StatelessTransportState>,
-    nonce: u64,
+    cipher: Cipher,
     frames: Vec<u8>,
 }
 
 impl Sealer {
-    fn new(cipher: Arc<StatelessTransportState>) -> Self {
+    fn new(cipher: Cipher) -> Self {
         Self {
             cipher,
-            nonce: 0,
             frames: Vec::new(),
         }
     }
@@ -276,18 +359,16 @@ impl Sealer {
         }
         let length = u16::try_from(size).map_err(io::Error::other)?;
         self.frames[start..body].copy_from_slice(&length.to_be_bytes());
-        self.cipher
-            .write_message(self.nonce, content, &mut self.frames[body..body + size])
-            .map_err(broken)?;
-        self.nonce += 1;
+        let (sealed, tag) = self.frames[body..body + size].split_at_mut(content.len());
+        sealed.copy_from_slice(content);
+        tag.copy_from_slice(self.cipher.seal(sealed)?.as_ref());
         Ok(body + size)
     }
 }
 
 /// Takes bytes out of frames.
 pub struct Opener {
-    cipher: Arc<StatelessTransportState>,
-    nonce: u64,
+    cipher: Cipher,
     /// Frames as they came; from `start` to `end` they are not opened yet.
     sealed: Vec<u8>,
     start: usize,
@@ -297,10 +378,9 @@ pub struct Opener {
 }
 
 impl Opener {
-    fn new(cipher: Arc<StatelessTransportState>) -> Self {
+    fn new(cipher: Cipher) -> Self {
         Self {
             cipher,
-            nonce: 0,
             sealed: Vec::new(),
             start: 0,
             end: 0,
@@ -378,7 +458,7 @@ impl Opener {
     /// The size of the next frame without its length field, if all of it is there.
     fn whole_frame(&self) -> io::Result<Option<usize>> {
         let there = &self.sealed[self.start..self.end];
-        let size = frame_size(there, self.nonce)?;
+        let size = frame_size(there, self.cipher.count)?;
         Ok(size.filter(|size| there.len() >= LENGTH + size))
     }
 
@@ -386,10 +466,9 @@ impl Opener {
     /// there; the answer is how many bytes are behind it.
     fn open(&mut self, size: usize, space: &mut [u8]) -> io::Result<usize> {
         let body = self.start + LENGTH;
-        let frame = &self.sealed[body..body + size];
-        let opened = self.cipher.read_message(self.nonce, frame, space);
-        let carried = opened.map_err(|_| invalid("a frame that does not open"))? - 1;
-        self.nonce += 1;
+        let content = self.cipher.open(&mut self.sealed[body..body + size])?;
+        space[..content.len()].copy_from_slice(content);
+        let carried = content.len() - 1;
         self.start = body + size;
         match (space[0], carried) {
             (DATA, _) => {}
@@ -402,7 +481,7 @@ impl Opener {
     /// Reads once, into a buffer of `wanted` bytes, or as many as the next frame needs.
     fn fill(&mut self, from: &mut impl Read, wanted: usize) -> io::Result<()> {
         let there = self.start..self.end;
-        let size = frame_size(&self.sealed[there.clone()], self.nonce)?;
+        let size = frame_size(&self.sealed[there.clone()], self.cipher.count)?;
         let needed = size.map_or(wanted, |size| wanted.max(LENGTH + size));
         if there.is_empty() && self.sealed.len() != needed {
             self.sealed = vec![0; needed];
@@ -427,12 +506,12 @@ impl Opener {
 }
 
 /// The size of the frame that these bytes begin with, if its length field is there.
-fn frame_size(bytes: &[u8], nonce: u64) -> io::Result<Option<usize>> {
+fn frame_size(bytes: &[u8], count: u64) -> io::Result<Option<usize>> {
     let Some(&length) = bytes.first_chunk() else {
         return Ok(None);
     };
     let size = usize::from(u16::from_be_bytes(length));
-    if size < OVERHEAD || (nonce == 0 && size > FIRST_FRAME) {
+    if size < OVERHEAD || (count == 0 && size > FIRST_FRAME) {
         return Err(invalid("a frame of an impossible size"));
     }
     Ok(Some(size))
@@ -445,7 +524,6 @@ fn invalid(what: &'static str) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::LazyLock;
 
     /// What a handshake with everything fixed leads to: the two messages, and both sides.
     fn fixed_handshake(purpose: &Purpose) -> ([Vec<u8>; 2], [Secured; 2]) {
@@ -472,17 +550,15 @@ mod tests {
         key.parse().unwrap()
     }
 
-    /// What the client writes with and the server reads with. The same handshake is behind all of
-    /// them: it is slow where nothing is optimised.
+    /// One direction: what it is written with, and what it is read with.
     fn pair() -> (Sealer, Opener) {
-        static CIPHERS: LazyLock<[Arc<StatelessTransportState>; 2]> = LazyLock::new(|| {
-            let key = fixed_key();
-            let purpose = Purpose::Control(std::slice::from_ref(&key));
-            let (_, [client, server]) = fixed_handshake(&purpose);
-            [client.sealer.cipher, server.opener.cipher]
-        });
-        let [client, server] = CIPHERS.clone();
-        (Sealer::new(client), Opener::new(server))
+        rekeying_pair(REKEY_AFTER, REKEY_AFTER)
+    }
+
+    /// The same, where the two ends change the key after so many frames.
+    fn rekeying_pair(sealer: u64, opener: u64) -> (Sealer, Opener) {
+        let cipher = |rekey_after| Cipher::new(&[0x33; 32], rekey_after).unwrap();
+        (Sealer::new(cipher(sealer)), Opener::new(cipher(opener)))
     }
 
     fn hex(bytes: &[u8]) -> String {
@@ -599,6 +675,92 @@ mod tests {
             let (got, end) = drain(&mut opener, &mut pieces, size);
             assert!(got == sent, "batches of {size}, pieces of {piece}");
             assert_eq!(end.unwrap(), 0);
+        }
+    }
+
+    /// Snow has a rekey of its own, which knows nothing of this one.
+    #[test]
+    fn a_new_key_is_what_noise_says() {
+        let key = fixed_key();
+        let prologue = Purpose::Control(std::slice::from_ref(&key)).prologue();
+        let mut client = begin(&key, &prologue).unwrap().build_initiator().unwrap();
+        let mut server = begin(&key, &prologue).unwrap().build_responder().unwrap();
+        let first = write_message(&mut client).unwrap();
+        server.read_message(&first[LENGTH..], &mut []).unwrap();
+        let second = write_message(&mut server).unwrap();
+        client.read_message(&second[LENGTH..], &mut []).unwrap();
+
+        let (out, into) = client.dangerously_get_raw_split();
+        let mut sealer = Sealer::new(Cipher::new(&out, 3).unwrap());
+        let mut opener = Opener::new(Cipher::new(&into, 2).unwrap());
+        let mut server = server.into_transport_mode().unwrap();
+        let mut buffer = [0; 100];
+        for count in 1..=10 {
+            let frame = seal(&mut sealer, b"up");
+            let length = server.read_message(&frame[LENGTH..], &mut buffer).unwrap();
+            assert_eq!(buffer[..length], *b"\0up", "frame {count}");
+            let length = server.write_message(b"\0down", &mut buffer).unwrap();
+            let frame = [&(length as u16).to_be_bytes(), &buffer[..length]].concat();
+            assert_eq!(opener.open_one(&mut &frame[..]).unwrap(), b"down");
+            if count % 3 == 0 {
+                server.rekey_incoming();
+            }
+            if count % 2 == 0 {
+                server.rekey_outgoing();
+            }
+        }
+    }
+
+    #[test]
+    fn streams_survive_new_keys() {
+        let mut numbers = Numbers(11);
+        for rekey_after in [1, 2, 7, 64] {
+            let (mut sealer, mut opener) = rekeying_pair(rekey_after, rekey_after);
+            let mut sent = b"hi\n".to_vec();
+            let mut wire = seal(&mut sealer, b"hi\n");
+            for _ in 0..8 {
+                let count = 1 + numbers.below(300_000);
+                let bytes = numbers.bytes(count);
+                wire.extend(seal(&mut sealer, &bytes));
+                sent.extend(bytes);
+            }
+            wire.extend(sealer.seal_end().unwrap());
+            assert!(sealer.cipher.count > 3 * rekey_after.min(16));
+            let mut pieces = Pieces(&wire, 50_000, &mut numbers);
+            let (got, end) = drain(&mut opener, &mut pieces, 64 * 1024);
+            assert!(got == sent, "rekeyed after {rekey_after}");
+            assert_eq!(end.unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_side_that_keeps_its_key_is_noticed() {
+        for (sealer, opener) in [(4, REKEY_AFTER), (REKEY_AFTER, 4), (4, 5)] {
+            let (mut sealer, mut opener) = rekeying_pair(sealer, opener);
+            let mut next = || opener.open_one(&mut &seal(&mut sealer, b"hi\n")[..]);
+            for _ in 0..4 {
+                assert_eq!(next().unwrap(), b"hi\n");
+            }
+            assert_eq!(next().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+    }
+
+    #[test]
+    fn what_an_old_key_has_sealed_does_not_open_later() {
+        let wire = |sealer: &mut Sealer| seal(sealer, b"hi\n");
+        for replayed in 0..4 {
+            let (mut sealer, mut opener) = rekeying_pair(4, 4);
+            let frames: Vec<_> = (0..4).map(|_| wire(&mut sealer)).collect();
+            let (got, _) = drain(&mut opener, &mut &frames.concat()[..], 100);
+            assert_eq!(got, b"hi\n".repeat(4));
+            let error = opener.open_one(&mut &frames[replayed][..]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+            // Not even at its own place in the count.
+            let (_, mut opener) = rekeying_pair(4, 4);
+            opener.cipher.rekey().unwrap();
+            opener.cipher.count = replayed as u64;
+            let error = opener.open_one(&mut &frames[replayed][..]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         }
     }
 
