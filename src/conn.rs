@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::net;
+use crate::openings::Openings;
 use crate::secure::{self, Bond, NoHandshake, Opener, Purpose, Sealer, Secured, TAG};
 
 /// The shortest read time-out that is set: 0 would mean none at all.
@@ -53,15 +54,16 @@ impl Conn {
 
     /// The server's handshake; it must be over by the reader's deadline. `elsewhere` is what comes
     /// to the server's other port. `known` is called when the client has begun as if it had the
-    /// key.
+    /// key, with an opening that `openings` do not remember.
     pub fn respond(
         &mut self,
         purpose: &Purpose,
         elsewhere: Option<&Purpose>,
+        openings: &Openings,
         known: impl FnOnce(),
     ) -> Result<Bond, NoHandshake> {
         let (reader, writer) = (&mut self.reader, &mut self.writer);
-        let secured = secure::respond(reader, writer, purpose, elsewhere, known);
+        let secured = secure::respond(reader, writer, purpose, elsewhere, openings, known);
         self.seal(secured)
     }
 

@@ -11,8 +11,9 @@ use std::time::Instant;
 use crate::conn::{Conn, Reader, Writer};
 use crate::control::{Lines, send};
 use crate::key::Key;
-use crate::limits::Place;
+use crate::lobby::Place;
 use crate::net::{self, timed_out};
+use crate::openings::Openings;
 use crate::protocol::{
     HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, Reason, SILENCE, SessionId, Welcome,
 };
@@ -29,6 +30,8 @@ pub enum Refusal {
     WrongKey,
     /// It has another key than the live session, or belongs to an earlier session.
     WrongKeyOrSession,
+    /// Its handshake is one that has been here before.
+    Recorded,
     /// The server has a key, and it came without one.
     NoKey,
     /// It has a key, and the server has none.
@@ -124,6 +127,7 @@ impl fmt::Display for Refusal {
             Self::TooLate(Step::Session) => f.write_str("it did not name its session in time"),
             Self::WrongKey => f.write_str("wrong key"),
             Self::WrongKeyOrSession => f.write_str("wrong key, or its session is not the live one"),
+            Self::Recorded => f.write_str("its handshake was recorded: it has been here before"),
             Self::NoKey => f.write_str("it came without a key (--key-file)"),
             Self::HasKey => f.write_str("it has a key, and this server has none (--key-file)"),
             Self::OtherPort(Port::Control) => f.write_str(
@@ -167,6 +171,8 @@ pub struct Door<'a> {
     pub original: bool,
     /// What the tunnels of the live session are tied to, if there is one with a key.
     pub bond: Option<Bond>,
+    /// The handshakes that have been here before.
+    pub openings: &'a Openings,
     /// The connection's place among those that have not proved themselves.
     pub place: &'a Place,
 }
@@ -253,7 +259,7 @@ impl Door<'_> {
         start: Instant,
     ) -> Result<Bond, Refusal> {
         conn.reader.set_deadline(Some(start + HANDSHAKE_TIMEOUT))?;
-        let refusal = match conn.respond(own, elsewhere, || self.place.extend()) {
+        let refusal = match conn.respond(own, elsewhere, self.openings, || self.place.extend()) {
             Ok(bond) => return Ok(bond),
             Err(NoHandshake::WrongKey) => match (port, &self.bond) {
                 (Port::Control, _) => Refusal::WrongKey,
@@ -261,6 +267,7 @@ impl Door<'_> {
                 (Port::Tunnel, None) => Refusal::NoSession,
             },
             Err(NoHandshake::OtherPort) => Refusal::OtherPort(port),
+            Err(NoHandshake::Recorded) => Refusal::Recorded,
             Err(NoHandshake::NotNoise(_)) => {
                 let mut lines = Lines::new(&mut conn.reader);
                 let line = lines.next_line();
@@ -478,7 +485,9 @@ fn initiate(conn: &mut Conn, purpose: &Purpose, deadline: Instant) -> Result<Bon
             let line = lines.next_line();
             return Err(no_server(line, &lines));
         }
-        Err(NoHandshake::WrongKey | NoHandshake::OtherPort) => return Err(NoSession::BadHandshake),
+        Err(NoHandshake::WrongKey | NoHandshake::OtherPort | NoHandshake::Recorded) => {
+            return Err(NoSession::BadHandshake);
+        }
         Err(NoHandshake::Io(error)) => return Err(error.into()),
     };
     conn.reader.set_deadline(None)?;

@@ -129,8 +129,11 @@ mod door;
 mod error;
 mod key;
 mod limits;
+mod lobby;
+mod log_limit;
 mod logger;
 mod net;
+mod openings;
 // For the two programs; not part of the library's interface.
 #[doc(hidden)]
 pub mod options;
@@ -140,6 +143,7 @@ mod protocol;
 mod relay;
 mod secure;
 mod server;
+mod source;
 #[cfg(target_os = "linux")]
 mod splice;
 mod status;

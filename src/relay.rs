@@ -17,7 +17,8 @@ use log::info;
 use parking_lot::{Condvar, Mutex};
 
 use crate::conn::{Conn, Reader, Writer};
-use crate::limits::{LogLimit, Slot, Slots, affordable_pipes};
+use crate::limits::{Slot, Slots, affordable_pipes};
+use crate::log_limit::LogLimit;
 use crate::net;
 #[cfg(target_os = "linux")]
 use crate::splice::{Pipe, refused};
@@ -766,6 +767,7 @@ mod tests {
     use super::*;
     use crate::key::Key;
     use crate::logger;
+    use crate::openings::Openings;
     use crate::secure::Purpose;
     use crate::workers::Workers;
     use std::io::{Read, Write};
@@ -791,7 +793,7 @@ mod tests {
                 let mut far = Conn::new(Arc::new(far));
                 far.initiate(&Purpose::Control(&[key])).is_ok()
             });
-            near.respond(&Purpose::Control(&keys), None, || ())
+            near.respond(&Purpose::Control(&keys), None, &Openings::new(), || ())
                 .ok()
                 .unwrap();
             assert!(client.join().unwrap());

@@ -17,6 +17,7 @@ use snow::{Builder, HandshakeState};
 use zeroize::Zeroizing;
 
 use crate::key::Key;
+use crate::openings::{OpeningId, Openings};
 use crate::protocol::MAX_LINE;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
@@ -111,6 +112,8 @@ pub enum NoHandshake {
     WrongKey,
     /// The other side's message was made for another of the server's ports.
     OtherPort,
+    /// The other side's message has been here before: it was recorded.
+    Recorded,
     /// The connection failed, or this side could not do its part.
     Io(io::Error),
 }
@@ -140,19 +143,25 @@ pub fn initiate(
     Ok(Secured::new(state, key)?)
 }
 
-/// The server's half of a handshake. What was recorded of another one gets an answer, too: only
-/// the first frame shows that the client is there. `elsewhere` is what comes to the server's other
-/// port.
+/// The server's half of a handshake. What was recorded of another one may get an answer, too: only
+/// the first frame shows that the client is there. It gets none if `openings` remember it.
+/// `elsewhere` is what comes to the server's other port.
 ///
-/// `known` is called once the client's message has opened.
+/// `known` is called once the client's message has opened for the first time.
 pub fn respond(
     reader: &mut impl Read,
     writer: &mut impl Write,
     purpose: &Purpose,
     elsewhere: Option<&Purpose>,
+    openings: &Openings,
     known: impl FnOnce(),
 ) -> Result<Secured, NoHandshake> {
     let message = read_message(reader)?;
+    let mut id = OpeningId::default();
+    id.copy_from_slice(&message[..size_of::<OpeningId>()]);
+    if openings.knows(id) {
+        return Err(NoHandshake::Recorded);
+    }
     let Some((answer, secured)) = answer(&message, purpose)? else {
         let other = elsewhere.map_or(Ok(None), |elsewhere| answer(&message, elsewhere));
         return Err(match other? {
@@ -160,6 +169,9 @@ pub fn respond(
             None => NoHandshake::WrongKey,
         });
     };
+    if !openings.remember(id) {
+        return Err(NoHandshake::Recorded);
+    }
     known();
     writer.write_all(&answer)?;
     Ok(secured)

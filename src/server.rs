@@ -18,8 +18,11 @@ use crate::conn_match::{ConnList, Placed};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::door::{Door, Link, Refusal, is_client};
 use crate::error::Error;
-use crate::limits::{Lobby, LogLimit, Place, Slot, Slots, affordable_visitors};
+use crate::limits::{Slot, Slots, affordable_visitors};
+use crate::lobby::{Lobby, Place};
+use crate::log_limit::{LogLimit, SourceLogLimit};
 use crate::net;
+use crate::openings::Openings;
 use crate::options::ServerOptions;
 use crate::protocol::{Failure, Line, NEW, PROTO, Reason, SessionId, Welcome};
 use crate::relay::{End, Pairs, SWEEP, Visitor};
@@ -86,6 +89,8 @@ struct Shared {
     /// Separate for the two ports: a flood of one is no trouble to the other.
     unproved_links: Arc<Lobby>,
     unproved_tunnels: Arc<Lobby>,
+    /// Of both ports: what was recorded at one of them means nothing at the other.
+    openings: Openings,
     pairs: Arc<Pairs>,
     /// Nobody waits any more, and nobody may.
     stop: Stop,
@@ -100,15 +105,16 @@ struct Listener {
     closed: Stop,
 }
 
-/// What strangers can cause to be logged, each kind with a limit of its own.
+/// What strangers can cause to be logged, each kind with a limit of its own, and if its line names
+/// an address, each source with one.
 struct Logs {
     accept_failed: LogLimit,
     no_thread: LogLimit,
-    link_refused: LogLimit,
-    tunnel_refused: LogLimit,
-    client_came: LogLimit,
-    client_left: LogLimit,
-    timed_out: LogLimit,
+    link_refused: SourceLogLimit,
+    tunnel_refused: SourceLogLimit,
+    client_came: SourceLogLimit,
+    client_left: SourceLogLimit,
+    timed_out: SourceLogLimit,
     local_failed: LogLimit,
     /// All lines of level debug.
     detail: LogLimit,
@@ -194,6 +200,7 @@ impl Server {
             workers: Workers::new(),
             unproved_links: Lobby::new(),
             unproved_tunnels: Lobby::new(),
+            openings: Openings::new(),
             pairs: Pairs::new(),
             stop: Stop::new(),
             logs: Logs::new(sealed),
@@ -283,7 +290,7 @@ impl Shared {
     fn make_control(self: &Arc<Self>) {
         while let Some((socket, from)) = self.accept(&self.control) {
             let socket = Arc::new(socket);
-            let place = self.unproved_links.enter(&socket);
+            let place = self.unproved_links.enter(&socket, from);
             self.start("control", move |server| {
                 server.control(&socket, from, place)
             });
@@ -330,6 +337,7 @@ impl Shared {
                 .cache
                 .as_ref()
                 .and_then(|live| live.bond.clone()),
+            openings: &self.openings,
             place,
         }
     }
@@ -384,7 +392,9 @@ impl Shared {
     fn refuse_link(&self, from: SocketAddr, refusal: &Refusal) {
         count(&self.counts.refused);
         let log = &self.logs.link_refused;
-        log.say(|more| warn!("refused control link from {from}: {refusal}{more}"));
+        log.say(from, |more| {
+            warn!("refused control link from {from}: {refusal}{more}")
+        });
     }
 
     /// Makes a client the one that is live, if none is. One that said hello takes the place of
@@ -425,7 +435,7 @@ impl Shared {
         if let Some(before) = replaced {
             remarks += &format!(", and takes the place of {}", before.client);
         }
-        self.logs.client_came.say(|more| match proto {
+        self.logs.client_came.say(client, |more| match proto {
             Proto::Tp1 { pool } => {
                 let id = id.short();
                 info!("client {client} came: session {id}, pool {pool}{remarks}{more}");
@@ -486,7 +496,7 @@ impl Shared {
         drop(state);
         drop(idle);
         let (log, client) = (&self.logs.client_left, session.client);
-        log.say(|more| info!("client {client} left: {why}{more}"));
+        log.say(client, |more| info!("client {client} left: {why}{more}"));
     }
 
     /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog.
@@ -563,7 +573,7 @@ impl Shared {
                 self.config_conn_list_tunnel(conn, from, id);
                 continue;
             }
-            let place = self.unproved_tunnels.enter(&socket);
+            let place = self.unproved_tunnels.enter(&socket, from);
             self.start("tunnel", move |server| server.tunnel(conn, from, place));
         }
     }
@@ -583,7 +593,9 @@ impl Shared {
     fn refuse_tunnel(&self, from: SocketAddr, refusal: &Refusal) {
         count(&self.counts.refused);
         let log = &self.logs.tunnel_refused;
-        log.say(|more| warn!("refused tunnel from {from}: {refusal}{more}"));
+        log.say(from, |more| {
+            warn!("refused tunnel from {from}: {refusal}{more}")
+        });
     }
 
     /// Gives a tunnel of the live session to the visitor that has waited longest.
@@ -699,7 +711,7 @@ impl Shared {
                     let reason = Reason::PublicPort;
                     let _ = socket.set_nonblocking(true);
                     let _ = send(socket, &Line::Bye { reason });
-                    log.say(|more| {
+                    log.say(*visitor, |more| {
                         warn!(
                             "closed {visitor}: it is a tpclient, and this is the port for visitors \
                              (--control-port, --tunnel-port of tpclient){more}"
@@ -707,7 +719,9 @@ impl Shared {
                     });
                     continue;
                 }
-                log.say(|more| warn!("closed visitor {visitor} after {timeout:?}: {why}{more}"));
+                log.say(*visitor, |more| {
+                    warn!("closed visitor {visitor} after {timeout:?}: {why}{more}")
+                });
             }
             // Who comes from now on does not expire before a whole timeout has passed.
             pause = oldest.map_or(timeout, |oldest| {
@@ -837,16 +851,17 @@ impl Listener {
 impl Logs {
     fn new(sealed: bool) -> Self {
         let once_a_second = || LogLimit::new(1);
+        let of_each_source = || SourceLogLimit::new(1);
         // Who has a key is no stranger.
         let client_lines = if sealed { DETAIL_LINES } else { 1 };
         Self {
             accept_failed: once_a_second(),
             no_thread: once_a_second(),
-            link_refused: once_a_second(),
-            tunnel_refused: once_a_second(),
-            client_came: LogLimit::new(client_lines),
-            client_left: LogLimit::new(client_lines),
-            timed_out: once_a_second(),
+            link_refused: of_each_source(),
+            tunnel_refused: of_each_source(),
+            client_came: SourceLogLimit::new(client_lines),
+            client_left: SourceLogLimit::new(client_lines),
+            timed_out: of_each_source(),
             local_failed: once_a_second(),
             detail: LogLimit::new(DETAIL_LINES),
         }

@@ -4,14 +4,14 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::programs::{Both, Program};
 use crate::support::{
     Protection, Service, assert_echo, assert_ended, connect, echo, eventually, expect_pattern,
-    plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
+    open_from, plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
 };
 
 plain_and_sealed! {
@@ -19,6 +19,7 @@ plain_and_sealed! {
     a_visitor_that_never_reads_does_not_fill_the_memory,
     bulk_that_pauses_holds_nothing,
     what_strangers_cause_is_logged_once_a_second,
+    a_loud_stranger_hides_no_other_one,
     silent_strangers_take_neither_time_nor_memory,
     both_programs_together_idle_below_four_mib,
     visits_leave_the_client_its_ports,
@@ -191,6 +192,35 @@ fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
     eventually("the count of those left out", || {
         let _ = connect(addresses[2]).write_all(b"garbage\n");
         !server.lines_with("more like this before").is_empty()
+    });
+}
+
+/// Who is probed by many must see each of them: what bans addresses reads the log.
+fn a_loud_stranger_hides_no_other_one(protection: Protection) {
+    let (server, [_, tunnel, control]) = Program::server(protection, &[]);
+    let probe = |host: u8, port| {
+        let mut stranger = open_from([127, 0, 0, host], port);
+        let _ = stranger.write_all(b"garbage\n");
+        stranger
+    };
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut loud = Vec::new();
+            while !over.load(Ordering::SeqCst) && loud.len() < 2_000 {
+                loud.extend([tunnel, control].map(|port| probe(5, port)));
+                thread::sleep(Duration::from_secs(1) / 30);
+            }
+        });
+        for (port, kind) in [(tunnel, "tunnel"), (control, "control link")] {
+            server.wait_for_line(&format!("refused {kind} from 127.0.0.5:"));
+            let _quiet = probe(66, port);
+            eventually("the quiet one's line", || {
+                let line = format!("refused {kind} from 127.0.0.66:");
+                !server.lines_with(&line).is_empty()
+            });
+        }
+        over.store(true, Ordering::SeqCst);
     });
 }
 

@@ -7,6 +7,7 @@ mod command_line;
 mod crowds;
 mod exhaustion;
 mod faulty;
+mod floods;
 mod half_close_and_abort;
 mod key;
 mod local_service;

@@ -133,6 +133,19 @@ pub fn try_connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     TcpStream::connect_timeout(&address, DEADLINE).map(with_deadline)
 }
 
+/// Opens a connection from another loopback address, without waiting for the far side: what is said
+/// at once may be lost.
+#[cfg(target_os = "linux")]
+pub fn open_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let source = SocketAddr::from((source, 0));
+    socket.bind(&source.into()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    // It is under way, or was refused: then a write says so.
+    let _ = socket.connect(&to.into());
+    socket.into()
+}
+
 fn with_deadline(socket: TcpStream) -> TcpStream {
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
     socket.set_write_timeout(Some(DEADLINE)).unwrap();

@@ -1,0 +1,257 @@
+//! Connections that have not proved yet that they are a client's, each with a thread that waits for
+//! what it says. Their number is bounded, and no stranger may keep the client out.
+
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::net;
+use crate::source::Source;
+
+/// Connections of one port that have not proved themselves yet.
+const MAX_UNPROVED: usize = 64;
+
+/// Threads of such connections, with those that were sent away and whose threads have not noticed
+/// yet: a flood must not wait for each of them in turn.
+pub const MAX_THREADS: usize = 2 * MAX_UNPROVED;
+
+/// A source with more places than that gives way to all others, itself included.
+const MAX_OF_ONE_SOURCE: usize = MAX_UNPROVED / 4;
+
+/// When there are too many, the oldest goes, but not before it has had this long: a client needs
+/// microseconds for what it says first, and a burst of its tunnels must not push its own out.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// One of a source with too many places has this long: still enough for a client that shares its
+/// address with a flood, and short enough for 12,800 connections a second to come and go.
+const SHORT_GRACE: Duration = Duration::from_millis(5);
+
+/// One that began like somebody who has the key has this much longer: what it says next takes a
+/// round trip, and nobody must be able to push a far client out.
+const KNOWN_GRACE: Duration = Duration::from_secs(1);
+
+/// The connections of a port that have not proved themselves yet.
+pub struct Lobby {
+    unproved: Mutex<Vec<Unproved>>,
+    left: Condvar,
+}
+
+struct Unproved {
+    socket: Arc<TcpStream>,
+    source: Source,
+    /// Until then it stays, however full it gets.
+    stays: Instant,
+    /// It began like one that has the key.
+    known: bool,
+    /// Shut down; its thread is about to notice, and counts until it has.
+    sent_away: bool,
+}
+
+impl Lobby {
+    /// An empty lobby.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            unproved: Mutex::new(Vec::new()),
+            left: Condvar::new(),
+        })
+    }
+
+    /// Lets a connection in. A full lobby waits until one of those inside has had its time, and shuts
+    /// that one down; and it waits for their threads if too many have not noticed yet. Never for
+    /// long: with 64 threads at work and a grace of milliseconds, thousands come in a second.
+    pub fn enter(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr) -> Place {
+        let mut unproved = self.unproved.lock();
+        loop {
+            if unproved.len() >= MAX_THREADS {
+                self.left.wait(&mut unproved);
+                continue;
+            }
+            let Some((next, may_go)) = next_to_go(&unproved) else {
+                break;
+            };
+            let now = Instant::now();
+            if may_go > now {
+                self.left.wait_until(&mut unproved, may_go);
+                continue;
+            }
+            let next = &mut unproved[next];
+            if net::has_unread(&next.socket) {
+                // Not the far side is late but the thread here: the host is busy.
+                next.stays = now + GRACE;
+            } else {
+                next.sent_away = true;
+                let _ = next.socket.shutdown(Shutdown::Both);
+            }
+        }
+        unproved.push(Unproved {
+            socket: socket.clone(),
+            source: from.into(),
+            stays: Instant::now() + GRACE,
+            known: false,
+            sent_away: false,
+        });
+        Place {
+            lobby: self.clone(),
+            socket: socket.clone(),
+        }
+    }
+
+    /// Shuts down every connection in the lobby.
+    pub fn clear(&self) {
+        for unproved in self.unproved.lock().drain(..) {
+            let _ = unproved.socket.shutdown(Shutdown::Both);
+        }
+        self.left.notify_all();
+    }
+}
+
+/// Which connection makes room in a full lobby, and when; None if there is room.
+fn next_to_go(unproved: &[Unproved]) -> Option<(usize, Instant)> {
+    let staying = || unproved.iter().enumerate().filter(|(_, it)| !it.sent_away);
+    if staying().count() < MAX_UNPROVED {
+        return None;
+    }
+    let places = |source| staying().filter(|(_, it)| it.source == source).count();
+    let unknown = || staying().filter(|(_, it)| !it.known);
+    let crowd = unknown().find(|(_, it)| places(it.source) > MAX_OF_ONE_SOURCE);
+    if let Some((_, Unproved { source, .. })) = crowd {
+        let own = unknown().filter(|(_, it)| it.source == *source);
+        let oldest = own.min_by_key(|(_, it)| it.stays);
+        return oldest.map(|(place, it)| (place, it.stays - GRACE + SHORT_GRACE));
+    }
+    let oldest = staying().min_by_key(|(_, it)| it.stays);
+    oldest.map(|(place, it)| (place, it.stays))
+}
+
+/// A connection's place in the lobby, left when dropped.
+pub struct Place {
+    lobby: Arc<Lobby>,
+    socket: Arc<TcpStream>,
+}
+
+impl Place {
+    /// Leaves the lobby; false if the connection was sent away before, and is of no use.
+    pub fn leave(self) -> bool {
+        self.remove()
+    }
+
+    /// Lets the connection stay longer than others: it began like one that has the key. That may
+    /// have been recorded, so it proves nothing yet.
+    pub fn extend(&self) {
+        let mut unproved = self.lobby.unproved.lock();
+        if let Some(own) = self.find(&unproved) {
+            unproved[own].stays += KNOWN_GRACE;
+            unproved[own].known = true;
+        }
+    }
+
+    fn find(&self, unproved: &[Unproved]) -> Option<usize> {
+        let is_own = |it: &Unproved| Arc::ptr_eq(&it.socket, &self.socket);
+        unproved.iter().position(is_own)
+    }
+
+    fn remove(&self) -> bool {
+        let mut unproved = self.lobby.unproved.lock();
+        let own = self.find(&unproved).map(|own| unproved.swap_remove(own));
+        self.lobby.left.notify_one();
+        own.is_some_and(|own| !own.sent_away)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::thread;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    /// A connection to this listener, and its other end.
+    fn connect(listener: &TcpListener) -> (TcpStream, Arc<TcpStream>) {
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        near.set_read_timeout(Some(DEADLINE)).unwrap();
+        (near, Arc::new(listener.accept().unwrap().0))
+    }
+
+    fn listener() -> TcpListener {
+        TcpListener::bind("127.0.0.1:0").unwrap()
+    }
+
+    /// The lobby's own connections: the far ends, and the places.
+    type Inside = Vec<(TcpStream, Place)>;
+
+    /// Fills a lobby from these hosts in turn.
+    fn fill(lobby: &Arc<Lobby>, listener: &TcpListener, hosts: &[u8]) -> Inside {
+        let from = hosts.iter().cycle().take(MAX_UNPROVED);
+        let enter = |host: &u8| {
+            let (near, socket) = connect(listener);
+            (near, lobby.enter(&socket, from_host(*host)))
+        };
+        from.map(enter).collect()
+    }
+
+    fn from_host(host: u8) -> SocketAddr {
+        ([192, 0, 2, host], 1).into()
+    }
+
+    #[test]
+    fn a_full_lobby_sends_the_oldest_away() {
+        let (listener, lobby) = (listener(), Lobby::new());
+        let start = Instant::now();
+        let mut inside = fill(&lobby, &listener, &[1, 2, 3, 4]);
+        // The oldest began as if it had the key: the second one goes in its place.
+        inside[0].1.extend();
+        let (mut oldest, oldest_place) = inside.remove(1);
+        let (_near, newcomer) = connect(&listener);
+        let place = lobby.enter(&newcomer, from_host(5));
+        assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
+        assert!(start.elapsed() >= GRACE);
+        assert!(!oldest_place.leave());
+        assert_eq!(lobby.unproved.lock().len(), MAX_UNPROVED);
+        drop(inside);
+        assert_eq!(lobby.unproved.lock().len(), 1);
+        assert!(place.leave());
+        assert_eq!(lobby.unproved.lock().len(), 0);
+    }
+
+    #[test]
+    fn threads_that_have_not_noticed_are_waited_for() {
+        let (listener, lobby) = (listener(), Lobby::new());
+        let [inside, newcomers] = [(); 2].map(|()| fill(&lobby, &listener, &[1]));
+        assert_eq!(lobby.unproved.lock().len(), MAX_THREADS);
+        let (_near, one_more) = connect(&listener);
+        let entering = thread::spawn({
+            let lobby = lobby.clone();
+            move || lobby.enter(&one_more, from_host(2))
+        });
+        thread::sleep(2 * GRACE);
+        assert!(!entering.is_finished(), "in before another is out");
+        drop(inside);
+        assert!(entering.join().unwrap().leave());
+        drop(newcomers);
+    }
+
+    #[test]
+    fn who_has_too_many_places_makes_room_for_all() {
+        let (listener, lobby) = (listener(), Lobby::new());
+        // The oldest is another one's, and the next began as if it had the key.
+        let inside = fill(&lobby, &listener, &[1, 2, 2, 2]);
+        inside[1].1.extend();
+        let (_near, newcomer) = connect(&listener);
+        let place = lobby.enter(&newcomer, from_host(3));
+        let stayed = inside.into_iter().map(|(_, place)| place.leave());
+        let stayed: Vec<_> = stayed.collect();
+        assert_eq!(stayed.iter().filter(|it| !**it).count(), 1);
+        assert!(!stayed[2], "not the oldest of those");
+        assert!(place.leave());
+    }
+}

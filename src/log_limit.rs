@@ -1,0 +1,184 @@
+//! What bounds the log lines that strangers cause.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::source::Source;
+
+/// Sources with a limit of their own, for each kind of line. A log reader that bans addresses sees as
+/// many new ones each second, and a flood from everywhere stays a readable log.
+const MAX_SOURCES: usize = 64;
+
+/// At most so many log lines of one kind a second; those beyond are counted.
+pub struct LogLimit {
+    a_second: u32,
+    state: Mutex<LogState>,
+}
+
+impl LogLimit {
+    /// At most this many lines a second.
+    pub fn new(a_second: u32) -> Self {
+        Self {
+            a_second,
+            state: Mutex::new(LogState::new(Instant::now())),
+        }
+    }
+
+    /// Calls `say` if this second has a line left. What it is given prints as nothing, or as the
+    /// number of lines that were left out before this one: put it at the end of the line.
+    pub fn say(&self, say: impl FnOnce(LeftOut)) {
+        let left_out = self.state.lock().take(Instant::now(), self.a_second);
+        if let Some(left_out) = left_out {
+            say(left_out);
+        }
+    }
+}
+
+/// At most so many log lines of one kind a second for each source, so that nobody can hide others.
+pub struct SourceLogLimit {
+    a_second: u32,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    sources: HashMap<Source, LogState>,
+    /// Of all sources that found no place.
+    others: LogState,
+}
+
+impl SourceLogLimit {
+    /// At most this many lines a second for each source.
+    pub fn new(a_second: u32) -> Self {
+        Self {
+            a_second,
+            table: Mutex::new(Table {
+                sources: HashMap::new(),
+                others: LogState::new(Instant::now()),
+            }),
+        }
+    }
+
+    /// Like [`LogLimit::say`], for a line that this address has caused.
+    pub fn say(&self, from: SocketAddr, say: impl FnOnce(LeftOut)) {
+        if let Some(left_out) = self.take(from.into(), Instant::now()) {
+            say(left_out);
+        }
+    }
+
+    fn take(&self, source: Source, now: Instant) -> Option<LeftOut> {
+        let mut table = self.table.lock();
+        table.state(source, now).take(now, self.a_second)
+    }
+}
+
+impl Table {
+    /// A source's own state; or that of all others, if the table is full of sources that had a line
+    /// in this second.
+    fn state(&mut self, source: Source, now: Instant) -> &mut LogState {
+        let mut fresh = LogState::new(now);
+        if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
+            let states = self.sources.iter();
+            let over = states.filter(|(_, state)| state.is_over(now));
+            let longest_ago = over.min_by_key(|(_, state)| state.second);
+            let Some(leaves) = longest_ago.map(|(leaves, _)| *leaves) else {
+                return &mut self.others;
+            };
+            // What was left out of its lines is told with the next line of this kind.
+            if let Some(state) = self.sources.remove(&leaves) {
+                fresh.left_out = state.left_out;
+            }
+        }
+        self.sources.entry(source).or_insert(fresh)
+    }
+}
+
+struct LogState {
+    second: Instant,
+    said: u32,
+    left_out: u64,
+}
+
+impl LogState {
+    fn new(now: Instant) -> Self {
+        Self {
+            second: now,
+            said: 0,
+            left_out: 0,
+        }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.second) >= Duration::from_secs(1)
+    }
+
+    fn take(&mut self, now: Instant, a_second: u32) -> Option<LeftOut> {
+        // A second begins with its first line, so that two of them are never next to each other.
+        if self.is_over(now) || self.said == 0 {
+            self.second = now;
+            self.said = 0;
+        }
+        if self.said == a_second {
+            self.left_out += 1;
+            return None;
+        }
+        self.said += 1;
+        Some(LeftOut(std::mem::take(&mut self.left_out)))
+    }
+}
+
+/// How many lines were left out before this one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct LeftOut(u64);
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " (and {count} more like this before, not logged)"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn log_lines_are_limited_and_counted() {
+        let start = Instant::now();
+        let mut state = LogState::new(start);
+        assert_eq!(state.take(start, 2), Some(LeftOut(0)));
+        assert_eq!(state.take(start, 2), Some(LeftOut(0)));
+        assert_eq!(state.take(start, 2), None);
+        assert_eq!(state.take(start, 2), None);
+        let later = start + Duration::from_secs(2);
+        assert_eq!(state.take(later, 2), Some(LeftOut(2)));
+        assert_eq!(state.take(later, 2), Some(LeftOut(0)));
+        assert_eq!(LeftOut(0).to_string(), "");
+        assert!(LeftOut(2).to_string().contains("2 more"));
+    }
+
+    #[test]
+    fn each_source_has_its_own_limit_as_long_as_there_is_room() {
+        let limit = SourceLogLimit::new(1);
+        let source = |number: usize| Source::V4(Ipv4Addr::from_bits(number as u32));
+        let start = Instant::now();
+        for number in 0..MAX_SOURCES {
+            assert_eq!(limit.take(source(number), start), Some(LeftOut(0)));
+            assert_eq!(limit.take(source(number), start), None);
+        }
+        // All others share one.
+        assert_eq!(limit.take(source(100), start), Some(LeftOut(0)));
+        assert_eq!(limit.take(source(101), start), None);
+        let later = start + Duration::from_secs(2);
+        assert_eq!(limit.take(source(102), later), Some(LeftOut(1)));
+        let table = limit.table.lock();
+        assert_eq!(table.sources.len(), MAX_SOURCES);
+        assert_eq!(table.others.left_out, 1);
+    }
+}
