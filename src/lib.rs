@@ -123,8 +123,10 @@ mod conn_match;
 mod control;
 mod door;
 mod error;
+mod hand_over;
 mod key;
 mod limits;
+mod listener;
 mod logger;
 mod net;
 // For the two programs; not part of the library's interface.

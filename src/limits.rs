@@ -91,15 +91,16 @@ impl Slots {
         })
     }
 
-    /// Takes a place, and waits for one if need be. None once closed.
-    pub fn take(self: &Arc<Self>) -> Option<Slot> {
+    /// Takes a place, and waits for one if need be, after it has called `full`. None once closed, if
+    /// no place is free.
+    pub fn take(self: &Arc<Self>, full: impl FnOnce()) -> Option<Slot> {
         let mut state = self.state.lock();
+        if state.free == 0 && state.open {
+            full();
+        }
         self.changed
             .wait_while(&mut state, |state| state.free == 0 && state.open);
-        if !state.open {
-            return None;
-        }
-        state.free -= 1;
+        state.free = state.free.checked_sub(1)?;
         Some(Slot(self.clone()))
     }
 
@@ -243,14 +244,15 @@ impl Drop for Place {
     }
 }
 
-/// At most so many log lines of one kind a second; those beyond are counted.
+/// At most so many log lines of one kind a second, or in another period; those beyond are counted.
 pub struct LogLimit {
-    a_second: u32,
+    most: u32,
+    period: Duration,
     state: Mutex<LogState>,
 }
 
 struct LogState {
-    second: Instant,
+    since: Instant,
     said: u32,
     left_out: u64,
 }
@@ -258,17 +260,23 @@ struct LogState {
 impl LogLimit {
     /// At most this many lines a second.
     pub fn new(a_second: u32) -> Self {
+        Self::within(Duration::from_secs(1), a_second)
+    }
+
+    /// At most this many lines in each such period.
+    pub fn within(period: Duration, most: u32) -> Self {
         Self {
-            a_second,
+            most,
+            period,
             state: Mutex::new(LogState {
-                second: Instant::now(),
+                since: Instant::now(),
                 said: 0,
                 left_out: 0,
             }),
         }
     }
 
-    /// Calls `say` if this second has a line left. What it is given prints as nothing, or as the
+    /// Calls `say` if this period has a line left. What it is given prints as nothing, or as the
     /// number of lines that were left out before this one: put it at the end of the line.
     pub fn say(&self, say: impl FnOnce(LeftOut)) {
         if let Some(left_out) = self.take(Instant::now()) {
@@ -278,13 +286,13 @@ impl LogLimit {
 
     fn take(&self, now: Instant) -> Option<LeftOut> {
         let mut state = self.state.lock();
-        // A second begins with its first line, so that two of them are never next to each other.
-        let over = now.saturating_duration_since(state.second) >= Duration::from_secs(1);
+        // A period begins with its first line, so that two of them are never next to each other.
+        let over = now.saturating_duration_since(state.since) >= self.period;
         if over || state.said == 0 {
-            state.second = now;
+            state.since = now;
             state.said = 0;
         }
-        if state.said == self.a_second {
+        if state.said == self.most {
             state.left_out += 1;
             return None;
         }
@@ -329,17 +337,17 @@ mod tests {
     #[test]
     fn a_slot_is_waited_for_and_comes_back() {
         let slots = Slots::new(1);
-        let slot = slots.take().unwrap();
+        let slot = slots.take(|| ()).unwrap();
         let waiting = thread::spawn({
             let slots = slots.clone();
-            move || slots.take().is_some()
+            move || slots.take(|| ()).is_some()
         });
         drop(slot);
         assert!(waiting.join().unwrap());
-        let _slot = slots.take().unwrap();
+        let _slot = slots.take(|| ()).unwrap();
         let waiting = thread::spawn({
             let slots = slots.clone();
-            move || slots.take().is_some()
+            move || slots.take(|| ()).is_some()
         });
         slots.close();
         assert!(!waiting.join().unwrap());
