@@ -36,6 +36,14 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(9);
 /// than it serves at a time, 4096 by default.
 const MAX_SPARE: usize = 8192;
 
+/// Between the dials of a tunnel that failed. The first one at once: a server that is flooded may
+/// have pushed it out.
+const REDIALS: [Duration; 3] = [
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_millis(300),
+];
+
 /// What a stopping client gives its threads for their last words, and a server that has ended the
 /// session to close its idle tunnels, which is under way by then.
 const LAST_WORDS: Duration = Duration::from_millis(250);
@@ -139,7 +147,7 @@ impl Client {
                     tunnel_failed: once_a_second(),
                     no_thread: once_a_second(),
                 },
-                counts: Counts::new(),
+                counts: Counts::new(affordable_visitors()),
             }),
         }
     }
@@ -464,24 +472,38 @@ impl Shared {
     /// Dials the tunnel port, and names the session, after the handshake if there is a key.
     fn connect_remote(&self, session: &Session) -> io::Result<(Conn, Expected)> {
         let mut remote = match &session.bond {
-            None => dial_tunnel(session)?,
-            Some(bond) => {
-                let dial = || {
-                    let mut remote = dial_tunnel(session)?;
-                    let sealed = seal_tunnel(&mut remote, bond);
-                    sealed
-                        .map(|()| remote)
-                        .map_err(|why| io::Error::other(why.to_string()))
-                };
-                // A server that is flooded may have pushed it out.
-                dial().or_else(|_| dial())?
-            }
+            None => self.dial_again(session, || dial_tunnel(session))?,
+            Some(bond) => self.dial_again(session, || {
+                let mut remote = dial_tunnel(session)?;
+                let sealed = seal_tunnel(&mut remote, bond);
+                sealed
+                    .map(|()| remote)
+                    .map_err(|why| io::Error::other(why.to_string()))
+            })?,
         };
         let expected = session.expect_visitor(&self.pairs)?;
         if let Proto::Tp1 { id, .. } = session.proto {
             send(&mut remote.writer, &Line::Tunnel { session: id })?;
         }
         Ok((remote, expected))
+    }
+
+    /// Dials until it works, as long as the session lives, but only so often: a visitor may wait for
+    /// this tunnel.
+    fn dial_again(
+        &self,
+        session: &Session,
+        dial: impl Fn() -> io::Result<Conn>,
+    ) -> io::Result<Conn> {
+        let mut dialled = dial();
+        for pause in REDIALS {
+            let live = session.tunnels.lock().check_live().is_ok();
+            if dialled.is_ok() || !live || !self.stop.sleep(pause) {
+                break;
+            }
+            dialled = dial();
+        }
+        dialled
     }
 
     /// Joins a tunnel with the local service. One direction stays on this thread.
@@ -537,7 +559,7 @@ impl Shared {
 }
 
 impl Running for Shared {
-    fn stop(&self, drain: Duration) {
+    fn stop(self: Arc<Self>, drain: Duration) {
         self.pairs.end_after(drain);
         // No visitor is expected any more when `run` looks; and again for a session that begins in
         // this moment.

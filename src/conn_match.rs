@@ -105,15 +105,19 @@ impl<A, T> ConnList<A, T> {
     /// Takes out the visitors that have waited for `timeout` or longer.
     pub fn take_expired(&mut self, now: Instant, timeout: Duration) -> Vec<A> {
         let from = self.complete();
-        let count = self
-            .matches
-            .range(from..)
-            .take_while(|waiting| now.saturating_duration_since(waiting.accept_add_time) >= timeout)
-            .count();
+        let count = self.waiting_since(now, timeout);
         self.matches
             .drain(from..from + count)
             .map(|expired| expired.accept)
             .collect()
+    }
+
+    /// How many visitors have waited for `time` or longer.
+    pub fn waiting_since(&self, now: Instant, time: Duration) -> usize {
+        self.matches
+            .range(self.complete()..)
+            .take_while(|waiting| now.saturating_duration_since(waiting.accept_add_time) >= time)
+            .count()
     }
 
     /// When the visitor that has waited longest came.

@@ -76,15 +76,16 @@ impl Slots {
         })
     }
 
-    /// Takes a place, and waits for one if need be. None once closed.
-    pub fn take(self: &Arc<Self>) -> Option<Slot> {
+    /// Takes a place, and waits for one if need be, after it has called `full`. None once closed, if
+    /// no place is free.
+    pub fn take(self: &Arc<Self>, full: impl FnOnce()) -> Option<Slot> {
         let mut state = self.state.lock();
+        if state.free == 0 && state.open {
+            full();
+        }
         self.changed
             .wait_while(&mut state, |state| state.free == 0 && state.open);
-        if !state.open {
-            return None;
-        }
-        state.free -= 1;
+        state.free = state.free.checked_sub(1)?;
         Some(Slot(self.clone()))
     }
 
@@ -134,17 +135,17 @@ mod tests {
     #[test]
     fn a_slot_is_waited_for_and_comes_back() {
         let slots = Slots::new(1);
-        let slot = slots.take().unwrap();
+        let slot = slots.take(|| ()).unwrap();
         let waiting = thread::spawn({
             let slots = slots.clone();
-            move || slots.take().is_some()
+            move || slots.take(|| ()).is_some()
         });
         drop(slot);
         assert!(waiting.join().unwrap());
-        let _slot = slots.take().unwrap();
+        let _slot = slots.take(|| ()).unwrap();
         let waiting = thread::spawn({
             let slots = slots.clone();
-            move || slots.take().is_some()
+            move || slots.take(|| ()).is_some()
         });
         slots.close();
         assert!(!waiting.join().unwrap());

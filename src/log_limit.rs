@@ -13,25 +13,37 @@ use crate::source::Source;
 /// many new ones each second, and a flood from everywhere stays a readable log.
 const MAX_SOURCES: usize = 64;
 
-/// At most so many log lines of one kind a second; those beyond are counted.
+/// The period of most limits.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// At most so many log lines of one kind a second, or in another period; those beyond are counted.
 pub struct LogLimit {
-    a_second: u32,
+    most: u32,
+    period: Duration,
     state: Mutex<LogState>,
 }
 
 impl LogLimit {
     /// At most this many lines a second.
     pub fn new(a_second: u32) -> Self {
+        Self::within(SECOND, a_second)
+    }
+
+    /// At most this many lines in each such period.
+    pub fn within(period: Duration, most: u32) -> Self {
         Self {
-            a_second,
+            most,
+            period,
             state: Mutex::new(LogState::new(Instant::now())),
         }
     }
 
-    /// Calls `say` if this second has a line left. What it is given prints as nothing, or as the
+    /// Calls `say` if this period has a line left. What it is given prints as nothing, or as the
     /// number of lines that were left out before this one: put it at the end of the line.
     pub fn say(&self, say: impl FnOnce(LeftOut)) {
-        let left_out = self.state.lock().take(Instant::now(), self.a_second);
+        let (mut state, now) = (self.state.lock(), Instant::now());
+        let left_out = state.take(now, self.period, self.most);
+        drop(state);
         if let Some(left_out) = left_out {
             say(left_out);
         }
@@ -71,7 +83,7 @@ impl SourceLogLimit {
 
     fn take(&self, source: Source, now: Instant) -> Option<LeftOut> {
         let mut table = self.table.lock();
-        table.state(source, now).take(now, self.a_second)
+        table.state(source, now).take(now, SECOND, self.a_second)
     }
 }
 
@@ -82,8 +94,8 @@ impl Table {
         let mut fresh = LogState::new(now);
         if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
             let states = self.sources.iter();
-            let over = states.filter(|(_, state)| state.is_over(now));
-            let longest_ago = over.min_by_key(|(_, state)| state.second);
+            let over = states.filter(|(_, state)| state.is_over(now, SECOND));
+            let longest_ago = over.min_by_key(|(_, state)| state.since);
             let Some(leaves) = longest_ago.map(|(leaves, _)| *leaves) else {
                 return &mut self.others;
             };
@@ -97,7 +109,7 @@ impl Table {
 }
 
 struct LogState {
-    second: Instant,
+    since: Instant,
     said: u32,
     left_out: u64,
 }
@@ -105,23 +117,23 @@ struct LogState {
 impl LogState {
     fn new(now: Instant) -> Self {
         Self {
-            second: now,
+            since: now,
             said: 0,
             left_out: 0,
         }
     }
 
-    fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.second) >= Duration::from_secs(1)
+    fn is_over(&self, now: Instant, period: Duration) -> bool {
+        now.saturating_duration_since(self.since) >= period
     }
 
-    fn take(&mut self, now: Instant, a_second: u32) -> Option<LeftOut> {
-        // A second begins with its first line, so that two of them are never next to each other.
-        if self.is_over(now) || self.said == 0 {
-            self.second = now;
+    fn take(&mut self, now: Instant, period: Duration, most: u32) -> Option<LeftOut> {
+        // A period begins with its first line, so that two of them are never next to each other.
+        if self.is_over(now, period) || self.said == 0 {
+            self.since = now;
             self.said = 0;
         }
-        if self.said == a_second {
+        if self.said == most {
             self.left_out += 1;
             return None;
         }

@@ -5,11 +5,12 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::warn;
+use log::{info, warn};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::address::Address;
 use crate::error::Error;
+use crate::hand_over::Inherited;
 
 /// Each address of a name gets this long to answer a dial: two lost SYNs (1 s, then 2 s) and some.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -25,8 +26,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(8);
 #[cfg(target_os = "linux")]
 const KEEPALIVE_PROBES: u32 = 3;
 
-/// A port in use is looked at again this often.
-const PORT_PAUSE: Duration = Duration::from_millis(50);
+/// A port in use is looked at again this often, and so several times while a server that stops
+/// waits for the next one.
+const PORT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Connections that the kernel completes while a program is busy: Linux' own upper limit
 /// (`net.core.somaxconn`) since 5.4.
@@ -39,13 +41,14 @@ const NO_PORT: &str = "; most likely every local port for it is in use, or was w
 
 /// Listens on the first address of a name that works; the answer has the real one. `[::]` takes
 /// IPv4 too, whatever the system's default is. A port in use may be that of a server that is about
-/// to end: it is waited for until `patience` ends. Unless `anywhere`, every address of the name must
-/// be a loopback one.
+/// to end: it is waited for until `patience` ends, or taken over if that server hands it over. Unless
+/// `anywhere`, every address of the name must be a loopback one.
 pub fn listen(
     option: &'static str,
     address: &Address,
     anywhere: bool,
     patience: Instant,
+    inherited: &mut Inherited,
 ) -> Result<(TcpListener, SocketAddr), Error> {
     let unknown = |error| Error::Resolve(option, address.clone(), error);
     let found = address.resolve().map_err(unknown)?;
@@ -60,10 +63,15 @@ pub fn listen(
         for address in &found {
             match listen_on(*address) {
                 Ok(listener) => return Ok(listener),
-                Err(error) => {
-                    in_use |= error.kind() == io::ErrorKind::AddrInUse;
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    if let Some(listener) = inherited.take(*address) {
+                        info!("{option}: {address} is handed over by the server that ends");
+                        return Ok((listener, *address));
+                    }
+                    in_use = true;
                     failed = Error::Listen(option, *address, error);
                 }
+                Err(error) => failed = Error::Listen(option, *address, error),
             }
         }
         let left = patience.saturating_duration_since(Instant::now());
@@ -102,21 +110,6 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     #[cfg(not(target_os = "linux"))]
     tune(&socket)?;
     Ok((socket, from))
-}
-
-/// Wakes the thread that waits in `accept` on this listener, for good.
-pub fn unblock(listener: &TcpListener) {
-    // Elsewhere than on Linux a listener does not take a shutdown, but a connection wakes it too.
-    let woken = SockRef::from(listener).shutdown(Shutdown::Both).is_ok();
-    if let (false, Ok(mut address)) = (woken, listener.local_addr()) {
-        if address.ip().is_unspecified() {
-            address.set_ip(match address {
-                SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
-                SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
-            });
-        }
-        let _ = TcpStream::connect_timeout(&address, Duration::from_secs(1));
-    }
 }
 
 /// Dials every address of a name in turn, looked up anew each time, until one answers. The error
@@ -327,7 +320,8 @@ mod tests {
     #[test]
     fn both_ends_of_a_connection_are_tuned() {
         let any = Address::new("127.0.0.1", 0);
-        let (listener, address) = listen("--public", &any, true, Instant::now()).unwrap();
+        let (now, none) = (Instant::now(), &mut Inherited::default());
+        let (listener, address) = listen("--public", &any, true, now, none).unwrap();
         let dialled = dial_one(address).unwrap();
         for socket in [dialled, accept(&listener).unwrap().0] {
             let socket = SockRef::from(&socket);

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,19 +12,20 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use log::{debug, info, warn};
 use parking_lot::Mutex;
 
-use crate::address::Address;
 use crate::conn::{Conn, Reader, Writer};
 use crate::conn_match::{ConnList, Placed};
 use crate::control::{Lines, send, why_ended, write_lines};
 use crate::door::{Door, Link, Refusal, is_client};
 use crate::error::Error;
+use crate::hand_over::{Inherited, Successor};
 use crate::limits::{Slot, Slots, affordable_visitors};
+use crate::listener::Listener;
 use crate::lobby::{Lobby, Place};
 use crate::log_limit::{LogLimit, SourceLogLimit};
 use crate::net;
 use crate::openings::Openings;
 use crate::options::ServerOptions;
-use crate::protocol::{Failure, Line, NEW, PROTO, Reason, SessionId, Welcome};
+use crate::protocol::{Failure, Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
 use crate::relay::{End, Pairs, SWEEP, Visitor};
 use crate::secure::Bond;
 use crate::status::{Counts, Status, count};
@@ -45,8 +46,19 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long a server that was told to stop serves on, for the next one to take over its ports: many
+/// looks of one that waits for them, on a busy host.
+const SUCCESSION: Duration = Duration::from_millis(300);
+
 /// Lines a second that strangers can cause with `-v`, and clients that have a key.
 const DETAIL_LINES: u32 = 100;
+
+/// A server that is full says so this often: it may be full for hours.
+const FULL_LINES: Duration = Duration::from_secs(60);
+
+/// A visitor that has waited for a second, many round trips, has lost its tunnel on the way. At most
+/// so many are asked for again at a time: if all are lost, more would not help.
+const ASK_AGAIN: (Duration, usize) = (Duration::from_secs(1), MAX_POOL);
 
 /// What a stopping server gives its threads for their last words. They need microseconds, if
 /// nothing is wrong.
@@ -92,23 +104,21 @@ struct Shared {
     /// Of both ports: what was recorded at one of them means nothing at the other.
     openings: Openings,
     pairs: Arc<Pairs>,
+    /// All visitors have come that ever will.
+    all_came: Stop,
     /// Nobody waits any more, and nobody may.
     stop: Stop,
+    /// Who has taken over the ports.
+    successor: Mutex<Option<Successor>>,
     logs: Logs,
     counts: Counts,
-}
-
-struct Listener {
-    option: &'static str,
-    socket: TcpListener,
-    addr: SocketAddr,
-    closed: Stop,
 }
 
 /// What strangers can cause to be logged, each kind with a limit of its own, and if its line names
 /// an address, each source with one.
 struct Logs {
     accept_failed: LogLimit,
+    full: LogLimit,
     no_thread: LogLimit,
     link_refused: SourceLogLimit,
     tunnel_refused: SourceLogLimit,
@@ -164,7 +174,8 @@ impl Server {
     /// Opens all three listeners. Nothing is accepted before [`run`](Server::run), but visitors
     /// and clients can connect from now on: the kernel keeps them until then. A port in use may be
     /// that of a server that is about to end, and is waited for: for the pair timeout and a second,
-    /// 61 s at the most.
+    /// 61 s at the most. On Linux a server of the same user that is stopped in this time, with some
+    /// time to drain, hands its listeners over.
     ///
     /// # Errors
     /// A host without an address, an address that cannot be listened on, or a tunnel or control
@@ -182,10 +193,19 @@ impl Server {
         let anywhere = options.insecure || sealed;
         let patience = Instant::now() + options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
         // This one first: visitors can come while the others are waited for.
-        let public = Listener::open("--public", &options.public, true, patience)?;
-        let control = Listener::open("--control", &options.control, anywhere, patience)?;
-        let tunnel = Listener::open("--tunnel", &options.tunnel, anywhere, patience)?;
+        let mut inherited = Inherited::default();
+        let mut open = |option, address, anywhere| {
+            Listener::open(option, address, anywhere, patience, &mut inherited)
+        };
+        let public = open("--public", &options.public, true)?;
+        let control = open("--control", &options.control, anywhere)?;
+        let tunnel = open("--tunnel", &options.tunnel, anywhere)?;
+        if !inherited.wait(patience) {
+            let error = io::ErrorKind::AddrInUse.into();
+            return Err(Error::Listen(control.option, control.addr, error));
+        }
         let (sender, receiver) = bounded(1);
+        let counts = Counts::new(options.max_conns);
         let shared = Shared {
             slots: Slots::new(options.max_conns),
             options,
@@ -202,9 +222,11 @@ impl Server {
             unproved_tunnels: Lobby::new(),
             openings: Openings::new(),
             pairs: Pairs::new(),
+            all_came: Stop::new(),
             stop: Stop::new(),
+            successor: Mutex::new(None),
             logs: Logs::new(sealed),
-            counts: Counts::new(),
+            counts,
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -501,9 +523,9 @@ impl Shared {
 
     /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog.
     fn make_accept(self: &Arc<Self>) {
-        while let Some(slot) = self.slots.take() {
+        while let Some(slot) = self.slots.take(|| self.full()) {
             let Some((socket, visitor)) = self.accept(&self.public) else {
-                return;
+                break;
             };
             self.detail(format_args!("visitor {visitor} came"));
             let accept = Accept {
@@ -513,6 +535,19 @@ impl Shared {
             };
             self.add_conn_match_accept(accept);
         }
+        self.public.take();
+        self.all_came.stop();
+        self.update();
+    }
+
+    fn full(&self) {
+        let most = self.options.max_conns;
+        self.logs.full.say(|more| {
+            warn!(
+                "all {most} places for visitors are taken (--max-conns, ulimit -n): who comes now \
+                 waits until others leave{more}"
+            );
+        });
     }
 
     /// Puts a visitor into the list, and asks for a tunnel if no idle one is there.
@@ -615,7 +650,10 @@ impl Shared {
         drop(state);
         match placed {
             Placed::Matched => self.update(),
-            Placed::Dead => self.refuse_tunnel(from, &Refusal::Dead),
+            Placed::Dead => {
+                self.refuse_tunnel(from, &Refusal::Dead);
+                self.send_message(NEW);
+            }
             Placed::Idle => self.detail(format_args!("tunnel from {from} is idle")),
             Placed::Superfluous(_) => self.detail(format_args!("closed a superfluous tunnel")),
         }
@@ -631,6 +669,7 @@ impl Shared {
     /// visitors are no longer taken and nobody waits, or may wait, any more.
     fn tcp_forward(self: &Arc<Self>, conn_list_map_update: &Receiver<()>) {
         loop {
+            let all_came = self.all_came.stopped();
             let mut state = self.state.lock();
             if let Some((accept, tunnel)) = state.conn_list_map.take_match() {
                 drop(state);
@@ -641,7 +680,7 @@ impl Shared {
             drop(state);
             let end_by = self.pairs.end_by();
             let over = end_by.is_some_and(|end_by| end_by <= Instant::now());
-            if self.public.closed.stopped() && (nobody_waits || over) {
+            if over || (all_came && nobody_waits) || self.stop.stopped() {
                 return self.finish();
             }
             let _ = match end_by {
@@ -690,9 +729,12 @@ impl Shared {
             let now = Instant::now();
             let mut state = self.state.lock();
             let expired = state.conn_list_map.take_expired(now, timeout);
+            let (since, most) = ASK_AGAIN;
+            let late = state.conn_list_map.waiting_since(now, since).min(most);
             let oldest = state.conn_list_map.oldest_waiting();
             let client = state.cache.as_ref().map(|live| live.client);
             drop(state);
+            (0..late).for_each(|_| self.send_message(NEW));
             let why = match client {
                 Some(client) => format!("client {client} dialled no tunnel for it"),
                 None => "no client is connected".to_owned(),
@@ -732,14 +774,13 @@ impl Shared {
 
     /// The next connection of a listener; None once the server stops.
     fn accept(&self, listener: &Listener) -> Option<(TcpStream, SocketAddr)> {
-        while !listener.closed.stopped() {
-            match net::accept(&listener.socket) {
-                Ok(accepted) if !listener.closed.stopped() => return Some(accepted),
-                Ok(_) => return None,
+        loop {
+            match listener.accept()? {
+                Ok(accepted) => return Some(accepted),
                 // Out of descriptors or memory, or the connection was reset in the backlog. All
                 // pass; to end, or to try again at once, would make them worse.
                 Err(error) => {
-                    if !listener.closed.sleep(ACCEPT_PAUSE) {
+                    if !listener.pause(ACCEPT_PAUSE) {
                         return None;
                     }
                     let (log, option) = (&self.logs.accept_failed, listener.option);
@@ -747,7 +788,6 @@ impl Shared {
                 }
             }
         }
-        None
     }
 
     /// Runs a job on a worker. If there is no thread for it, its sockets are closed.
@@ -763,12 +803,31 @@ impl Shared {
         self.logs.detail.say(|more| debug!("{what}{more}"));
     }
 
+    /// Leaves the visitors to the server that takes this one's place, if it asks for them in time.
+    fn hand_over(&self, time: Duration) {
+        let listeners = [&self.public, &self.control, &self.tunnel].map(Listener::socket);
+        let listeners: Vec<_> = listeners.iter().flatten().map(|it| &**it).collect();
+        match Successor::find(self.public.addr, &listeners, time) {
+            Ok(Some(successor)) => {
+                info!("the next server takes over");
+                *self.successor.lock() = Some(successor);
+                self.public.take();
+            }
+            Ok(None) => {}
+            Err(error) => self.detail(format_args!("could not hand over: {error}")),
+        }
+        self.public.close();
+        self.slots.close();
+    }
+
     /// The end of a stop: nobody waits any more, and those that are joined need no client.
     fn finish(self: &Arc<Self>) {
         self.stop.stop();
         for listener in [&self.public, &self.tunnel, &self.control] {
-            listener.close();
+            listener.take();
         }
+        // It may accept from all of them now.
+        *self.successor.lock() = None;
         self.slots.close();
         self.unproved_links.clear();
         self.unproved_tunnels.clear();
@@ -803,13 +862,17 @@ impl Drop for AllOrNone<'_> {
 }
 
 impl Running for Shared {
-    /// Takes no more visitors. Those that wait still get their tunnels, from a client that knows
-    /// nothing yet; then the matcher [finishes](Shared::finish).
-    fn stop(&self, drain: Duration) {
+    /// Takes no more visitors, once the next server has had a moment to take them. Those that wait
+    /// still get their tunnels, from a client that knows nothing yet; then the matcher
+    /// [finishes](Shared::finish).
+    fn stop(self: Arc<Self>, drain: Duration) {
         self.pairs.end_after(drain);
-        self.public.close();
-        self.slots.close();
         self.update();
+        let server = self.clone();
+        let hand_over = move || server.hand_over(drain.min(SUCCESSION));
+        if self.workers.start("hand_over", hand_over).is_err() {
+            self.hand_over(Duration::ZERO);
+        }
     }
 
     fn status(&self) -> Status {
@@ -824,30 +887,6 @@ impl Running for Shared {
     }
 }
 
-impl Listener {
-    fn open(
-        option: &'static str,
-        address: &Address,
-        anywhere: bool,
-        patience: Instant,
-    ) -> Result<Self, Error> {
-        let (socket, addr) = net::listen(option, address, anywhere, patience)?;
-        Ok(Self {
-            option,
-            socket,
-            addr,
-            closed: Stop::new(),
-        })
-    }
-
-    fn close(&self) {
-        // Not twice: the port may be somebody else's by then.
-        if self.closed.stop() {
-            net::unblock(&self.socket);
-        }
-    }
-}
-
 impl Logs {
     fn new(sealed: bool) -> Self {
         let once_a_second = || LogLimit::new(1);
@@ -856,6 +895,7 @@ impl Logs {
         let client_lines = if sealed { DETAIL_LINES } else { 1 };
         Self {
             accept_failed: once_a_second(),
+            full: LogLimit::within(FULL_LINES, 1),
             no_thread: once_a_second(),
             link_refused: of_each_source(),
             tunnel_refused: of_each_source(),

@@ -17,6 +17,8 @@ pub struct Status {
     pub session: Option<String>,
     /// Visitors that are joined now.
     pub joined: usize,
+    /// Visitors that there may be at a time. On the client, more have no descriptors.
+    pub max: usize,
     /// Visitors that were joined, those of now included.
     pub joined_total: u64,
     /// On the server: visitors that wait for a tunnel. On the client: tunnels that are being
@@ -42,6 +44,7 @@ impl fmt::Display for Status {
             uptime,
             session,
             joined,
+            max,
             joined_total,
             waiting,
             idle,
@@ -53,8 +56,8 @@ impl fmt::Display for Status {
         let (uptime, session) = (uptime.as_secs(), session.as_deref().unwrap_or("none"));
         write!(
             f,
-            "uptime={uptime} session={session} joined={joined} joined_total={joined_total} \
-             waiting={waiting} idle={idle} bytes_up={bytes_up} bytes_down={bytes_down} \
+            "uptime={uptime} session={session} joined={joined} max={max} \
+             joined_total={joined_total} waiting={waiting} idle={idle} bytes_up={bytes_up} bytes_down={bytes_down} \
              refused={refused} timed_out={timed_out}"
         )
     }
@@ -63,6 +66,7 @@ impl fmt::Display for Status {
 /// What is counted for a [`Status`] only.
 pub struct Counts {
     since: Instant,
+    max: usize,
     /// See [`Status::refused`].
     pub refused: AtomicU64,
     /// See [`Status::timed_out`].
@@ -70,10 +74,11 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// All zero.
-    pub fn new() -> Self {
+    /// All zero, of a program for so many visitors.
+    pub fn new(max: usize) -> Self {
         Self {
             since: Instant::now(),
+            max,
             refused: AtomicU64::new(0),
             timed_out: AtomicU64::new(0),
         }
@@ -92,6 +97,7 @@ impl Counts {
             uptime: self.since.elapsed(),
             session,
             joined,
+            max: self.max,
             joined_total,
             waiting,
             idle,
@@ -118,6 +124,7 @@ mod tests {
             uptime: Duration::from_millis(61_900),
             session: Some("00112233".to_owned()),
             joined: 1,
+            max: 9,
             joined_total: 2,
             waiting: 3,
             idle: 4,
@@ -128,7 +135,7 @@ mod tests {
         };
         assert_eq!(
             status.to_string(),
-            "uptime=61 session=00112233 joined=1 joined_total=2 waiting=3 idle=4 bytes_up=5 \
+            "uptime=61 session=00112233 joined=1 max=9 joined_total=2 waiting=3 idle=4 bytes_up=5 \
              bytes_down=6 refused=7 timed_out=8"
         );
     }

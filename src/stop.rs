@@ -13,7 +13,7 @@ use crate::status::Status;
 /// What a [`Handle`] holds on to.
 pub trait Running: Send + Sync {
     /// See [`Handle::stop`].
-    fn stop(&self, drain: Duration);
+    fn stop(self: Arc<Self>, drain: Duration);
 
     /// See [`Handle::status`].
     fn status(&self) -> Status;

@@ -200,6 +200,10 @@ fn five_thousand_visitors_share_a_thousand_places(protection: Protection) {
     eventually("all places are taken", || {
         now.load(Ordering::SeqCst) == PLACES
     });
+    let full = "all 1000 places for visitors are taken (--max-conns";
+    both.server.wait_for_line(full);
+    both.server.signal(rustix::process::Signal::USR1);
+    both.server.wait_for_line(" max=1000 ");
     let memory = [&both.server, &both.client].map(|program| program.memory("Pss_Anon"));
     for kib in memory {
         assert!(kib < MEMORY, "{kib} KiB");
@@ -212,5 +216,7 @@ fn five_thousand_visitors_share_a_thousand_places(protection: Protection) {
         drop(visitor);
     }
     assert_eq!(most.load(Ordering::SeqCst), PLACES);
+    // It has been full thousands of times.
+    assert_eq!(both.server.lines_with(full).len(), 1);
     both.assert_recovered(echo);
 }

@@ -2,16 +2,18 @@
 #![cfg(target_os = "linux")]
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use tunnel_proxy::ClientOptions;
 
 use crate::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
-    DEADLINE, Protection, Service, assert_ended, assert_reset, echo, eventually, plain_and_sealed,
+    DEADLINE, Protection, RunningClient, RunningServer, Service, assert_ended, assert_reset,
+    client_options, connect, echo, eventually, plain_and_sealed, server_options,
 };
 
 plain_and_sealed! {
@@ -21,6 +23,8 @@ plain_and_sealed! {
         a_stopped_server_is_left_and_found_again,
     ],
     a_server_that_restarts_under_load_is_back_each_time,
+    a_server_hands_over_to_the_next_one_without_losing_a_visitor,
+    a_tunnel_that_is_lost_costs_no_visitor,
 }
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -143,16 +147,96 @@ fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
     both.assert_recovered(echo);
 }
 
+/// The next one waits for the ports when the first one is asked to end.
+fn a_server_hands_over_to_the_next_one_without_losing_a_visitor(protection: Protection) {
+    const HAND_OVERS: usize = 20;
+    let host = match protection {
+        Protection::Plain => "127.0.78.3",
+        Protection::Sealed => "127.0.78.4",
+    };
+    let service = Service::echo_or_bulk();
+    let launch = Launch::new(protection).on(ports_of(host));
+    let server = launch.server(&[]);
+    let addresses = server.addresses();
+    let client = launch.client(addresses, service.addr, &[]);
+    let mut both = Both::at_rest(server, client, addresses);
+    let patient = both.visit();
+    echo(&patient);
+    let (over, visits) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) && began.elapsed() < 3 * DEADLINE {
+                    let visit = visit(addresses[0]);
+                    assert!(visit.is_ok(), "{visit:?} after {:?}", began.elapsed());
+                    visits.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        for hand_over in 0..HAND_OVERS {
+            let served = visits.load(Ordering::SeqCst);
+            eventually("visitors are served", || {
+                visits.load(Ordering::SeqCst) > served + 32
+            });
+            let next = launch.server(&[]);
+            next.wait_for_line("is in use, waiting for it");
+            both.server.signal(Signal::TERM);
+            next.wait_for_line(" came: session");
+            let mut before = std::mem::replace(&mut both.server, next);
+            if hand_over == 0 {
+                // It has a visitor still.
+                assert!(before.ended().is_none());
+                echo(&patient);
+                patient.shutdown(Shutdown::Both).unwrap();
+            }
+            assert!(before.wait_for_end().success());
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    both.assert_recovered(echo);
+}
+
+/// Every third connection to the tunnel port ends at once, and no tunnel is idle.
+fn a_tunnel_that_is_lost_costs_no_visitor(protection: Protection) {
+    let service = Service::echo();
+    let server = RunningServer::start(server_options(protection));
+    let (tunnel, dialled) = (server.tunnel, AtomicUsize::new(0));
+    let lossy = Service::start(move |near| {
+        if dialled.fetch_add(1, Ordering::SeqCst) % 3 == 0 {
+            return;
+        }
+        let far = connect(tunnel);
+        thread::scope(|scope| {
+            scope.spawn(|| carry(&near, &far));
+            carry(&far, &near);
+        });
+    });
+    let _client = RunningClient::start(ClientOptions {
+        tunnel_port: Some(lossy.addr.port()),
+        pool: 0,
+        ..client_options(&server, service.addr)
+    });
+    let visitors: Vec<_> = (0..12).map(|_| server.visit()).collect();
+    visitors.iter().for_each(echo);
+}
+
+fn carry(mut from: &TcpStream, mut to: &TcpStream) {
+    let _ = std::io::copy(&mut from, &mut to);
+    let _ = to.shutdown(Shutdown::Write);
+}
+
 /// Whether a visit was what it should be, at this moment of a server's life.
 fn was_served(public: SocketAddr) -> bool {
-    let visit = || {
-        let mut visitor = TcpStream::connect(public)?;
-        visitor.set_read_timeout(Some(DEADLINE))?;
-        visitor.write_all(b"hello")?;
-        let mut back = [0; 5];
-        visitor.read_exact(&mut back)?;
-        assert_eq!(&back, b"hello");
-        std::io::Result::Ok(())
-    };
-    visit().is_ok()
+    visit(public).is_ok()
+}
+
+fn visit(public: SocketAddr) -> std::io::Result<()> {
+    let mut visitor = TcpStream::connect(public)?;
+    visitor.set_read_timeout(Some(DEADLINE))?;
+    visitor.write_all(b"hello")?;
+    let mut back = [0; 5];
+    visitor.read_exact(&mut back)?;
+    assert_eq!(&back, b"hello");
+    Ok(())
 }
