@@ -37,6 +37,25 @@ impl Address {
         }
         Ok(found)
     }
+
+    /// True if one socket that listens here would be in another one's way there. Port 0 never is.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        if self.port != other.port || self.port == 0 {
+            return false;
+        }
+        // A name without an address is somebody else's error.
+        let [ours, theirs] = [self, other].map(|it| it.resolve().unwrap_or_default());
+        let overlap = |one: IpAddr, other: IpAddr| {
+            let covers = |all: IpAddr, one: IpAddr| {
+                // `[::]` takes IPv4 too.
+                all.is_unspecified() && (all.is_ipv6() || one.is_ipv4())
+            };
+            one == other || covers(one, other) || covers(other, one)
+        };
+        let ip = |it: &SocketAddr| it.ip().to_canonical();
+        ours.iter()
+            .any(|one| theirs.iter().any(|other| overlap(ip(one), ip(other))))
+    }
 }
 
 impl From<SocketAddr> for Address {
@@ -46,39 +65,56 @@ impl From<SocketAddr> for Address {
 }
 
 impl FromStr for Address {
-    type Err = &'static str;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (host, port) = text
-            .rsplit_once(':')
-            .ok_or("no port: HOST:PORT is needed")?;
+        refuse_scheme(text)?;
+        let (host, port) = match text.rsplit_once(':') {
+            Some(parts) if !text.ends_with(']') => parts,
+            _ => return Err("no port: HOST:PORT is needed".to_owned()),
+        };
         let host = match host.strip_prefix('[').and_then(|it| it.strip_suffix(']')) {
-            Some(inside) => parse_host(inside).and_then(|host| match host.parse::<IpAddr>() {
-                Ok(IpAddr::V6(_)) => Ok(host),
-                _ => Err("only an IPv6 address stands in brackets"),
-            })?,
-            None if host.contains(':') => return Err("an IPv6 address needs brackets: [::1]:80"),
+            Some(inside) => match parse_host(inside)? {
+                host if matches!(host.parse(), Ok(IpAddr::V6(_))) => host,
+                _ => return Err("only an IPv6 address stands in brackets".to_owned()),
+            },
+            None if host.contains(':') => {
+                return Err("an IPv6 address needs brackets: [::1]:80".to_owned());
+            }
             None => parse_host(host)?,
         };
-        // parse() alone would let a sign pass.
-        if !port.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err("the port is not a number");
-        }
-        let port = port
-            .parse()
-            .map_err(|_| "the port is not from 0 to 65535")?;
+        let port = parse_port(port)?;
         Ok(Self { host, port })
     }
 }
 
 /// A host alone, without port or brackets.
-pub fn parse_host(text: &str) -> Result<String, &'static str> {
+pub fn parse_host(text: &str) -> Result<String, String> {
+    refuse_scheme(text)?;
     let literal = text.parse::<IpAddr>().is_ok();
     let name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     match text {
-        "" => Err("no host"),
+        "" => Err("no host".to_owned()),
         _ if literal || text.bytes().all(name) => Ok(text.to_owned()),
-        _ => Err("neither an IP address nor a host name"),
+        _ => Err("neither an IP address nor a host name".to_owned()),
+    }
+}
+
+/// A port alone.
+pub fn parse_port(text: &str) -> Result<u16, String> {
+    // parse() alone would let a sign pass.
+    if !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("the port is not a number".to_owned());
+    }
+    let port = text.parse();
+    port.map_err(|_| "the port is not from 0 to 65535".to_owned())
+}
+
+/// What comes from a browser's address bar says so.
+fn refuse_scheme(text: &str) -> Result<(), String> {
+    match text.split_once("://") {
+        Some((scheme, _)) => Err(format!("leave out {scheme}://")),
+        None => Ok(()),
     }
 }
 
@@ -112,15 +148,49 @@ mod tests {
     }
 
     #[test]
+    fn addresses_overlap_where_only_one_can_be_listened_on() {
+        for (one, other, overlap) in [
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "127.0.0.1:81", false),
+            ("127.0.0.1:80", "127.0.0.2:80", false),
+            ("127.0.0.1:0", "127.0.0.1:0", false),
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("0.0.0.0:80", "[::1]:80", false),
+            ("[::]:80", "127.0.0.1:80", true),
+            ("[::]:80", "0.0.0.0:80", true),
+            ("[::]:80", "[::1]:80", true),
+            ("localhost:80", "127.0.0.1:80", true),
+            ("does-not-exist.invalid:80", "127.0.0.1:80", false),
+        ] {
+            let addresses = [one, other].map(|text| text.parse::<Address>().unwrap());
+            assert_eq!(
+                addresses[0].overlaps(&addresses[1]),
+                overlap,
+                "{one} {other}"
+            );
+            assert_eq!(
+                addresses[1].overlaps(&addresses[0]),
+                overlap,
+                "{other} {one}"
+            );
+        }
+    }
+
+    #[test]
     fn bad_addresses_are_refused() {
         for (text, why) in [
             ("", "no port"),
             ("127.0.0.1", "no port"),
+            ("[::1]", "no port"),
+            ("http://h:80", "leave out http://"),
+            ("https://[::1]:80/", "leave out https://"),
+            ("tcp://h", "leave out tcp://"),
             (":80", "no host"),
             ("[]:80", "no host"),
             ("::1:80", "brackets"),
             ("[127.0.0.1]:80", "brackets"),
             ("[::1:80", "brackets"),
+            ("::1", "brackets"),
             ("host:", "0 to 65535"),
             ("host:65536", "0 to 65535"),
             ("host:+80", "not a number"),

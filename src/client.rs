@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -90,6 +90,8 @@ struct Logs {
     local_failed: LogLimit,
     tunnel_failed: LogLimit,
     no_thread: LogLimit,
+    /// Said once.
+    no_key: Once,
 }
 
 struct Session {
@@ -146,6 +148,7 @@ impl Client {
                     local_failed: once_a_second(),
                     tunnel_failed: once_a_second(),
                     no_thread: once_a_second(),
+                    no_key: Once::new(),
                 },
                 counts: Counts::new(affordable_visitors()),
             }),
@@ -182,22 +185,27 @@ impl Shared {
     /// One session after another, for ever.
     fn keep_connected(self: &Arc<Self>) {
         let mut backoff = Backoff::new(Instant::now());
+        // Once: later dials follow a line that says when they will be.
+        info!("connecting to {}", self.options.server);
         loop {
-            let (Ok(why) | Err(why)) = self.connect_control(&mut backoff);
+            let (level, why) = match self.connect_control(&mut backoff) {
+                Ok(ended) => ended,
+                Err(why) => (Level::Warn, why),
+            };
             if self.stop.stopped() {
                 return;
             }
             let pause = backoff.next(Instant::now(), random_fraction());
-            warn!("{why}; trying again in {:.1} s", pause.as_secs_f64());
+            log!(level, "{why}; trying again in {:.1} s", pause.as_secs_f64());
             if !self.stop.sleep(pause) {
                 return;
             }
         }
     }
 
-    /// Dials the control port, and reads lines until the link ends. Both answers are a reason: why
-    /// the session was lost, or why there was none.
-    fn connect_control(self: &Arc<Self>, backoff: &mut Backoff) -> Result<String, String> {
+    /// Dials the control port, and reads lines until the link ends. Both results are a reason: why
+    /// the session was lost, with the level to log it at, or why there was none.
+    fn connect_control(self: &Arc<Self>, backoff: &mut Backoff) -> Result<(Level, String), String> {
         let ClientOptions {
             server: address,
             tunnel_port,
@@ -210,6 +218,11 @@ impl Shared {
         let unreachable = |error| format!("could not reach the server: {error}");
         let control = Arc::new(net::dial(address).map_err(unreachable)?);
         let mut tunnel_addr = control.peer_addr().map_err(unreachable)?;
+        if key.is_none() && !tunnel_addr.ip().to_canonical().is_loopback() {
+            self.logs.no_key.call_once(|| {
+                warn!("no --key-file: whoever is between here and {address} can read along, or be the server");
+            });
+        }
 
         let no_session = |why: NoSession| format!("no session with the server at {address}: {why}");
         let conn = Conn::new(control.clone());
@@ -255,7 +268,7 @@ impl Shared {
             session.end(Some(STOPPING));
         }
         let start = Instant::now();
-        let why = self.serve(&session, writer, to_write, first, &mut lines);
+        let (level, why) = self.serve(&session, writer, to_write, first, &mut lines);
         if start.elapsed() >= HEARTBEAT || session.tunnels.lock().served {
             *backoff = Backoff::new(Instant::now());
         }
@@ -267,10 +280,10 @@ impl Shared {
             false => LAST_WORDS,
         });
         session.cut_idle();
-        Ok(format!("lost the server at {address}: {why}"))
+        Ok((level, format!("lost the server at {address}: {why}")))
     }
 
-    /// Does what the server says, until it says no more; the answer is why.
+    /// Does what the server says, until it says no more; returns why, and the level to log it at.
     fn serve(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -278,11 +291,12 @@ impl Shared {
         to_write: Receiver<Line>,
         first: Line,
         lines: &mut Lines<Reader>,
-    ) -> String {
+    ) -> (Level, String) {
         let (client, owned) = (self.clone(), session.clone());
         let write = move || client.control_writer(&owned, writer, &to_write);
         if let Err(error) = self.workers.start("control_writer", write) {
-            return format!("there is no thread to write to it: {error}");
+            let why = format!("there is no thread to write to it: {error}");
+            return (Level::Warn, why);
         }
         self.refill(session);
         let mut line = first;
@@ -290,13 +304,16 @@ impl Shared {
             match line {
                 Line::New { .. } => self.one_more(session),
                 Line::Bye { reason } => {
-                    return format!("it said bye, {}", reason.to_string().escape_debug());
+                    let planned = reason == Reason::Draining;
+                    let level = if planned { Level::Info } else { Level::Warn };
+                    let why = format!("it said bye, {}", reason.to_string().escape_debug());
+                    return (level, why);
                 }
                 _ => {}
             }
             line = match lines.next_line_alive() {
                 Ok(line) => line,
-                Err(error) => return why_ended(&error),
+                Err(error) => return (Level::Warn, why_ended(&error)),
             };
         }
     }
@@ -396,7 +413,7 @@ impl Shared {
                 });
                 session.tell_failed(&visitor, reason);
                 let log = &self.logs.local_failed;
-                log.say(|more| warn!("{visitor}: no local service: {why}{more}"));
+                log.say(|more| warn!("{visitor}: cannot reach the local service: {why}{more}"));
             }
         }
         true

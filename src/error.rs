@@ -3,8 +3,10 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use crate::address::Address;
+use crate::key::KeyError;
 
 /// Why a program or a [`Server`](crate::Server) did not start. What goes wrong later is logged and
 /// tried again.
@@ -17,9 +19,13 @@ pub enum Error {
     Resolve(&'static str, Address, io::Error),
     /// An option's address could not be listened on.
     Listen(&'static str, SocketAddr, io::Error),
-    /// No key is where one was to be read. The texts: an option with its file, or `TP_KEY`; and what
-    /// is wrong with what is there. Only the programs see this.
-    Key(String, String),
+    /// Two of the server's ports would have one address: those of these options.
+    SameAddress(&'static str, &'static str, Address),
+    /// No key is where one was to be read. The text: an option with its file, or `TP_KEY`. Only the
+    /// programs see this.
+    Key(String, KeyError),
+    /// A key file could not be read. Only the programs see this.
+    KeyFile(PathBuf, io::Error),
     /// The system has no random source, for a key.
     Random(getrandom::Error),
     /// What was asked for could not be printed. Only the programs see this.
@@ -37,7 +43,11 @@ impl Error {
     /// where the machine is.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage(_) | Error::Key(..) | Error::NotLoopback(..) => 2,
+            Error::Usage(_)
+            | Error::SameAddress(..)
+            | Error::Key(..)
+            | Error::KeyFile(..)
+            | Error::NotLoopback(..) => 2,
             Error::Resolve(..)
             | Error::Listen(..)
             | Error::Random(_)
@@ -52,11 +62,21 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Usage(what) => write!(f, "{what}"),
-            Error::Key(place, why) => write!(
+            Error::SameAddress(one, other, address) => write!(
+                f,
+                "{one}: {other} listens on {address} already; give each a port of its own"
+            ),
+            Error::Key(
+                place,
+                why @ (KeyError::Missing | KeyError::Malformed | KeyError::Short | KeyError::Long),
+            ) => write!(
                 f,
                 "{place}: {why}. Make a key with: (umask 077; tpserver --generate-key > tp.key), \
                  and give it to both programs"
             ),
+            // The key is there, and something else beside it.
+            Error::Key(place, why) => write!(f, "{place}: {why}"),
+            Error::KeyFile(path, _) => write!(f, "--key-file: could not read {}", path.display()),
             Error::Random(_) => write!(f, "could not make a key"),
             Error::Print(_) => write!(f, "could not write to stdout"),
             Error::Resolve(option, address, _) => {
@@ -95,10 +115,13 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Usage(_) | Error::Key(..) | Error::NotLoopback(..) => None,
+            Error::Usage(_) | Error::SameAddress(..) | Error::Key(..) | Error::NotLoopback(..) => {
+                None
+            }
             Error::Random(error) => Some(error),
             Error::Resolve(_, _, error)
             | Error::Listen(_, _, error)
+            | Error::KeyFile(_, error)
             | Error::Print(error)
             | Error::Thread(error)
             | Error::Signals(error) => Some(error),

@@ -51,27 +51,102 @@ impl Key {
     }
 }
 
+/// Why a text is not a [`Key`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeyError {
+    /// Nothing, or white space.
+    Missing,
+    /// Something else than base64.
+    Malformed,
+    /// Fewer than 32 bytes in base64.
+    Short,
+    /// More than 32 bytes in base64.
+    Long,
+    /// A byte order mark, with which some editors and shells begin a file.
+    ByteOrderMark,
+    /// Quotes around a key.
+    Quoted,
+    /// A comment.
+    Comment,
+    /// A line of an environment file.
+    Assignment,
+    /// More keys than one.
+    Several,
+}
+
+impl fmt::Display for KeyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "no key is in it",
+            Self::Malformed => "not one key in base64",
+            Self::Short => "fewer than 32 bytes in base64",
+            Self::Long => "more than 32 bytes in base64",
+            Self::ByteOrderMark => "it begins with a byte order mark; save it as plain ASCII",
+            Self::Quoted => "quotes are around the key; leave them out",
+            Self::Comment => "a # comment is in it; leave the key alone in it",
+            Self::Assignment => "TP_KEY= is in it; leave that out",
+            Self::Several => "several keys are in it; leave one",
+        })
+    }
+}
+
+impl std::error::Error for KeyError {}
+
 /// Takes base64 with its padding; white space around it is forgiven.
 impl FromStr for Key {
-    type Err = &'static str;
+    type Err = KeyError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::read(text.as_bytes())
+    }
+}
+
+impl Key {
+    /// From what a file contains. The error never quotes it.
+    pub(crate) fn read(text: &[u8]) -> Result<Self, KeyError> {
         let text = text.trim_ascii();
         if text.is_empty() {
-            return Err("no key is in it");
+            return Err(KeyError::Missing);
         }
         // The reason, and not the library's: that would quote what it found.
-        let bytes = STANDARD.decode(text).map_err(|_| "not one key in base64")?;
+        let bytes = STANDARD.decode(text).map_err(|_| mistake(text))?;
         let bytes = Zeroizing::new(bytes);
         match bytes.len().cmp(&Self::SIZE) {
-            Ordering::Less => Err("fewer than 32 bytes in base64"),
-            Ordering::Greater => Err("more than 32 bytes in base64"),
+            Ordering::Less => Err(KeyError::Short),
+            Ordering::Greater => Err(KeyError::Long),
             Ordering::Equal => {
                 let mut key = Self(Box::default());
                 key.0.copy_from_slice(&bytes);
                 Ok(key)
             }
         }
+    }
+}
+
+/// What is wrong with a text that is no base64.
+fn mistake(text: &[u8]) -> KeyError {
+    // Of UTF-8, and of UTF-16 in both byte orders.
+    let marks: [&[u8]; 3] = [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"];
+    let is_quote = |byte: Option<&u8>| matches!(byte, Some(b'"' | b'\''));
+    let words = text.split(u8::is_ascii_whitespace);
+    let is_key = |word: &&[u8]| {
+        STANDARD
+            .decode(word)
+            .is_ok_and(|bytes| bytes.len() == Key::SIZE)
+    };
+    if marks.iter().any(|mark| text.starts_with(mark)) {
+        KeyError::ByteOrderMark
+    } else if text.contains(&b'#') {
+        KeyError::Comment
+    } else if text.windows(7).any(|part| part == b"TP_KEY=") {
+        KeyError::Assignment
+    } else if is_quote(text.first()) || is_quote(text.last()) {
+        KeyError::Quoted
+    } else if words.filter(is_key).count() > 1 {
+        KeyError::Several
+    } else {
+        KeyError::Malformed
     }
 }
 
@@ -107,12 +182,28 @@ mod tests {
             (STANDARD.encode([1; 31]), "fewer"),
             (STANDARD.encode([1; 33]), "more"),
             (text.replace('=', ""), "not one key"),
-            (format!("{text}\n{text}"), "not one key"),
+            (format!("{text}\n{text}\n"), "several keys"),
+            (format!("{text} {text}"), "several keys"),
+            (format!("{text}\nhello"), "not one key"),
+            (
+                format!("\u{feff}{text}"),
+                "it begins with a byte order mark",
+            ),
+            (format!("\"{text}\""), "quotes"),
+            (format!("'{text}'\n"), "quotes"),
+            (format!("# made today\n{text}"), "a # comment"),
+            (format!("{text} # made today"), "a # comment"),
+            (format!("TP_KEY={text}"), "TP_KEY= is"),
+            (format!("export TP_KEY='{text}'"), "TP_KEY= is"),
             (format!("-{}", &text[1..]), "not one key"),
             ("ü".repeat(22), "not one key"),
         ] {
-            let error = bad.parse::<Key>().unwrap_err();
+            let error = bad.parse::<Key>().unwrap_err().to_string();
             assert!(error.starts_with(why), "{bad:?}: {error}");
         }
+        // As a shell of Windows writes it.
+        let utf16 = [0xfeff].into_iter().chain(text.encode_utf16());
+        let utf16: Vec<_> = utf16.flat_map(u16::to_le_bytes).collect();
+        assert_eq!(Key::read(&utf16), Err(KeyError::ByteOrderMark));
     }
 }

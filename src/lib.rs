@@ -155,7 +155,7 @@ mod workers;
 pub use address::Address;
 pub use client::Client;
 pub use error::Error;
-pub use key::Key;
+pub use key::{Key, KeyError};
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
 pub use status::Status;

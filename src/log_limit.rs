@@ -164,13 +164,13 @@ mod tests {
     fn log_lines_are_limited_and_counted() {
         let start = Instant::now();
         let mut state = LogState::new(start);
-        assert_eq!(state.take(start, 2), Some(LeftOut(0)));
-        assert_eq!(state.take(start, 2), Some(LeftOut(0)));
-        assert_eq!(state.take(start, 2), None);
-        assert_eq!(state.take(start, 2), None);
+        assert_eq!(state.take(start, SECOND, 2), Some(LeftOut(0)));
+        assert_eq!(state.take(start, SECOND, 2), Some(LeftOut(0)));
+        assert_eq!(state.take(start, SECOND, 2), None);
+        assert_eq!(state.take(start, SECOND, 2), None);
         let later = start + Duration::from_secs(2);
-        assert_eq!(state.take(later, 2), Some(LeftOut(2)));
-        assert_eq!(state.take(later, 2), Some(LeftOut(0)));
+        assert_eq!(state.take(later, SECOND, 2), Some(LeftOut(2)));
+        assert_eq!(state.take(later, SECOND, 2), Some(LeftOut(0)));
         assert_eq!(LeftOut(0).to_string(), "");
         assert!(LeftOut(2).to_string().contains("2 more"));
     }

@@ -30,20 +30,26 @@ enum Entry {
     Flush(#[expect(dead_code)] Sender<()>),
 }
 
-/// Starts the log: from this level on, unless `RUST_LOG` is set. A panic becomes a line like others.
+/// Starts the log of this program: from this level on, as far as `RUST_LOG` says nothing else. A panic
+/// becomes a line like others.
 ///
 /// # Errors
 /// There is no thread to write it.
-pub fn start(level: LevelFilter) -> Result<(), Error> {
+pub fn start(program: &'static str, level: LevelFilter) -> Result<(), Error> {
     let (sender, receiver) = bounded(QUEUE);
     let writer = thread::Builder::new().name("log".to_owned());
     let writer = writer.spawn(move || write_lines(&receiver));
     writer.map_err(Error::Thread)?;
     let queue = Queue(LINES.get_or_init(|| sender).clone());
-    let default = env_logger::Env::default().default_filter_or(level.as_str());
-    env_logger::Builder::from_env(default)
-        .format_timestamp_millis()
-        .format_target(false)
+    env_logger::Builder::new()
+        // First: a RUST_LOG that is meant for other programs leaves this level as it is.
+        .filter_level(level)
+        .parse_default_env()
+        // As env_logger has it, with the program in the place of the module.
+        .format(move |line, record| {
+            let (time, level) = (line.timestamp_millis(), record.level());
+            writeln!(line, "[{time} {level:<5} {program}] {}", record.args())
+        })
         .target(env_logger::Target::Pipe(Box::new(queue)))
         .init();
     panic::set_hook(Box::new(|panic| {

@@ -103,9 +103,11 @@ fn listen_on(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     Ok((listener, address))
 }
 
-/// Waits for a listener's next connection.
+/// Waits for a listener's next connection. A peer of IPv4 has an IPv4 address, also where the listener
+/// has an IPv6 one: logs and filters of addresses name it as its owner does.
 pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
-    let (socket, from) = listener.accept()?;
+    let (socket, mut from) = listener.accept()?;
+    from.set_ip(from.ip().to_canonical());
     // Linux hands on what is set on the listener: five system calls less for each connection.
     #[cfg(not(target_os = "linux"))]
     tune(&socket)?;

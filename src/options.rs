@@ -8,7 +8,7 @@ use std::time::Duration;
 use getopts::Matches;
 use log::LevelFilter;
 
-use crate::address::{Address, parse_host};
+use crate::address::{Address, parse_host, parse_port};
 use crate::error::Error;
 use crate::key::Key;
 use crate::protocol::MAX_POOL;
@@ -20,6 +20,10 @@ const CONTROL_PORT: u16 = 8009;
 const LOCAL_PORT: u16 = 8000;
 
 const LOOPBACK: &str = "127.0.0.1";
+
+/// The names of the two programs.
+pub const SERVER: &str = "tpserver";
+pub const CLIENT: &str = "tpclient";
 
 /// The original's 5 s.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -134,6 +138,8 @@ pub enum Command<O> {
 /// What a command line says that is the same for both programs.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Common {
+    /// The program's name.
+    pub program: &'static str,
     /// Log from this level on.
     pub level: LevelFilter,
     /// Where the keys are.
@@ -184,7 +190,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
             "take a client that says nothing for one of the original program, which has no key",
         );
     add_common(&mut grammar, d.linger);
-    let given = match parse(&grammar, words, "tpserver", SERVER_HELP)? {
+    let given = match parse(&grammar, words, SERVER, SERVER_HELP)? {
         Parsed::Given(given) => given,
         Parsed::Print(text) => return Ok(Command::Print(text)),
     };
@@ -202,9 +208,9 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
             address.host.clone_from(&host);
         }
     }
-    set(&mut options.public, &given, "public", address)?;
-    set(&mut options.tunnel, &given, "tunnel", address)?;
-    set(&mut options.control, &given, "control", address)?;
+    listening(&mut options.public, &given, "public")?;
+    listening(&mut options.tunnel, &given, "tunnel")?;
+    listening(&mut options.control, &given, "control")?;
     set(&mut options.pair_timeout, &given, "pair-timeout", seconds)?;
     set(&mut options.max_conns, &given, "max-conns", |text| {
         number(text, 1..=1_000_000)
@@ -212,7 +218,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
     set(&mut options.linger, &given, "linger", seconds)?;
     options.insecure = given.opt_present("insecure");
     options.original = original(&given)?;
-    Ok(Command::Run(options, common(&given)?))
+    Ok(Command::Run(options, common(SERVER, &given)?))
 }
 
 /// Reads the words behind `tpclient`.
@@ -226,8 +232,8 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
     let control = format!("its control port, if --server has none ({})", d.server.port);
     let local = format!("the service that visitors are to reach ({})", d.local);
     let pool = format!(
-        "idle tunnels kept ready, so that no visitor waits for one; the server grants up to \
-         {MAX_POOL}, 0 dials on demand ({})",
+        "idle tunnels kept ready, so that no visitor waits for one; at most {MAX_POOL}, 0 dials on \
+         demand ({})",
         d.pool
     );
     grammar
@@ -250,7 +256,7 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
             "serve a server of the original program, too, which has no key",
         );
     add_common(&mut grammar, d.linger);
-    let given = match parse(&grammar, words, "tpclient", CLIENT_HELP)? {
+    let given = match parse(&grammar, words, CLIENT, CLIENT_HELP)? {
         Parsed::Given(given) => given,
         Parsed::Print(text) => return Ok(Command::Print(text)),
     };
@@ -263,22 +269,30 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
         })?;
     }
     set(&mut options.local, &given, "local", |text| {
-        match address(text) {
+        match address(text, LOOPBACK) {
             Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
+            Err(why) if text.starts_with(':') => {
+                Err(format!("{why}; for this host: {LOOPBACK}{text}"))
+            }
             other => other,
         }
     })?;
     set(&mut options.pool, &given, "pool", |text| {
-        number(text, 0..=1_000_000)
+        number(text, 0..=MAX_POOL)
     })?;
     set(&mut options.linger, &given, "linger", seconds)?;
     options.original = original(&given)?;
-    Ok(Command::Run(options, common(&given)?))
+    if options.tunnel_port == Some(options.server.port) {
+        let port = options.server.port;
+        let what = format!("--control-port and --tunnel-port are both {port}: tpserver has two");
+        return Err(usage(what));
+    }
+    Ok(Command::Run(options, common(CLIENT, &given)?))
 }
 
 /// The server's host, and its control port, which may stand in an option of its own.
 fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
-    let host_and_port = |text: &str| match address(text) {
+    let host_and_port = |text: &str| match text.parse() {
         Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
         Ok(address) => Ok((address.host, Some(address.port))),
         // An address of IPv6 is full of colons, and none of them is that of a port.
@@ -323,12 +337,13 @@ Examples:
     tpserver --bind :: --public '[::]:80' --key-file tp.key
 
 Signals:
-  TERM, INT  take no more visitors, let those that are there finish, exit; a second one ends at once
-  USR1       log what it does now, and has done
+  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
+                  once
+  USR1            log what it does now, and has done
 
 Environment:
   TP_KEY     the key itself, if there is no --key-file
-  RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
+  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
 ";
 
 const CLIENT_HELP: &str = "
@@ -341,12 +356,13 @@ Examples:
     tpclient --server HOST --key-file tp.key --local 192.0.2.7:22
 
 Signals:
-  TERM, INT  take no more visitors, let those that are there finish, exit; a second one ends at once
-  USR1       log what it does now, and has done
+  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
+                  once
+  USR1            log what it does now, and has done
 
 Environment:
   TP_KEY     the key itself, if there is no --key-file
-  RUST_LOG   what to log, in the place of -v and -q, such as `info` or `tunnel_proxy=debug`
+  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
 ";
 
 fn add_common(grammar: &mut getopts::Options, linger: Duration) {
@@ -356,13 +372,13 @@ fn add_common(grammar: &mut getopts::Options, linger: Duration) {
         linger.as_secs()
     );
     let drain = format!(
-        "on TERM or INT, let the visitors that are there finish for up to this long ({})",
+        "on TERM, INT or HUP, let the visitors that are there finish for up to this long ({})",
         DRAIN.as_secs()
     );
     grammar
         .optopt("L", "linger", &linger, "SECS")
         .optopt("d", "drain", &drain, "SECS")
-        .optflag("v", "verbose", "log more")
+        .optflagmulti("v", "verbose", "log more")
         .optflag("q", "quiet", "log errors only")
         .optflag("h", "help", "print this and exit")
         .optflag("V", "version", "print the version and exit");
@@ -384,6 +400,9 @@ fn parse(
         let what = "a key is among the words of the command, where others can see it: use \
                     --key-file FILE, and a fresh key";
         return Err(usage(what.to_owned()));
+    }
+    if let Some(error) = words.iter().find_map(|word| one_dash(word, grammar)) {
+        return Err(error);
     }
     let given = grammar
         .parse(words)
@@ -419,6 +438,19 @@ fn holds_key(word: &OsString) -> bool {
     values.into_iter().flatten().any(is_key)
 }
 
+/// The error of a long option behind one dash. Read as short ones, it would be an error about a letter,
+/// or no error: `-bind` as the host `ind`.
+fn one_dash(word: &OsString, grammar: &getopts::Options) -> Option<Error> {
+    let word = word.to_string_lossy();
+    let name = word.strip_prefix('-')?.split('=').next()?;
+    let unknown = |name| {
+        let long = grammar.parse([format!("--{name}")]);
+        matches!(long, Err(getopts::Fail::UnrecognizedOption(_)))
+    };
+    let is_option = name.len() > 1 && !name.starts_with('-') && !unknown(name);
+    is_option.then(|| usage(format!("-{name}: did you mean --{name}?")))
+}
+
 fn usage(what: String) -> Error {
     Error::Usage(format!("{what} (see --help)"))
 }
@@ -447,14 +479,28 @@ fn value<T>(
         .transpose()
 }
 
-fn address(text: &str) -> Result<Address, String> {
-    text.parse().map_err(str::to_owned)
+/// Replaces the default of an address to listen on. A port alone is one of the default's host.
+fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(), Error> {
+    let host = default.host.clone();
+    set(default, given, option, |text| match address(text, &host) {
+        Err(why) if text.starts_with(':') => Err(format!("{why}; for all addresses: [::]{text}")),
+        other => other,
+    })
+}
+
+/// An address, or a port of this host.
+fn address(text: &str, host: &str) -> Result<Address, String> {
+    let is_port = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match is_port {
+        true => Ok(Address::new(host, parse_port(text)?)),
+        false => text.parse(),
+    }
 }
 
 /// A host without a port; brackets around an IPv6 address are forgiven.
 fn host(text: &str) -> Result<String, String> {
     let inside = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
-    Ok(parse_host(inside.unwrap_or(text))?)
+    parse_host(inside.unwrap_or(text))
 }
 
 fn number<T>(text: &str, range: RangeInclusive<T>) -> Result<T, String>
@@ -479,13 +525,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
     number(text, 1..=MAX_SECS).map(Duration::from_secs)
 }
 
-fn common(given: &Matches) -> Result<Common, Error> {
+fn common(program: &'static str, given: &Matches) -> Result<Common, Error> {
     let files = given.opt_strs("key-file");
     let mut drain = DRAIN;
     set(&mut drain, given, "drain", |text| {
         number(text, 0..=MAX_SECS).map(Duration::from_secs)
     })?;
     Ok(Common {
+        program,
         level: level(given)?,
         key_files: files.into_iter().map(PathBuf::from).collect(),
         drain,
@@ -608,10 +655,21 @@ mod tests {
     }
 
     #[test]
+    fn a_port_alone_is_enough() {
+        let options = server_options("--bind :: --public 8080 -t 192.0.2.1:1 -c 0");
+        assert_eq!(options.public.to_string(), "[::]:8080");
+        assert_eq!(options.control.to_string(), "[::]:0");
+        assert_eq!(server_options("-p 80").public.to_string(), "127.0.0.1:80");
+        assert_eq!(client_options("-l 80").local.to_string(), "127.0.0.1:80");
+        assert_eq!(client_options("-p 64").pool, 64);
+    }
+
+    #[test]
     fn the_level_follows_v_and_q() {
         for (line, level) in [
             ("", LevelFilter::Info),
             ("-v", LevelFilter::Debug),
+            ("-vv", LevelFilter::Debug),
             ("--verbose", LevelFilter::Debug),
             ("-q", LevelFilter::Error),
             ("--quiet", LevelFilter::Error),
@@ -656,7 +714,23 @@ mod tests {
         for (line, named) in [
             ("--nonsense", "nonsense"),
             ("--public", "public"),
-            ("--public 8007", "--public '8007'"),
+            (
+                "--public 99999",
+                "--public '99999': the port is not from 0 to 65535",
+            ),
+            (
+                "--public http://h:80",
+                "--public 'http://h:80': leave out http://",
+            ),
+            ("--bind http://h", "--bind 'http://h': leave out http://"),
+            ("--tunnel [::1]", "--tunnel '[::1]': no port"),
+            (
+                "--public :8080",
+                "--public ':8080': no host; for all addresses: [::]:8080",
+            ),
+            ("-version", "-version: did you mean --version?"),
+            ("-public=80", "-public: did you mean --public?"),
+            ("-bind ::", "-bind: did you mean --bind?"),
             ("--public host:99999", "--public 'host:99999'"),
             ("--bind a/b", "--bind 'a/b'"),
             ("--max-conns 0", "--max-conns '0'"),
@@ -677,6 +751,24 @@ mod tests {
             ("--control-port 0", "--control-port '0'"),
             ("--local 127.0.0.1:0", "--local '127.0.0.1:0'"),
             ("--server host:80:80", "--server 'host:80:80'"),
+            ("--server http://host", "leave out http://"),
+            (
+                "--local :80",
+                "--local ':80': no host; for this host: 127.0.0.1:80",
+            ),
+            ("--local 0", "--local '0': the port is 0"),
+            (
+                "--pool 65",
+                "--pool '65': a whole number from 0 to 64 is needed",
+            ),
+            (
+                "-c 9000 -t 9000",
+                "--control-port and --tunnel-port are both 9000",
+            ),
+            (
+                "-s host:8008 --tunnel 8008",
+                "--control-port and --tunnel-port are both 8008",
+            ),
         ] {
             let error = client(words(line)).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");

@@ -2,12 +2,11 @@
 
 use std::env;
 use std::error::Error as _;
+use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{self, Path};
 use std::process::ExitCode;
-#[cfg(unix)]
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 #[cfg(unix)]
 use std::thread;
@@ -20,17 +19,21 @@ use crate::error::Error;
 use crate::key::Key;
 use crate::limits::raise_descriptors;
 use crate::logger;
-use crate::options::{Command, Common};
+use crate::options::{self, Command, Common};
 use crate::stop::Handle;
 
 /// The key itself, where a file does not suit.
 const KEY_VARIABLE: &str = "TP_KEY";
 
+/// Where systemd puts a service's credentials. It lets nobody but the service read them, also where
+/// their modes look as if the group could.
+const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
+
 /// What is read of a key file at most, in bytes: a key has 44, and `/dev/zero` no end.
 const KEY_FILE_SIZE: u64 = 1024;
 
 /// Does what a command asks for, if it is no more than to print something; otherwise gets ready to
-/// run, and answers with the options, the keys, and the signals that the program takes from now on.
+/// run, and returns the options, the keys, and the signals that the program takes from now on.
 ///
 /// # Errors
 /// There is no key where one should be, or what was to be printed could not be.
@@ -48,58 +51,79 @@ pub fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, E
     }
 }
 
-/// Starts the log, takes as many descriptors as the user may have, and reads the keys: those in the
-/// files, or else the one in `TP_KEY`.
+/// Starts the log, takes as many descriptors as the user may have, and reads the keys.
 fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     raise_descriptors();
-    logger::start(common.level)?;
+    logger::start(common.program, common.level)?;
     let in_environment = env::var_os(KEY_VARIABLE);
     if in_environment.is_some() || !common.key_files.is_empty() {
-        forbid_core();
+        hide_memory();
     }
-    if !common.key_files.is_empty() {
-        return common.key_files.iter().map(|file| read_key(file)).collect();
+    let (keys, remarks) = read_keys(common, in_environment.as_deref())?;
+    let version = env!("CARGO_PKG_VERSION");
+    match (common.program, keys.is_empty()) {
+        (options::SERVER, true) => info!("version {version}, a client needs no key"),
+        (options::SERVER, false) => info!("version {version}, a client needs the key"),
+        _ => info!("version {version}"),
     }
-    let Some(text) = in_environment else {
-        return Ok(Vec::new());
-    };
-    let text = text.into_string();
-    let text = Zeroizing::new(text.unwrap_or_else(|odd| odd.to_string_lossy().into_owned()));
-    let key = text.parse();
-    let key = key.map_err(|why: &str| Error::Key(KEY_VARIABLE.to_owned(), why.to_owned()))?;
-    Ok(vec![key])
+    for remark in remarks {
+        warn!("{remark}");
+    }
+    Ok(keys)
+}
+
+/// The keys in the files, or else the one in `TP_KEY`; and what is to be warned about.
+fn read_keys(
+    common: &Common,
+    in_environment: Option<&OsStr>,
+) -> Result<(Vec<Key>, Vec<String>), Error> {
+    let mut remarks = Vec::new();
+    let in_environment = in_environment.map(|text| Key::read(text.as_encoded_bytes()));
+    let mut keys = Vec::new();
+    for file in &common.key_files {
+        keys.push(read_key(file, &mut remarks)?);
+    }
+    match in_environment {
+        None => {}
+        Some(key) if keys.is_empty() => {
+            keys.push(key.map_err(|why| Error::Key(KEY_VARIABLE.to_owned(), why))?);
+        }
+        Some(Ok(key)) if keys.contains(&key) => {}
+        Some(_) => remarks.push(format!(
+            "{KEY_VARIABLE} is set too, and not used: --key-file comes first"
+        )),
+    }
+    Ok((keys, remarks))
 }
 
 /// The signals that the program obeys.
 pub struct Signals(Arc<OnceLock<Handle>>);
 
 impl Signals {
-    /// From now on TERM and INT end the program, and a second one as if nobody obeyed it.
+    /// From now on TERM, INT and HUP end the program, and a second one as if nobody obeyed it. HUP
+    /// stays without effect where it was so before, such as under `nohup`.
     #[cfg(unix)]
     fn take(drain: Duration) -> Result<Self, Error> {
-        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-        use signal_hook::flag;
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
-        let all = [SIGTERM, SIGINT, SIGUSR1];
-        let mut signals = signal_hook::iterator::Signals::new(all).map_err(Error::Signals)?;
-        let ending = Arc::new(AtomicBool::new(false));
-        for signal in [SIGTERM, SIGINT] {
-            // In this order: the second one is what finds the flag set. It needs no thread, whatever
-            // state they are in.
-            flag::register_conditional_default(signal, ending.clone()).map_err(Error::Signals)?;
-            flag::register(signal, ending.clone()).map_err(Error::Signals)?;
+        let mut all = vec![SIGTERM, SIGINT, SIGUSR1];
+        if !hangup_is_ignored() {
+            all.push(SIGHUP);
         }
+        let mut signals = signal_hook::iterator::Signals::new(all).map_err(Error::Signals)?;
         let running = Arc::new(OnceLock::new());
         let obeyed = Self(running.clone());
         let obey = move || {
+            let mut stopping = false;
             for signal in signals.forever() {
                 match running.get() {
                     Some(handle) if signal == SIGUSR1 => log_status(handle),
-                    Some(handle) => {
-                        info!("stopping: no more visitors, {drain:?} for those that are there");
-                        handle.stop(drain);
-                    }
                     None if signal == SIGUSR1 => info!("status: starting"),
+                    Some(handle) if !stopping => {
+                        stopping = true;
+                        stop(handle, drain);
+                    }
+                    Some(_) => end_now(signal),
                     None => std::process::exit(0),
                 }
             }
@@ -115,8 +139,8 @@ impl Signals {
         Ok(Self(Arc::default()))
     }
 
-    /// From now on TERM and INT stop what the handle belongs to, and give its visitors time; USR1 logs
-    /// its status.
+    /// From now on TERM, INT and HUP stop what the handle belongs to, and give its visitors time; USR1
+    /// logs its status.
     pub fn obey_for(&self, handle: Handle) {
         let _ = self.0.set(handle);
     }
@@ -129,28 +153,65 @@ fn log_status(handle: &Handle) {
     }
 }
 
-fn read_key(path: &Path) -> Result<Key, Error> {
+/// Stops it on a thread of its own, so that a second signal is obeyed whatever becomes of the first.
+#[cfg(unix)]
+fn stop(handle: &Handle, drain: Duration) {
+    info!("stopping: no more visitors, {drain:?} for those that are there; again to end now");
+    let (started, owned) = (
+        thread::Builder::new().name("stop".to_owned()),
+        handle.clone(),
+    );
+    if started.spawn(move || owned.stop(drain)).is_err() {
+        handle.stop(drain);
+    }
+}
+
+/// Ends the program as the signal would if nobody obeyed it.
+#[cfg(unix)]
+fn end_now(signal: i32) {
+    info!("stopping now");
+    logger::end(None);
+    let _ = signal_hook::low_level::emulate_default_handler(signal);
+}
+
+/// True if whoever started this program wants it to outlive its terminal. False where that cannot be
+/// seen.
+#[cfg(unix)]
+fn hangup_is_ignored() -> bool {
+    // HUP is signal 1, and the lowest bit of the mask.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 == 1)
+}
+
+/// The key in a file. What is to be warned about comes among the remarks.
+fn read_key(path: &Path, remarks: &mut Vec<String>) -> Result<Key, Error> {
     let option = format!("--key-file {}", path.display());
-    let bad = |why: String| Error::Key(option.clone(), why);
+    // A relative path is relative to something that whoever reads the message may not think of.
+    let absolute = path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let unreadable = |error| Error::KeyFile(absolute.clone(), error);
+    let file = File::open(path).map_err(unreadable)?;
+    let (metadata, mut start) = (file.metadata(), file.take(KEY_FILE_SIZE));
     // Large enough at once: a buffer that grows leaves its first bytes behind.
     let mut text = Zeroizing::new(Vec::with_capacity(KEY_FILE_SIZE as usize));
-    let file = File::open(path).map_err(|error| bad(error.to_string()))?;
-    let (metadata, mut start) = (file.metadata(), file.take(KEY_FILE_SIZE));
-    start
-        .read_to_end(&mut text)
-        .map_err(|error| bad(error.to_string()))?;
-    let key = String::from_utf8_lossy(&text).parse();
-    let key = key.map_err(|why: &str| bad(why.to_owned()))?;
-    if metadata.is_ok_and(|metadata| others_can_read(&metadata)) {
-        warn!("{option}: other users of this host can read it (chmod o= mends that)");
+    start.read_to_end(&mut text).map_err(unreadable)?;
+    let key = Key::read(&text).map_err(|why| Error::Key(option.clone(), why))?;
+    let credentials = env::var_os(CREDENTIALS_VARIABLE);
+    let is_credential = credentials.is_some_and(|folder| absolute.starts_with(folder));
+    if !is_credential && metadata.is_ok_and(|metadata| others_can_read(&metadata)) {
+        remarks.push(format!(
+            "{option}: other users of this host can read it (chmod go= mends that)"
+        ));
     }
     Ok(key)
 }
 
+/// Its group counts as well.
 #[cfg(unix)]
 fn others_can_read(metadata: &Metadata) -> bool {
     use std::os::unix::fs::MetadataExt;
-    metadata.mode() & 0o004 != 0
+    metadata.mode() & 0o044 != 0
 }
 
 #[cfg(not(unix))]
@@ -158,19 +219,13 @@ fn others_can_read(_metadata: &Metadata) -> bool {
     false
 }
 
-/// Lets no core of this process be written: the key would be in it.
-fn forbid_core() {
+/// Lets nobody but root look into this process, and no core of it be written: the key would be in it.
+fn hide_memory() {
     #[cfg(target_os = "linux")]
     {
-        use rustix::process::{Resource, Rlimit, setrlimit};
-        // Less than any core needs. Not 0, which Linux ignores where cores are piped into a program;
-        // with 1 it writes none there either.
-        let limit = Rlimit {
-            current: Some(1),
-            maximum: Some(1),
-        };
-        // To lower a limit is everyone's right. Below 1 it is low enough.
-        let _ = setrlimit(Resource::Core, limit);
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        // Everyone may do that, and Linux refuses it to nobody.
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     }
 }
 

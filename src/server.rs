@@ -178,8 +178,8 @@ impl Server {
     /// time to drain, hands its listeners over.
     ///
     /// # Errors
-    /// A host without an address, an address that cannot be listened on, or a tunnel or control
-    /// port that other hosts could reach without `insecure`.
+    /// A host without an address, an address that cannot be listened on or that two ports share, or
+    /// a tunnel or control port that other hosts could reach without `insecure`.
     pub fn bind(mut options: ServerOptions) -> Result<Self, Error> {
         let (shortest, longest) = PAIR_TIMEOUTS;
         options.pair_timeout = options.pair_timeout.clamp(shortest, longest);
@@ -192,6 +192,7 @@ impl Server {
         let sealed = !options.keys.is_empty();
         let anywhere = options.insecure || sealed;
         let patience = Instant::now() + options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
+        check_apart(&options)?;
         // This one first: visitors can come while the others are waited for.
         let mut inherited = Inherited::default();
         let mut open = |option, address, anywhere| {
@@ -846,6 +847,21 @@ impl Shared {
             let _ = session.to_client.send(Line::Bye { reason });
         }
     }
+}
+
+/// An error if two of the three ports would be the same one: the second would be waited for in vain.
+fn check_apart(options: &ServerOptions) -> Result<(), Error> {
+    let (public, control, tunnel) = (&options.public, &options.control, &options.tunnel);
+    for (option, address, other, taken) in [
+        ("--control", control, "--public", public),
+        ("--tunnel", tunnel, "--public", public),
+        ("--tunnel", tunnel, "--control", control),
+    ] {
+        if address.overlaps(taken) {
+            return Err(Error::SameAddress(option, other, taken.clone()));
+        }
+    }
+    Ok(())
 }
 
 /// Ends the server when one of the threads that it consists of panics: without one of them it would

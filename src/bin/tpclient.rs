@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use tunnel_proxy::{Client, Error, options, program};
 
 fn main() -> ExitCode {
-    program::exit("tpclient", run())
+    program::exit(options::CLIENT, run())
 }
 
 fn run() -> Result<(), Error> {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use tunnel_proxy::{Error, Server, options, program};
 
 fn main() -> ExitCode {
-    program::exit("tpserver", run())
+    program::exit(options::SERVER, run())
 }
 
 fn run() -> Result<(), Error> {

@@ -197,7 +197,7 @@ fn a_local_service_that_refuses_closes_the_visitor(protection: Protection) {
     client.wait_for_line("pool 8");
     let visitor = crate::support::connect(addresses[0]);
     assert_reset(&visitor, AT_ONCE);
-    let line = client.wait_for_line("no local service");
+    let line = client.wait_for_line("cannot reach the local service");
     assert!(line.contains(&refusing.addr.to_string()), "{line}");
     assert!(
         line.contains(&visitor.local_addr().unwrap().to_string()),

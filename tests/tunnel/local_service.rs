@@ -79,7 +79,7 @@ fn a_service_that_lets_dials_hang(protection: Protection) {
         }
         over.store(true, Ordering::SeqCst);
     });
-    let line = both.client.wait_for_line("no local service");
+    let line = both.client.wait_for_line("cannot reach the local service");
     assert!(line.contains("timed out"), "{line}");
     // It takes them again.
     for _ in 0..filling.len() {

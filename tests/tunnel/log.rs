@@ -19,6 +19,10 @@ plain_and_sealed! {
         as_its_reader_has_gone,
         as_its_reader_has_stopped,
     ],
+    its_lines [
+        name_the_program_and_the_first_the_version,
+        name_a_visitor_of_ipv4_by_its_address,
+    ],
     a_status [
         counts_what_goes_on,
         is_logged_on_a_signal,
@@ -83,6 +87,59 @@ fn as_its_reader_has_stopped(protection: Protection) {
     server.read_log();
     end(&mut server);
     server.wait_for_line("lines left out, as nobody read them: ");
+}
+
+fn name_the_program_and_the_first_the_version(protection: Protection) {
+    let service = Service::echo();
+    let both = Both::start(protection, service.addr, [&[], &[]]);
+    let version = env!("CARGO_PKG_VERSION");
+    let key = match protection {
+        Protection::Plain => "no key",
+        Protection::Sealed => "the key",
+    };
+    let server = format!(" INFO  tpserver] version {version}, a client needs {key}");
+    let client = format!(" INFO  tpclient] version {version}");
+    for (program, first) in [(&both.server, server), (&both.client, client)] {
+        let lines = program.lines_with("");
+        assert!(
+            lines[0].starts_with('[') && lines[0].ends_with(&first),
+            "{lines:#?}"
+        );
+        let (_, name) = first.split_once("  ").unwrap();
+        let name = name.split_inclusive(']').next().unwrap();
+        assert!(lines.iter().all(|line| line.contains(name)), "{lines:#?}");
+    }
+    let lines = both.client.lines_with("connect");
+    let to = both.addresses[2];
+    assert!(
+        lines[0].ends_with(&format!("connecting to {to}")),
+        "{lines:#?}"
+    );
+    assert!(
+        lines[1].contains(&format!("connected to {to}: ")),
+        "{lines:#?}"
+    );
+}
+
+/// Also where the listener is one of IPv6.
+fn name_a_visitor_of_ipv4_by_its_address(protection: Protection) {
+    let any = ["[::]:0", "127.0.0.1:0", "127.0.0.1:0"].map(|any| any.parse().unwrap());
+    if std::net::TcpListener::bind(any[0]).is_err() {
+        return eprintln!("left out: no IPv6");
+    }
+    let launch = Launch::new(protection);
+    let server = launch.on(any).server(&["-v"]);
+    let (service, addresses) = (Service::echo(), server.addresses());
+    let client = launch.client(addresses, service.addr, &[]);
+    let visitor = connect(([127, 0, 0, 1], addresses[0].port()).into());
+    echo(&visitor);
+    let name = visitor.local_addr().unwrap();
+    drop(visitor);
+    server.wait_for_line(&format!("visitor {name} came"));
+    for program in [&server, &client] {
+        program.wait_for_line(&format!("{name}: "));
+        assert_eq!(program.lines_with("::ffff:"), [""; 0]);
+    }
 }
 
 fn counts_what_goes_on(protection: Protection) {

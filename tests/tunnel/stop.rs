@@ -25,6 +25,7 @@ plain_and_sealed! {
         cuts_what_takes_longer_than_the_drain,
         that_comes_twice_ends_at_once,
         that_comes_early_is_obeyed,
+        to_hang_up_is_obeyed_unless_it_was_ignored_before,
     ],
     visitors_that_wait_are_served_before_a_stop,
     visitors_that_nobody_can_serve_do_not_keep_a_stop,
@@ -62,6 +63,8 @@ fn ends_idle_programs_at_once(protection: Protection) {
         ("tpclient", Signal::TERM),
         ("tpserver", Signal::INT),
         ("tpclient", Signal::INT),
+        ("tpserver", Signal::HUP),
+        ("tpclient", Signal::HUP),
     ] {
         let took = (0..TRIES).map(|_| {
             let mut both = Both::start(protection, service.addr, [&[], &[]]);
@@ -91,7 +94,9 @@ fn lets_transfers_finish(protection: Protection) {
             "tpserver" => &both.client,
             _ => &both.server,
         };
-        other.wait_for_line("it said bye, draining");
+        let told = other.wait_for_line("it said bye, draining");
+        // Nothing is wrong.
+        assert!(told.contains(" INFO "), "{told}");
         thread::scope(|scope| {
             scope.spawn(|| send_pattern(&transfer, 1, SIZE));
             expect_pattern(&transfer, 1, SIZE);
@@ -127,11 +132,12 @@ fn that_comes_twice_ends_at_once(protection: Protection) {
         echo(&visitor);
         let program = program(&mut both, asked);
         program.signal(Signal::TERM);
-        program.wait_for_line("stopping");
+        program.wait_for_line("for those that are there; again to end now");
         program.signal(Signal::INT);
         let start = Instant::now();
         let ended = program.wait_for_end().signal();
         assert_eq!(ended, Some(Signal::INT.as_raw()));
+        program.wait_for_line("stopping now");
         assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
         assert_reset(&visitor, AT_ONCE);
     });
@@ -151,6 +157,27 @@ fn that_comes_early_is_obeyed(protection: Protection) {
     let start = Instant::now();
     assert!(server.wait_for_end().success());
     assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+}
+
+/// As under `nohup`, which ignores HUP before the program starts.
+fn to_hang_up_is_obeyed_unless_it_was_ignored_before(protection: Protection) {
+    for (trap, obeyed) in [("", true), ("trap '' HUP;", false)] {
+        let script = format!(r#"{trap} exec "$0" "$@""#);
+        let under = ["sh", "-c", &script];
+        let server = Launch::new(protection).under(&under).server(&[]);
+        server.addresses();
+        server.signal(Signal::USR1);
+        server.wait_for_line("status: ");
+        server.signal(Signal::HUP);
+        match obeyed {
+            true => drop(server.wait_for_line("stopping: no more visitors")),
+            false => {
+                server.signal(Signal::USR1);
+                server.wait_for_lines("status: ", 2);
+                assert_eq!(server.lines_with("stopping"), [""; 0]);
+            }
+        }
+    }
 }
 
 fn visitors_that_wait_are_served_before_a_stop(protection: Protection) {
