@@ -31,8 +31,6 @@ pub struct ConnList<A, T> {
 pub enum Placed<T> {
     /// The oldest waiting visitor got it: a match is complete.
     Matched,
-    /// It could not be greeted; whoever waits goes on waiting.
-    Dead,
     /// Nobody waits: it is idle.
     Idle,
     /// Nobody waits and the pool is full: this tunnel, the oldest, is to be closed.
@@ -48,40 +46,36 @@ impl<A, T> ConnList<A, T> {
         }
     }
 
-    /// Adds a visitor, with the newest idle tunnel that takes it: `greet` tells a tunnel whose it is
-    /// now, and is false for one that is dead, which is dropped. True if that made a match complete;
-    /// otherwise the visitor waits for a tunnel.
-    pub fn add_accept(
-        &mut self,
-        accept: A,
-        accept_add_time: Instant,
-        mut greet: impl FnMut(&A, &mut T) -> bool,
-    ) -> bool {
-        let idle = std::iter::from_fn(|| self.idle.pop_back());
-        let mut idle = idle.filter_map(|mut idle| greet(&accept, &mut idle).then_some(idle));
-        let tunnel = idle.next();
+    /// Adds a visitor, with the newest idle tunnel if there is one. True if that made a match
+    /// complete; otherwise the visitor waits for a tunnel.
+    pub fn add_accept(&mut self, accept: A, accept_add_time: Instant) -> bool {
+        let end = self.matches.len();
+        self.insert(end, accept, accept_add_time)
+    }
+
+    /// Puts a visitor back whose tunnel has turned out to be dead: before all that wait, as it has
+    /// waited longest. Returns the same as [`add_accept`](Self::add_accept).
+    pub fn put_back(&mut self, accept: A, accept_add_time: Instant) -> bool {
+        let turn = self.complete();
+        self.insert(turn, accept, accept_add_time)
+    }
+
+    fn insert(&mut self, place: usize, accept: A, accept_add_time: Instant) -> bool {
+        let tunnel = self.idle.pop_back();
         let complete = tunnel.is_some();
-        self.matches.push_back(ConnMatch {
+        let conn_match = ConnMatch {
             accept,
             accept_add_time,
             tunnel,
-        });
+        };
+        self.matches.insert(place, conn_match);
         complete
     }
 
-    /// Gives a tunnel to the visitor that has waited longest, or to the pool of at most `pool`;
-    /// `greet` as above.
-    pub fn add_tunnel(
-        &mut self,
-        mut tunnel: T,
-        pool: usize,
-        greet: impl FnOnce(&A, &mut T) -> bool,
-    ) -> Placed<T> {
+    /// Gives a tunnel to the visitor that has waited longest, or to the pool of at most `pool`.
+    pub fn add_tunnel(&mut self, tunnel: T, pool: usize) -> Placed<T> {
         let oldest = self.complete();
         if let Some(waiting) = self.matches.get_mut(oldest) {
-            if !greet(&waiting.accept, &mut tunnel) {
-                return Placed::Dead;
-            }
             waiting.tunnel = Some(tunnel);
             return Placed::Matched;
         }
@@ -95,11 +89,11 @@ impl<A, T> ConnList<A, T> {
         }
     }
 
-    /// Takes the oldest complete match out.
-    pub fn take_match(&mut self) -> Option<(A, T)> {
+    /// Takes the oldest complete match out: the visitor, when it came, and its tunnel.
+    pub fn take_match(&mut self) -> Option<(A, Instant, T)> {
         let tunnel = self.matches.front_mut()?.tunnel.take()?;
         let matched = self.matches.pop_front()?;
-        Some((matched.accept, tunnel))
+        Some((matched.accept, matched.accept_add_time, tunnel))
     }
 
     /// Takes out the visitors that have waited for `timeout` or longer.
@@ -165,53 +159,51 @@ mod tests {
         ConnList::new()
     }
 
-    fn alive(_: &&'static str, _: &mut u32) -> bool {
-        true
-    }
-
     fn served(list: &mut ConnList<&'static str, u32>) -> Vec<(&'static str, u32)> {
-        std::iter::from_fn(|| list.take_match()).collect()
+        let taken = std::iter::from_fn(|| list.take_match());
+        taken
+            .map(|(visitor, _, tunnel)| (visitor, tunnel))
+            .collect()
     }
 
     #[test]
     fn first_come_first_served() {
         let (mut list, now) = (list(), Instant::now());
         for visitor in ["a", "b", "c"] {
-            assert!(!list.add_accept(visitor, now, alive));
+            assert!(!list.add_accept(visitor, now));
         }
         assert_eq!(list.waiting(), 3);
-        assert_eq!(list.add_tunnel(1, 0, alive), Placed::Matched);
-        assert_eq!(list.add_tunnel(2, 0, alive), Placed::Matched);
+        assert_eq!(list.add_tunnel(1, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(2, 0), Placed::Matched);
         assert_eq!(list.waiting(), 1);
         assert_eq!(served(&mut list), [("a", 1), ("b", 2)]);
-        assert_eq!(list.add_tunnel(3, 0, alive), Placed::Matched);
+        assert_eq!(list.add_tunnel(3, 0), Placed::Matched);
         assert_eq!(served(&mut list), [("c", 3)]);
         assert_eq!(served(&mut list), []);
     }
 
     #[test]
-    fn the_newest_healthy_idle_tunnel_is_taken() {
+    fn the_newest_idle_tunnel_is_taken() {
         let (mut list, now) = (list(), Instant::now());
-        for tunnel in 1..=4 {
-            assert_eq!(list.add_tunnel(tunnel, 8, alive), Placed::Idle);
+        for tunnel in 1..=2 {
+            assert_eq!(list.add_tunnel(tunnel, 8), Placed::Idle);
         }
-        assert!(list.add_accept("a", now, |_, tunnel| *tunnel < 3));
-        assert_eq!(served(&mut list), [("a", 2)]);
-        assert!(list.add_accept("b", now, alive));
-        assert!(!list.add_accept("c", now, alive));
-        assert_eq!(served(&mut list), [("b", 1)]);
+        assert!(list.add_accept("a", now));
+        assert!(list.add_accept("b", now));
+        assert!(!list.add_accept("c", now));
+        assert_eq!(served(&mut list), [("a", 2), ("b", 1)]);
         assert_eq!(list.waiting(), 1);
     }
 
     #[test]
     fn superfluous_tunnels_push_the_oldest_out() {
         let mut list = list();
-        assert_eq!(list.add_tunnel(1, 0, alive), Placed::Superfluous(1));
-        assert_eq!(list.add_tunnel(1, 2, alive), Placed::Idle);
-        assert_eq!(list.add_tunnel(2, 2, alive), Placed::Idle);
-        assert_eq!(list.add_tunnel(3, 2, alive), Placed::Superfluous(1));
+        assert_eq!(list.add_tunnel(1, 0), Placed::Superfluous(1));
+        assert_eq!(list.add_tunnel(1, 2), Placed::Idle);
+        assert_eq!(list.add_tunnel(2, 2), Placed::Idle);
+        assert_eq!(list.add_tunnel(3, 2), Placed::Superfluous(1));
         assert_eq!(list.take_idle(), [2, 3]);
-        assert_eq!(list.take_idle(), []);
+        assert!(list.take_idle().is_empty());
     }
 
     #[test]
@@ -219,8 +211,8 @@ mod tests {
         let (mut list, now) = (list(), Instant::now());
         let nanosecond = Duration::from_nanos(1);
         assert_eq!(list.oldest_waiting(), None);
-        list.add_accept("a", now, alive);
-        list.add_accept("b", now + nanosecond, alive);
+        list.add_accept("a", now);
+        list.add_accept("b", now + nanosecond);
         assert_eq!(list.oldest_waiting(), Some(now));
         assert!(
             list.take_expired(now + TIMEOUT - nanosecond, TIMEOUT)
@@ -238,9 +230,9 @@ mod tests {
     #[test]
     fn a_complete_match_does_not_expire() {
         let (mut list, now) = (list(), Instant::now());
-        list.add_accept("a", now, alive);
-        list.add_accept("b", now, alive);
-        list.add_tunnel(1, 0, alive);
+        list.add_accept("a", now);
+        list.add_accept("b", now);
+        list.add_tunnel(1, 0);
         assert_eq!(list.take_expired(now + 2 * TIMEOUT, TIMEOUT), ["b"]);
         assert_eq!(served(&mut list), [("a", 1)]);
     }
@@ -249,29 +241,43 @@ mod tests {
     fn a_dead_tunnel_costs_a_visitor_neither_its_turn_nor_its_time() {
         let (mut list, now) = (list(), Instant::now());
         let later = now + Duration::from_secs(1);
-        list.add_accept("a", now, alive);
-        list.add_accept("b", later, alive);
-        assert_eq!(list.add_tunnel(1, 8, |_, _| false), Placed::Dead);
+        list.add_accept("a", now);
+        list.add_accept("b", later);
+        list.add_tunnel(1, 8);
+        let (visitor, came, _dead) = list.take_match().unwrap();
+        assert!(!list.put_back(visitor, came));
         assert_eq!(list.oldest_waiting(), Some(now));
-        assert_eq!(list.add_tunnel(2, 8, alive), Placed::Matched);
+        list.add_tunnel(2, 8);
         assert_eq!(served(&mut list), [("a", 2)]);
         assert_eq!(list.oldest_waiting(), Some(later));
     }
 
     #[test]
-    fn each_tunnel_is_told_its_visitor() {
+    fn after_a_dead_tunnel_the_next_idle_one_is_taken() {
         let (mut list, now) = (list(), Instant::now());
-        let mut greeted = Vec::new();
-        let mut greet = |visitor: &&'static str, tunnel: &mut u32| {
-            greeted.push((*visitor, *tunnel));
-            *tunnel != 2
-        };
-        list.add_accept("a", now, &mut greet);
-        list.add_tunnel(1, 8, &mut greet);
-        list.add_tunnel(3, 8, &mut greet);
-        list.add_tunnel(2, 8, &mut greet);
-        list.add_accept("b", now, &mut greet);
-        assert_eq!(greeted, [("a", 1), ("b", 2), ("b", 3)]);
-        assert_eq!(served(&mut list), [("a", 1), ("b", 3)]);
+        list.add_tunnel(1, 8);
+        list.add_tunnel(2, 8);
+        list.add_accept("a", now);
+        let (visitor, came, dead) = list.take_match().unwrap();
+        assert_eq!(dead, 2);
+        assert!(list.put_back(visitor, came));
+        assert_eq!(served(&mut list), [("a", 1)]);
+    }
+
+    /// A visitor whose tunnel has come stands before all that wait, also before one put back.
+    #[test]
+    fn complete_matches_stand_first() {
+        let (mut list, now) = (list(), Instant::now());
+        for visitor in ["a", "b", "c"] {
+            list.add_accept(visitor, now);
+        }
+        list.add_tunnel(1, 8);
+        list.add_tunnel(2, 8);
+        let (visitor, came, _dead) = list.take_match().unwrap();
+        assert!(!list.put_back(visitor, came));
+        assert_eq!(served(&mut list), [("b", 2)]);
+        list.add_tunnel(3, 8);
+        list.add_tunnel(4, 8);
+        assert_eq!(served(&mut list), [("a", 3), ("c", 4)]);
     }
 }

@@ -121,42 +121,28 @@
 #![warn(missing_docs)]
 
 mod address;
+#[cfg(feature = "cli")]
+pub mod cli;
 mod client;
-mod conn;
 mod conn_match;
-mod control;
 mod door;
 mod error;
-mod hand_over;
+mod handle;
+mod journal;
 mod key;
-mod limits;
-mod listener;
-mod lobby;
-mod log_limit;
-mod logger;
-mod net;
-mod openings;
-// For the two programs; not part of the library's interface.
-#[doc(hidden)]
-pub mod options;
-#[doc(hidden)]
-pub mod program;
-mod protocol;
+mod options;
+mod os;
 mod relay;
-mod secure;
 mod server;
-mod source;
-#[cfg(target_os = "linux")]
-mod splice;
-mod status;
+mod session;
 mod stop;
-mod workers;
+mod wire;
 
 pub use address::Address;
 pub use client::Client;
 pub use error::Error;
+pub use handle::{Handle, Running};
+pub use journal::Status;
 pub use key::{Key, KeyError};
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
-pub use status::Status;
-pub use stop::Handle;

@@ -1,17 +1,9 @@
-//! The command lines of both programs: words in, options out. No I/O: key files are only named.
+//! What a server and a client are to do.
 
-use std::ffi::OsString;
-use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use getopts::Matches;
-use log::LevelFilter;
-
-use crate::address::{Address, parse_host, parse_port};
-use crate::error::Error;
+use crate::address::Address;
 use crate::key::Key;
-use crate::protocol::MAX_POOL;
 
 /// The original's ports: visitors, tunnels, the control link, and its example of a local service.
 const PUBLIC_PORT: u16 = 8007;
@@ -19,11 +11,7 @@ pub const TUNNEL_PORT: u16 = 8008;
 const CONTROL_PORT: u16 = 8009;
 const LOCAL_PORT: u16 = 8000;
 
-const LOOPBACK: &str = "127.0.0.1";
-
-/// The names of the two programs.
-pub const SERVER: &str = "tpserver";
-pub const CLIENT: &str = "tpclient";
+pub const LOOPBACK: &str = "127.0.0.1";
 
 /// The original's 5 s.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -34,18 +22,12 @@ const MAX_CONNS: usize = 4096;
 /// Long enough for a reply that takes its time, short enough that a forgotten half is not for ever.
 const LINGER: Duration = Duration::from_secs(600);
 
-/// A page or a download of some size is through by then, and nobody minds a restart that takes as
-/// long.
-const DRAIN: Duration = Duration::from_secs(30);
-
 /// A page of a browser fetches six things at a time; two more for the next visitor.
 const POOL: usize = 8;
 
-/// A year; more is a slip of the finger.
-const MAX_SECS: u64 = 366 * 24 * 60 * 60;
-
 /// What a [`Server`](crate::Server) is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ServerOptions {
     /// Where visitors come to.
     pub public: Address,
@@ -54,6 +36,10 @@ pub struct ServerOptions {
     /// Where the client's control link comes to; a loopback address without a key, unless
     /// `insecure`.
     pub control: Address,
+    /// How long a port in use is waited for, as it may be that of a server that is about to end. On
+    /// Linux a server of the same user that is stopped in this time, with some time to drain, hands
+    /// its listeners over.
+    pub port_patience: Duration,
     /// How long a visitor waits for a tunnel before it is closed.
     pub pair_timeout: Duration,
     /// The most visitors at a time; further ones wait in the kernel's backlog. Fewer, if the
@@ -75,10 +61,18 @@ pub struct ServerOptions {
 
 impl Default for ServerOptions {
     fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ServerOptions {
+    /// What tpserver does without an option.
+    pub fn new() -> Self {
         Self {
             public: Address::new(LOOPBACK, PUBLIC_PORT),
             tunnel: Address::new(LOOPBACK, TUNNEL_PORT),
             control: Address::new(LOOPBACK, CONTROL_PORT),
+            port_patience: Duration::ZERO,
             pair_timeout: PAIR_TIMEOUT,
             max_conns: MAX_CONNS,
             linger: LINGER,
@@ -91,6 +85,7 @@ impl Default for ServerOptions {
 
 /// What a [`Client`](crate::Client) is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ClientOptions {
     /// The server's host, and its control port.
     pub server: Address,
@@ -112,6 +107,13 @@ pub struct ClientOptions {
 
 impl Default for ClientOptions {
     fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ClientOptions {
+    /// What tpclient does without an option.
+    pub fn new() -> Self {
         Self {
             server: Address::new(LOOPBACK, CONTROL_PORT),
             tunnel_port: None,
@@ -120,682 +122,6 @@ impl Default for ClientOptions {
             linger: LINGER,
             key: None,
             original: false,
-        }
-    }
-}
-
-/// What a command line asks for.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Command<O> {
-    /// Run with these options.
-    Run(O, Common),
-    /// Print this text and end.
-    Print(String),
-    /// Print a fresh key and end.
-    GenerateKey,
-}
-
-/// What a command line says that is the same for both programs.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Common {
-    /// The program's name.
-    pub program: &'static str,
-    /// Log from this level on.
-    pub level: LevelFilter,
-    /// Where the keys are.
-    pub key_files: Vec<PathBuf>,
-    /// What a signal to end leaves the visitors that are there.
-    pub drain: Duration,
-}
-
-/// Reads the words behind `tpserver`.
-pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<ServerOptions>, Error> {
-    let d = ServerOptions::default();
-    let mut grammar = getopts::Options::new();
-    let host_of_all = format!("host of all three ports ({})", d.public.host);
-    let visitors = format!("where visitors come to ({})", d.public);
-    let tunnels = format!("where the client's tunnels come to ({})", d.tunnel);
-    let link = format!("where the client's control link comes to ({})", d.control);
-    let secs = d.pair_timeout.as_secs();
-    let timeout = format!("close a visitor that got no tunnel after this long ({secs})");
-    let most = format!("visitors at a time; more wait their turn ({})", d.max_conns);
-    grammar
-        .optopt("b", "bind", &host_of_all, "HOST")
-        .optopt("p", "public", &visitors, "HOST:PORT")
-        .optopt("t", "tunnel", &tunnels, "HOST:PORT")
-        .optopt("c", "control", &link, "HOST:PORT")
-        .optopt("w", "pair-timeout", &timeout, "SECS")
-        .optopt("m", "max-conns", &most, "N")
-        .optmulti(
-            "k",
-            "key-file",
-            "the key that the client must have; given twice, it may have either. Without a key, \
-             clients of other hosts are not let in",
-            "FILE",
-        )
-        .optflag(
-            "g",
-            "generate-key",
-            "print a fresh key for both programs and exit",
-        )
-        .optflag(
-            "i",
-            "insecure",
-            "let other hosts reach the tunnel and control ports without a key: whoever reaches \
-             them can become the client or read along",
-        )
-        .optflag(
-            "",
-            "original",
-            "take a client that says nothing for one of the original program, which has no key",
-        );
-    add_common(&mut grammar, d.linger);
-    let given = match parse(&grammar, words, SERVER, SERVER_HELP)? {
-        Parsed::Given(given) => given,
-        Parsed::Print(text) => return Ok(Command::Print(text)),
-    };
-    if given.opt_present("generate-key") {
-        return Ok(Command::GenerateKey);
-    }
-
-    let mut options = ServerOptions::default();
-    if let Some(host) = value(&given, "bind", host)? {
-        for address in [
-            &mut options.public,
-            &mut options.tunnel,
-            &mut options.control,
-        ] {
-            address.host.clone_from(&host);
-        }
-    }
-    listening(&mut options.public, &given, "public")?;
-    listening(&mut options.tunnel, &given, "tunnel")?;
-    listening(&mut options.control, &given, "control")?;
-    set(&mut options.pair_timeout, &given, "pair-timeout", seconds)?;
-    set(&mut options.max_conns, &given, "max-conns", |text| {
-        number(text, 1..=1_000_000)
-    })?;
-    set(&mut options.linger, &given, "linger", seconds)?;
-    options.insecure = given.opt_present("insecure");
-    options.original = original(&given)?;
-    Ok(Command::Run(options, common(SERVER, &given)?))
-}
-
-/// Reads the words behind `tpclient`.
-pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<ClientOptions>, Error> {
-    let d = ClientOptions::default();
-    let mut grammar = getopts::Options::new();
-    let server = format!(
-        "host that tpserver runs on, and its control port ({})",
-        d.server
-    );
-    let control = format!("its control port, if --server has none ({})", d.server.port);
-    let local = format!("the service that visitors are to reach ({})", d.local);
-    let pool = format!(
-        "idle tunnels kept ready, so that no visitor waits for one; at most {MAX_POOL}, 0 dials on \
-         demand ({})",
-        d.pool
-    );
-    grammar
-        .optopt("s", "server", &server, "HOST[:PORT]")
-        .optopt("c", "control-port", &control, "PORT")
-        .optopt("", "control", "the same as --control-port", "PORT")
-        .optopt(
-            "t",
-            "tunnel-port",
-            "its tunnel port, if it is another one than the server tells",
-            "PORT",
-        )
-        .optopt("", "tunnel", "the same as --tunnel-port", "PORT")
-        .optopt("l", "local", &local, "HOST:PORT")
-        .optopt("p", "pool", &pool, "N")
-        .optopt("k", "key-file", "the key that the server has", "FILE")
-        .optflag(
-            "",
-            "original",
-            "serve a server of the original program, too, which has no key",
-        );
-    add_common(&mut grammar, d.linger);
-    let given = match parse(&grammar, words, CLIENT, CLIENT_HELP)? {
-        Parsed::Given(given) => given,
-        Parsed::Print(text) => return Ok(Command::Print(text)),
-    };
-
-    let mut options = ClientOptions::default();
-    set_server(&mut options.server, &given)?;
-    for name in ["tunnel-port", "tunnel"] {
-        set(&mut options.tunnel_port, &given, name, |text| {
-            port(text).map(Some)
-        })?;
-    }
-    set(&mut options.local, &given, "local", |text| {
-        match address(text, LOOPBACK) {
-            Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
-            Err(why) if text.starts_with(':') => {
-                Err(format!("{why}; for this host: {LOOPBACK}{text}"))
-            }
-            other => other,
-        }
-    })?;
-    set(&mut options.pool, &given, "pool", |text| {
-        number(text, 0..=MAX_POOL)
-    })?;
-    set(&mut options.linger, &given, "linger", seconds)?;
-    options.original = original(&given)?;
-    if options.tunnel_port == Some(options.server.port) {
-        let port = options.server.port;
-        let what = format!("--control-port and --tunnel-port are both {port}: tpserver has two");
-        return Err(usage(what));
-    }
-    Ok(Command::Run(options, common(CLIENT, &given)?))
-}
-
-/// The server's host, and its control port, which may stand in an option of its own.
-fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
-    let host_and_port = |text: &str| match text.parse() {
-        Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
-        Ok(address) => Ok((address.host, Some(address.port))),
-        // An address of IPv6 is full of colons, and none of them is that of a port.
-        Err(why) => host(text).map(|host| (host, None)).map_err(|_| why),
-    };
-    let mut control = None;
-    if let Some((host, port)) = value(given, "server", host_and_port)? {
-        (server.host, control) = (host, port);
-    }
-    for name in ["control-port", "control"] {
-        let port = value(given, name, port)?;
-        if port.is_some() && control.is_some() && control != port {
-            return Err(usage(format!(
-                "--{name}: another option names another port"
-            )));
-        }
-        control = control.or(port);
-    }
-    server.port = control.unwrap_or(server.port);
-    Ok(())
-}
-
-/// The original has no key.
-fn original(given: &Matches) -> Result<bool, Error> {
-    let original = given.opt_present("original");
-    if original && given.opt_present("key-file") {
-        return Err(usage(
-            "--original and --key-file exclude each other".to_owned(),
-        ));
-    }
-    Ok(original)
-}
-
-const SERVER_HELP: &str = "
-Examples:
-  Try it on one machine (start tpclient and `python3 -m http.server` beside it):
-    tpserver
-    curl 127.0.0.1:8007
-
-  A public web port, with a client on another host that has the same key:
-    (umask 077; tpserver --generate-key > tp.key)
-    tpserver --bind :: --public '[::]:80' --key-file tp.key
-
-Signals:
-  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
-                  once
-  USR1            log what it does now, and has done
-
-Environment:
-  TP_KEY     the key itself, if there is no --key-file
-  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
-";
-
-const CLIENT_HELP: &str = "
-Examples:
-  Try it on one machine (start tpserver and `python3 -m http.server` beside it):
-    tpclient
-    curl 127.0.0.1:8007
-
-  Offer the sshd of another host in the LAN through HOST, whose tpserver has the same key:
-    tpclient --server HOST --key-file tp.key --local 192.0.2.7:22
-
-Signals:
-  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
-                  once
-  USR1            log what it does now, and has done
-
-Environment:
-  TP_KEY     the key itself, if there is no --key-file
-  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
-";
-
-fn add_common(grammar: &mut getopts::Options, linger: Duration) {
-    let linger = format!(
-        "abort a connection that one end has finished and that then moves no byte for this long \
-         ({})",
-        linger.as_secs()
-    );
-    let drain = format!(
-        "on TERM, INT or HUP, let the visitors that are there finish for up to this long ({})",
-        DRAIN.as_secs()
-    );
-    grammar
-        .optopt("L", "linger", &linger, "SECS")
-        .optopt("d", "drain", &drain, "SECS")
-        .optflagmulti("v", "verbose", "log more")
-        .optflag("q", "quiet", "log errors only")
-        .optflag("h", "help", "print this and exit")
-        .optflag("V", "version", "print the version and exit");
-}
-
-enum Parsed {
-    Given(Matches),
-    Print(String),
-}
-
-fn parse(
-    grammar: &getopts::Options,
-    words: impl IntoIterator<Item = OsString>,
-    program: &str,
-    examples: &str,
-) -> Result<Parsed, Error> {
-    let words: Vec<_> = words.into_iter().collect();
-    if words.iter().any(holds_key) {
-        let what = "a key is among the words of the command, where others can see it: use \
-                    --key-file FILE, and a fresh key";
-        return Err(usage(what.to_owned()));
-    }
-    if let Some(error) = words.iter().find_map(|word| one_dash(word, grammar)) {
-        return Err(error);
-    }
-    let given = grammar
-        .parse(words)
-        .map_err(|error| usage(error.to_string()))?;
-    if given.opt_present("help") {
-        let brief = format!("Usage: {program} [OPTION]...");
-        return Ok(Parsed::Print(grammar.usage(&brief) + examples));
-    }
-    if given.opt_present("version") {
-        let version = env!("CARGO_PKG_VERSION");
-        return Ok(Parsed::Print(format!("{program} {version}\n")));
-    }
-    match given.free.first() {
-        Some(word) => Err(usage(format!("unexpected word '{word}'"))),
-        None => Ok(Parsed::Given(given)),
-    }
-}
-
-/// True for a key, alone or as the value of an option, its padding lost or not: no message must
-/// quote it.
-fn holds_key(word: &OsString) -> bool {
-    let word = word.to_string_lossy();
-    let values = [
-        Some(&*word),
-        word.get(2..),
-        word.split_once('=').map(|it| it.1),
-    ];
-    let is_key = |text: &str| {
-        format!("{}=", text.trim_end_matches('='))
-            .parse::<Key>()
-            .is_ok()
-    };
-    values.into_iter().flatten().any(is_key)
-}
-
-/// The error of a long option behind one dash. Read as short ones, it would be an error about a letter,
-/// or no error: `-bind` as the host `ind`.
-fn one_dash(word: &OsString, grammar: &getopts::Options) -> Option<Error> {
-    let word = word.to_string_lossy();
-    let name = word.strip_prefix('-')?.split('=').next()?;
-    let unknown = |name| {
-        let long = grammar.parse([format!("--{name}")]);
-        matches!(long, Err(getopts::Fail::UnrecognizedOption(_)))
-    };
-    let is_option = name.len() > 1 && !name.starts_with('-') && !unknown(name);
-    is_option.then(|| usage(format!("-{name}: did you mean --{name}?")))
-}
-
-fn usage(what: String) -> Error {
-    Error::Usage(format!("{what} (see --help)"))
-}
-
-/// Replaces a default by the option's value, if it is given.
-fn set<T>(
-    default: &mut T,
-    given: &Matches,
-    option: &str,
-    read: impl Fn(&str) -> Result<T, String>,
-) -> Result<(), Error> {
-    if let Some(value) = value(given, option, read)? {
-        *default = value;
-    }
-    Ok(())
-}
-
-fn value<T>(
-    given: &Matches,
-    option: &str,
-    read: impl Fn(&str) -> Result<T, String>,
-) -> Result<Option<T>, Error> {
-    given
-        .opt_str(option)
-        .map(|text| read(&text).map_err(|why| usage(format!("--{option} '{text}': {why}"))))
-        .transpose()
-}
-
-/// Replaces the default of an address to listen on. A port alone is one of the default's host.
-fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(), Error> {
-    let host = default.host.clone();
-    set(default, given, option, |text| match address(text, &host) {
-        Err(why) if text.starts_with(':') => Err(format!("{why}; for all addresses: [::]{text}")),
-        other => other,
-    })
-}
-
-/// An address, or a port of this host.
-fn address(text: &str, host: &str) -> Result<Address, String> {
-    let is_port = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    match is_port {
-        true => Ok(Address::new(host, parse_port(text)?)),
-        false => text.parse(),
-    }
-}
-
-/// A host without a port; brackets around an IPv6 address are forgiven.
-fn host(text: &str) -> Result<String, String> {
-    let inside = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
-    parse_host(inside.unwrap_or(text))
-}
-
-fn number<T>(text: &str, range: RangeInclusive<T>) -> Result<T, String>
-where
-    T: Copy + PartialOrd + std::fmt::Display + std::str::FromStr,
-{
-    match text.parse() {
-        Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(format!(
-            "a whole number from {} to {} is needed",
-            range.start(),
-            range.end()
-        )),
-    }
-}
-
-fn port(text: &str) -> Result<u16, String> {
-    number(text, 1..=u16::MAX)
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    number(text, 1..=MAX_SECS).map(Duration::from_secs)
-}
-
-fn common(program: &'static str, given: &Matches) -> Result<Common, Error> {
-    let files = given.opt_strs("key-file");
-    let mut drain = DRAIN;
-    set(&mut drain, given, "drain", |text| {
-        number(text, 0..=MAX_SECS).map(Duration::from_secs)
-    })?;
-    Ok(Common {
-        program,
-        level: level(given)?,
-        key_files: files.into_iter().map(PathBuf::from).collect(),
-        drain,
-    })
-}
-
-fn level(given: &Matches) -> Result<LevelFilter, Error> {
-    match (given.opt_present("verbose"), given.opt_present("quiet")) {
-        (true, true) => Err(usage("-v and -q exclude each other".to_owned())),
-        (true, false) => Ok(LevelFilter::Debug),
-        (false, true) => Ok(LevelFilter::Error),
-        (false, false) => Ok(LevelFilter::Info),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn words(line: &str) -> Vec<OsString> {
-        line.split_whitespace().map(OsString::from).collect()
-    }
-
-    fn server_options(line: &str) -> ServerOptions {
-        match server(words(line)).unwrap() {
-            Command::Run(options, _) => options,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn client_common(line: &str) -> Common {
-        match client(words(line)).unwrap() {
-            Command::Run(_, common) => common,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn client_options(line: &str) -> ClientOptions {
-        match client(words(line)).unwrap() {
-            Command::Run(options, _) => options,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn the_defaults_are_the_originals_ports() {
-        let server = server_options("");
-        assert_eq!(server, ServerOptions::default());
-        assert_eq!(server.public.to_string(), "127.0.0.1:8007");
-        assert_eq!(server.tunnel.to_string(), "127.0.0.1:8008");
-        assert_eq!(server.control.to_string(), "127.0.0.1:8009");
-        let client = client_options("");
-        assert_eq!(client, ClientOptions::default());
-        assert_eq!(client.local.to_string(), "127.0.0.1:8000");
-    }
-
-    #[test]
-    fn every_option_is_taken_in_both_spellings() {
-        let expected = ServerOptions {
-            public: Address::new("::", 80),
-            tunnel: Address::new("localhost", 81),
-            control: Address::new("192.0.2.1", 82),
-            pair_timeout: Duration::from_secs(7),
-            max_conns: 9,
-            linger: Duration::from_secs(11),
-            keys: Vec::new(),
-            insecure: true,
-            original: true,
-        };
-        for line in [
-            "--public [::]:80 --tunnel localhost:81 --control 192.0.2.1:82 --pair-timeout 7 \
-             --max-conns 9 --linger 11 --insecure --original",
-            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i --original",
-        ] {
-            assert_eq!(server_options(line), expected);
-        }
-        let expected = ClientOptions {
-            server: Address::new("::1", 1),
-            tunnel_port: Some(2),
-            local: Address::new("db", 3),
-            pool: 0,
-            linger: Duration::from_secs(11),
-            key: None,
-            original: true,
-        };
-        for line in [
-            "--server ::1 --control-port 1 --tunnel-port 2 --local db:3 --pool 0 --linger 11 \
-             --original",
-            "-s [::1] -c 1 -t 2 -l db:3 -p 0 -L 11 --original",
-            "-s [::1]:1 --tunnel 2 -l db:3 -p 0 -L 11 --original",
-            "-s ::1 --control 1 --tunnel 2 -l db:3 -p 0 -L 11 --original",
-        ] {
-            assert_eq!(client_options(line), expected);
-        }
-    }
-
-    #[test]
-    fn a_servers_port_is_named_once() {
-        let server = |line| client_options(line).server.to_string();
-        assert_eq!(server("--server host"), "host:8009");
-        assert_eq!(server("--server host:7 --control-port 7"), "host:7");
-        for (line, why) in [
-            ("--server host:7 --control-port 8", "names another port"),
-            ("--control 7 --control-port 8", "names another port"),
-            ("--server host:0", "the port is 0"),
-            ("--server host:x", "not a number"),
-            ("--original --key-file x", "exclude each other"),
-        ] {
-            let error = client(words(line)).unwrap_err().to_string();
-            assert!(error.contains(why), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn bind_is_the_host_of_what_is_not_given() {
-        let options = server_options("--tunnel 192.0.2.1:1 --bind ::");
-        assert_eq!(options.public.to_string(), "[::]:8007");
-        assert_eq!(options.tunnel.to_string(), "192.0.2.1:1");
-        assert_eq!(options.control.to_string(), "[::]:8009");
-    }
-
-    #[test]
-    fn a_port_alone_is_enough() {
-        let options = server_options("--bind :: --public 8080 -t 192.0.2.1:1 -c 0");
-        assert_eq!(options.public.to_string(), "[::]:8080");
-        assert_eq!(options.control.to_string(), "[::]:0");
-        assert_eq!(server_options("-p 80").public.to_string(), "127.0.0.1:80");
-        assert_eq!(client_options("-l 80").local.to_string(), "127.0.0.1:80");
-        assert_eq!(client_options("-p 64").pool, 64);
-    }
-
-    #[test]
-    fn the_level_follows_v_and_q() {
-        for (line, level) in [
-            ("", LevelFilter::Info),
-            ("-v", LevelFilter::Debug),
-            ("-vv", LevelFilter::Debug),
-            ("--verbose", LevelFilter::Debug),
-            ("-q", LevelFilter::Error),
-            ("--quiet", LevelFilter::Error),
-        ] {
-            assert_eq!(client_common(line).level, level);
-        }
-    }
-
-    #[test]
-    fn key_files_are_named_and_keys_are_not() {
-        assert!(client_common("").key_files.is_empty());
-        assert_eq!(client_common("-k a").key_files, [PathBuf::from("a")]);
-        let Ok(Command::Run(_, common)) = server(words("--key-file a -k b/c")) else {
-            panic!("not understood");
-        };
-        assert_eq!(common.key_files, ["a", "b/c"].map(PathBuf::from));
-        let error = client(words("-k a -k b")).unwrap_err().to_string();
-        assert!(error.contains("key-file"), "{error}");
-
-        let generate = server(words("--generate-key")).unwrap();
-        assert_eq!(generate, Command::GenerateKey);
-
-        let key = Key::generate().unwrap().to_base64();
-        let key = key.trim_end_matches('=');
-        for line in [
-            "-k KEY",
-            "-k KEY=",
-            "-kKEY=",
-            "--key-file=KEY=",
-            "KEY",
-            "-b KEY=",
-        ] {
-            let line = line.replace("KEY", key);
-            let error = server(words(&line)).unwrap_err().to_string();
-            assert!(!error.contains(key), "{error}");
-            assert!(error.contains("--key-file FILE"), "{error}");
-        }
-    }
-
-    #[test]
-    fn bad_words_are_refused_by_name() {
-        for (line, named) in [
-            ("--nonsense", "nonsense"),
-            ("--public", "public"),
-            (
-                "--public 99999",
-                "--public '99999': the port is not from 0 to 65535",
-            ),
-            (
-                "--public http://h:80",
-                "--public 'http://h:80': leave out http://",
-            ),
-            ("--bind http://h", "--bind 'http://h': leave out http://"),
-            ("--tunnel [::1]", "--tunnel '[::1]': no port"),
-            (
-                "--public :8080",
-                "--public ':8080': no host; for all addresses: [::]:8080",
-            ),
-            ("-version", "-version: did you mean --version?"),
-            ("-public=80", "-public: did you mean --public?"),
-            ("-bind ::", "-bind: did you mean --bind?"),
-            ("--public host:99999", "--public 'host:99999'"),
-            ("--bind a/b", "--bind 'a/b'"),
-            ("--max-conns 0", "--max-conns '0'"),
-            ("--max-conns many", "--max-conns 'many'"),
-            ("--pair-timeout 0", "--pair-timeout '0'"),
-            ("--linger 1.5", "--linger '1.5'"),
-            ("--linger 99999999999999999999", "--linger"),
-            ("-v -q", "-v and -q"),
-            ("one two", "'one'"),
-        ] {
-            let error = server(words(line)).unwrap_err().to_string();
-            assert!(error.contains(named), "{line}: {error}");
-            assert!(error.contains("--help"), "{line}: {error}");
-        }
-        for (line, named) in [
-            ("--pool -1", "pool"),
-            ("--pool=-1", "--pool '-1'"),
-            ("--control-port 0", "--control-port '0'"),
-            ("--local 127.0.0.1:0", "--local '127.0.0.1:0'"),
-            ("--server host:80:80", "--server 'host:80:80'"),
-            ("--server http://host", "leave out http://"),
-            (
-                "--local :80",
-                "--local ':80': no host; for this host: 127.0.0.1:80",
-            ),
-            ("--local 0", "--local '0': the port is 0"),
-            (
-                "--pool 65",
-                "--pool '65': a whole number from 0 to 64 is needed",
-            ),
-            (
-                "-c 9000 -t 9000",
-                "--control-port and --tunnel-port are both 9000",
-            ),
-            (
-                "-s host:8008 --tunnel 8008",
-                "--control-port and --tunnel-port are both 8008",
-            ),
-        ] {
-            let error = client(words(line)).unwrap_err().to_string();
-            assert!(error.contains(named), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn the_help_shows_every_default() {
-        let Ok(Command::Print(help)) = server(words("-h")) else {
-            panic!("no help");
-        };
-        for shown in [
-            "8007",
-            "8008",
-            "8009",
-            "(5)",
-            "(4096)",
-            "(600)",
-            "127.0.0.1",
-        ] {
-            assert!(help.contains(shown), "{shown}");
-        }
-        let Ok(Command::Print(help)) = client(words("--help")) else {
-            panic!("no help");
-        };
-        for shown in ["8009", "127.0.0.1:8000", "(8)", "(600)"] {
-            assert!(help.contains(shown), "{shown}");
         }
     }
 }

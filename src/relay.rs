@@ -13,15 +13,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use log::info;
 use parking_lot::{Condvar, Mutex};
 
-use crate::conn::{Conn, Reader, Writer};
-use crate::limits::{Slot, Slots, affordable_pipes};
-use crate::log_limit::LogLimit;
-use crate::net;
+use crate::journal::Journal;
+use crate::os::limits::{Slot, Slots, affordable_pipes};
+use crate::os::net;
 #[cfg(target_os = "linux")]
-use crate::splice::{Pipe, refused};
+use crate::os::splice::{Pipe, refused};
+use crate::stop::{Phase, Stop};
+use crate::wire::conn::{Conn, Reader, Writer};
 
 /// A direction begins with the first buffer: most connections never fill it, and to touch memory for
 /// the first time costs more than to copy it. One that fills it gets the second. One that fills half
@@ -64,10 +64,6 @@ const SHORTEST_WRITE: Duration = Duration::from_millis(100);
 /// what is left at once. One that takes longer is not worth a thread.
 const CLOSING: Duration = Duration::from_secs(1);
 
-/// Visitors' lines in a log, at most that many a second: the log of a busy hour stays readable,
-/// and a flood of visitors does not become a flood of lines.
-const VISITOR_LINES: u32 = 100;
-
 /// The pairs that are joined now.
 pub struct Pairs {
     state: Mutex<PairsState>,
@@ -76,7 +72,8 @@ pub struct Pairs {
     pipes: Arc<Slots>,
     /// Who may have the second buffer, and the third.
     roomy: [Arc<Slots>; BULK],
-    log: LogLimit,
+    stop: Arc<Stop>,
+    journal: Arc<Journal>,
 }
 
 struct PairsState {
@@ -87,27 +84,23 @@ struct PairsState {
     moved: [u64; 2],
     /// How many more may be joined before long.
     expected: usize,
-    end_by: Option<Instant>,
-    /// What is joined from now on is cut at once.
-    closed: bool,
 }
 
 impl Pairs {
     /// None yet.
-    pub fn new() -> Arc<Self> {
+    pub fn new(stop: Arc<Stop>, journal: Arc<Journal>) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(PairsState {
                 joined: HashMap::new(),
                 next_key: 0,
                 moved: [0; 2],
                 expected: 0,
-                end_by: None,
-                closed: false,
             }),
             changed: Condvar::new(),
             pipes: Slots::new(affordable_pipes()),
             roomy: ROOMY.map(Slots::new),
-            log: LogLimit::new(VISITOR_LINES),
+            stop,
+            journal,
         })
     }
 
@@ -149,9 +142,8 @@ impl Pairs {
             },
         });
         state.joined.insert(key, Arc::downgrade(&pair));
-        let closed = state.closed;
         drop(state);
-        if closed {
+        if self.stop.reached(Phase::Done) {
             pair.abort(CUT_OFF.to_owned());
         }
         let direction = |way, reader, writer| Direction {
@@ -176,22 +168,14 @@ impl Pairs {
         Expected(self.clone())
     }
 
-    /// Pairs that are still joined after this time are to be aborted then. A later instant than
-    /// the one already set changes nothing.
-    pub fn end_after(&self, time: Duration) {
-        let mut state = self.state.lock();
-        let instant = Instant::now().checked_add(time);
-        state.end_by = [state.end_by, instant].into_iter().flatten().min();
+    /// Lets [`wait`](Self::wait) look at once: there is less time than before.
+    pub fn look(&self) {
+        let _state = self.state.lock();
         self.changed.notify_all();
     }
 
-    /// When pairs are to be aborted, if that was said.
-    pub fn end_by(&self) -> Option<Instant> {
-        self.state.lock().end_by
-    }
-
-    /// Waits until no pair is joined or expected any more, see [`Pairs::end_after`]. None can be
-    /// joined then.
+    /// Waits until no pair is joined or expected any more, or their time is over, and cuts off what is
+    /// left. None can be joined then.
     pub fn wait(&self) {
         let mut sweep = Instant::now() + SWEEP;
         loop {
@@ -202,11 +186,11 @@ impl Pairs {
             }
             let mut state = self.state.lock();
             let done = state.joined.is_empty() && state.expected == 0;
-            if done || state.end_by.is_some_and(|end_by| end_by <= now) {
-                state.closed = true;
+            if done || self.stop.is_over() {
+                self.stop.advance(Phase::Done);
                 break;
             }
-            let next = state.end_by.map_or(sweep, |end_by| end_by.min(sweep));
+            let next = self.stop.end_by().map_or(sweep, |end_by| end_by.min(sweep));
             self.changed.wait_until(&mut state, next);
         }
         for pair in self.all() {
@@ -290,14 +274,33 @@ impl fmt::Display for Visitor {
 /// One of the two connections of a pair.
 pub struct End {
     /// Who is at the other end, for the log.
-    pub name: &'static str,
+    name: &'static str,
     /// The other program is there, which looks after its own end of what it carries.
-    pub is_program: bool,
-    /// The connection.
-    pub conn: Conn,
+    is_program: bool,
+    conn: Conn,
 }
 
 impl End {
+    /// A visitor, or the local service.
+    pub fn direct(name: &'static str, conn: Conn) -> Self {
+        let is_program = false;
+        Self {
+            name,
+            is_program,
+            conn,
+        }
+    }
+
+    /// The other program.
+    pub fn program(name: &'static str, conn: Conn) -> Self {
+        let is_program = true;
+        Self {
+            name,
+            is_program,
+            conn,
+        }
+    }
+
     /// What both directions need, and what each of them has for itself.
     fn split(self) -> (Side, Reader, Writer) {
         let Self {
@@ -711,14 +714,9 @@ impl Pair {
     }
 
     fn report(&self, aborted: Option<&str>) {
-        self.joined.pairs.log.say(|left_out| {
-            let [up, down] = self.joined.moved();
-            let (visitor, seconds) = (&self.visitor, self.started.elapsed().as_secs_f64());
-            let (comma, why) = aborted.map_or(("", ""), |why| (", aborted: ", why));
-            info!(
-                "{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{comma}{why}{left_out}"
-            );
-        });
+        let (moved, time) = (self.joined.moved(), self.started.elapsed());
+        let journal = &self.joined.pairs.journal;
+        journal.visitor_left(&self.visitor, moved, time, aborted);
     }
 }
 
@@ -765,14 +763,18 @@ impl Drop for Joined {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::door::openings::Openings;
+    use crate::journal;
     use crate::key::Key;
-    use crate::logger;
-    use crate::openings::Openings;
-    use crate::secure::Purpose;
-    use crate::workers::Workers;
+    use crate::os::workers::Workers;
+    use crate::wire::secure::Purpose;
     use std::io::{Read, Write};
     use std::net::TcpListener;
     use std::thread;
+
+    fn new_pairs() -> Arc<Pairs> {
+        Pairs::new(Stop::new(), Arc::new(Journal::new(1, false)))
+    }
 
     /// A connection's two ends.
     fn connected() -> [TcpStream; 2] {
@@ -815,13 +817,12 @@ mod tests {
             assert_eq!((&near).read(&mut [0]).unwrap(), 0);
 
             let ends = [("visitor", Conn::new(Arc::new(near))), ("client", tunnel)];
-            let [left, right] = ends.map(|(name, conn)| End {
-                name,
-                is_program: name == "client",
-                conn,
+            let [left, right] = ends.map(|(name, conn)| match name {
+                "client" => End::program(name, conn),
+                _ => End::direct(name, conn),
             });
             let visitor = Visitor::new(None, None);
-            let (up, down) = Pairs::new().join(visitor, left, right, Duration::from_secs(600));
+            let (up, down) = new_pairs().join(visitor, left, right, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
             up.copy();
             let error = client.read(&mut [0]).unwrap_err();
@@ -842,12 +843,7 @@ mod tests {
         let ([visitor, left], [service, right]) = (connected(), connected());
         let [left, right] = [("visitor", left), ("local service", right)].map(|(name, socket)| {
             net::reset_on_close(&socket, true);
-            let (is_program, conn) = (false, Conn::new(Arc::new(socket)));
-            End {
-                name,
-                is_program,
-                conn,
-            }
+            End::direct(name, Conn::new(Arc::new(socket)))
         });
         let from = Visitor::new(from.parse().ok(), None);
         let (up, down) = pairs.join(from, left, right, Duration::from_secs(600));
@@ -858,8 +854,8 @@ mod tests {
 
     #[test]
     fn a_panic_aborts_its_pair_and_no_other() {
-        let log = logger::tests::record();
-        let (pairs, workers) = (Pairs::new(), Workers::new());
+        let log = journal::tests::record();
+        let (pairs, workers) = (new_pairs(), Workers::new(journal::panicked));
         let before = at_work(&pairs, &workers, "192.0.2.1:1");
         let doomed = at_work(&pairs, &workers, DOOMED);
         let after = at_work(&pairs, &workers, "192.0.2.1:2");

@@ -1,90 +1,121 @@
-//! How a running server or client is asked to stop, and how it does.
+//! How far a running server or client has come in its life.
 
-use std::convert::Infallible;
-use std::fmt;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
-use crate::status::Status;
-
-/// What a [`Handle`] holds on to.
-pub trait Running: Send + Sync {
-    /// See [`Handle::stop`].
-    fn stop(self: Arc<Self>, drain: Duration);
-
-    /// See [`Handle::status`].
-    fn status(&self) -> Status;
+/// How far a server or a client has come in its life. Phases only ever follow one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Visitors are taken.
+    Serving,
+    /// A server was told to stop. It takes visitors until another server has had a moment to take
+    /// over its ports.
+    HandingOver,
+    /// No visitor comes any more, but for those in the kernel's backlog. Those that wait for a tunnel
+    /// still get one.
+    Draining,
+    /// Nobody waits any more, and the session ends. Visitors that are joined finish.
+    Leaving,
+    /// Visitors that are still joined are cut off.
+    Done,
 }
 
-/// Stops the [`Server`](crate::Server) or [`Client`](crate::Client) that it came from, and tells how
-/// it does. Clones belong to the same one.
-#[derive(Clone)]
-pub struct Handle(Weak<dyn Running>);
-
-impl Handle {
-    /// A handle does not keep alive what it stops, nor its ports.
-    pub(crate) fn new<T: Running + 'static>(shared: &Arc<T>) -> Self {
-        // Written out: what is downgraded must have its own type still.
-        let shared: Weak<T> = Arc::downgrade(shared);
-        Self(shared)
-    }
-
-    /// Takes no more visitors, tells the other side, gives the visitors that are there up to `drain`
-    /// to finish, and aborts those that have not. `run` then returns; this call does not wait for
-    /// it. A second call can only shorten the time.
-    pub fn stop(&self, drain: Duration) {
-        if let Some(running) = self.0.upgrade() {
-            running.stop(drain);
-        }
-    }
-
-    /// What it does now, and has done; None once all of it has ended.
-    pub fn status(&self) -> Option<Status> {
-        Some(self.0.upgrade()?.status())
-    }
-}
-
-impl fmt::Debug for Handle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Handle")
-    }
-}
-
-/// A signal that is given once and ends every wait for it: a channel that never carries anything,
-/// and whose only sender is dropped.
+/// The phase of a server or a client, which its threads look at and wait for.
 pub struct Stop {
-    sender: Mutex<Option<Sender<Infallible>>>,
-    receiver: Receiver<Infallible>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    phase: Phase,
+    /// When visitors that are still there are cut off, once there was a call to stop.
+    end_by: Option<Instant>,
 }
 
 impl Stop {
-    /// A signal not yet given.
-    pub fn new() -> Self {
-        let (sender, receiver) = bounded(0);
-        Self {
-            sender: Mutex::new(Some(sender)),
-            receiver,
+    /// Of a server or a client that serves.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(State {
+                phase: Phase::Serving,
+                end_by: None,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// How far it has come.
+    pub fn phase(&self) -> Phase {
+        self.state.lock().phase
+    }
+
+    /// True once it has come as far as this.
+    pub fn reached(&self, phase: Phase) -> bool {
+        self.phase() >= phase
+    }
+
+    /// When visitors that are still there are cut off, once there was a call to stop.
+    pub fn end_by(&self) -> Option<Instant> {
+        self.state.lock().end_by
+    }
+
+    /// True once visitors that are still there are to be cut off.
+    pub fn is_over(&self) -> bool {
+        self.end_by().is_some_and(|end_by| end_by <= Instant::now())
+    }
+
+    /// Visitors that are there have this long from now on. A second call can only shorten the time.
+    pub fn end_after(&self, drain: Duration) {
+        let end_by = Instant::now().checked_add(drain);
+        let mut state = self.state.lock();
+        state.end_by = [state.end_by, end_by].into_iter().flatten().min();
+        self.changed.notify_all();
+    }
+
+    /// Goes on to this phase; false if it was reached before.
+    pub fn advance(&self, phase: Phase) -> bool {
+        let mut state = self.state.lock();
+        let advances = state.phase < phase;
+        if advances {
+            state.phase = phase;
+            self.changed.notify_all();
         }
+        advances
     }
 
-    /// Gives the signal; false if it was given before.
-    pub fn stop(&self) -> bool {
-        self.sender.lock().take().is_some()
+    /// Sleeps for this time, or until this phase is reached: then returns false.
+    pub fn sleep(&self, time: Duration, until: Phase) -> bool {
+        let mut state = self.state.lock();
+        let early = |state: &mut State| state.phase < until;
+        let slept = self.changed.wait_while_for(&mut state, early, time);
+        slept.timed_out()
     }
 
-    /// True once the signal is given.
-    pub fn stopped(&self) -> bool {
-        self.sender.lock().is_none()
+    /// Wakes those who [wait](Self::wait_for) for something else than a phase.
+    pub fn notify(&self) {
+        let _state = self.state.lock();
+        self.changed.notify_all();
     }
 
-    /// Sleeps for `time`, or until the signal is given: then the answer is false.
-    pub fn sleep(&self, time: Duration) -> bool {
-        matches!(
-            self.receiver.recv_timeout(time),
-            Err(RecvTimeoutError::Timeout)
-        )
+    /// Waits until this is true, and returns whether it has become so in time and before the end.
+    pub fn wait_for(&self, time: Duration, is_true: impl Fn() -> bool) -> bool {
+        let deadline = Instant::now().checked_add(time);
+        loop {
+            // Before the look, so that no change between the look and the wait is missed.
+            let mut state = self.state.lock();
+            if is_true() {
+                return true;
+            }
+            let late = deadline.is_some_and(|deadline| deadline <= Instant::now());
+            if late || state.phase >= Phase::Leaving {
+                return false;
+            }
+            match deadline {
+                Some(deadline) => _ = self.changed.wait_until(&mut state, deadline),
+                None => self.changed.wait(&mut state),
+            }
+        }
     }
 }

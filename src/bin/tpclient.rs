@@ -1,17 +1,16 @@
 //! The half of the tunnel that runs in the LAN; see `tpclient --help`.
 
+use std::env;
 use std::process::ExitCode;
 
-use tunnel_proxy::{Client, Error, options, program};
+use tunnel_proxy::{Client, cli};
 
 fn main() -> ExitCode {
-    program::exit(options::CLIENT, run())
+    cli::exit("tpclient", run())
 }
 
-fn run() -> Result<(), Error> {
-    let command = options::client(std::env::args_os().skip(1))?;
-    if let Some((mut options, mut keys, signals)) = program::start(command)? {
-        options.key = keys.pop();
+fn run() -> Result<(), cli::Error> {
+    if let Some((options, signals)) = cli::client(env::args_os().skip(1))? {
         let client = Client::new(options);
         signals.obey_for(client.handle());
         client.run()?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::source::Source;
+use crate::os::source::Source;
 
 /// Sources with a limit of their own, for each kind of line. A log reader that bans addresses sees as
 /// many new ones each second, and a flood from everywhere stays a readable log.

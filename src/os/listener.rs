@@ -5,15 +5,28 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use crate::address::Address;
 use crate::error::Error;
-use crate::hand_over::Inherited;
-use crate::net;
-use crate::stop::Stop;
+use crate::os::hand_over::Inherited;
+use crate::os::net;
+use crate::stop::{Phase, Stop};
+
+/// A port in use is looked at again this often, and so several times while a server that stops
+/// waits for the next one.
+const PORT_PAUSE: Duration = Duration::from_millis(20);
+
+/// What is to be known while a port is opened.
+pub enum Opening {
+    /// The port is in use, and waited for, this long at the most.
+    InUse(Address, Duration),
+    /// The server that has it hands it over.
+    HandedOver(SocketAddr),
+}
 
 /// A port of the server's.
 pub struct Listener {
@@ -23,7 +36,9 @@ pub struct Listener {
     pub addr: SocketAddr,
     /// None once nobody accepts from it here any more.
     socket: Mutex<Option<Arc<TcpListener>>>,
-    closed: Stop,
+    stop: Arc<Stop>,
+    /// From this phase on, it takes no more connections than those that are in the queue.
+    closes_at: Phase,
     /// Wakes the thread that waits for a connection. To shut the socket down would wake it, too, but
     /// end the port for a server that has taken it over.
     #[cfg(target_os = "linux")]
@@ -31,15 +46,59 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// See [`net::listen`].
-    pub fn open(
+    /// Listens on the first address of a name that works. A port in use may be that of a server that
+    /// is about to end: it is waited for until `patience` ends, or taken over if that server hands it
+    /// over. Unless `anywhere`, every address of the name must be a loopback one.
+    pub fn find(
         option: &'static str,
         address: &Address,
         anywhere: bool,
         patience: Instant,
         inherited: &mut Inherited,
+        told: impl Fn(Opening),
+    ) -> Result<(TcpListener, SocketAddr), Error> {
+        let unknown = |error| Error::Resolve(option, address.clone(), error);
+        let found = address.resolve().map_err(unknown)?;
+        let open = found.iter().find(|found| !found.ip().is_loopback());
+        if let (false, Some(open)) = (anywhere, open) {
+            return Err(Error::NotLoopback(option, *open));
+        }
+        let mut said = false;
+        loop {
+            let mut failed = unknown(io::ErrorKind::NotFound.into());
+            let mut in_use = false;
+            for address in &found {
+                match net::listen_on(*address) {
+                    Ok(listener) => return Ok(listener),
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                        if let Some(listener) = inherited.take(*address) {
+                            told(Opening::HandedOver(*address));
+                            return Ok((listener, *address));
+                        }
+                        in_use = true;
+                        failed = Error::Listen(option, *address, error);
+                    }
+                    Err(error) => failed = Error::Listen(option, *address, error),
+                }
+            }
+            let left = patience.saturating_duration_since(Instant::now());
+            if !in_use || left.is_zero() {
+                return Err(failed);
+            }
+            if !std::mem::replace(&mut said, true) {
+                told(Opening::InUse(address.clone(), left));
+            }
+            thread::sleep(PORT_PAUSE);
+        }
+    }
+
+    /// A port that was [found](Self::find).
+    pub fn new(
+        option: &'static str,
+        (socket, addr): (TcpListener, SocketAddr),
+        stop: Arc<Stop>,
+        closes_at: Phase,
     ) -> Result<Self, Error> {
-        let (socket, addr) = net::listen(option, address, anywhere, patience, inherited)?;
         let failed = |error| Error::Listen(option, addr, error);
         #[cfg(target_os = "linux")]
         let wake = {
@@ -53,7 +112,8 @@ impl Listener {
             option,
             addr,
             socket: Mutex::new(Some(Arc::new(socket))),
-            closed: Stop::new(),
+            stop,
+            closes_at,
             #[cfg(target_os = "linux")]
             wake,
         })
@@ -67,7 +127,7 @@ impl Listener {
             let waited = self.wait(&socket);
             // Taken meanwhile?
             self.socket()?;
-            let closed = self.closed.stopped();
+            let closed = self.stop.reached(self.closes_at);
             match waited.and_then(|()| net::accept(&socket)) {
                 // Most likely it is the one that was to wake this thread.
                 Ok(_) if closed && cfg!(not(target_os = "linux")) => return None,
@@ -86,24 +146,17 @@ impl Listener {
         self.socket.lock().clone()
     }
 
-    /// Takes no more connections than those that are in the queue.
-    pub fn close(&self) {
-        if self.closed.stop() {
-            self.wake();
-        }
-    }
-
     /// Takes no connection any more. Those in the queue are reset, unless another program has this
     /// socket, too.
     pub fn take(&self) {
         let socket = self.socket.lock().take();
-        self.close();
+        self.wake();
         drop(socket);
     }
 
     /// Waits after a failed accept; false if the listener was closed meanwhile.
     pub fn pause(&self, time: Duration) -> bool {
-        self.closed.sleep(time)
+        self.stop.sleep(time, self.closes_at)
     }
 
     /// Waits until there is a connection, or the listener is closed.
@@ -123,13 +176,15 @@ impl Listener {
         Ok(())
     }
 
+    /// Lets the thread that waits for a connection look whether the port is closed.
     #[cfg(target_os = "linux")]
-    fn wake(&self) {
+    pub fn wake(&self) {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
+    /// Lets the thread that waits for a connection look whether the port is closed.
     #[cfg(not(target_os = "linux"))]
-    fn wake(&self) {
+    pub fn wake(&self) {
         let mut address = self.addr;
         if address.ip().is_unspecified() {
             address.set_ip(match address {

@@ -4,8 +4,14 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::lobby::MAX_THREADS;
-use crate::protocol::MAX_POOL;
+use crate::wire::line::MAX_POOL;
+
+/// Connections of one port that have not proved themselves yet.
+pub const MAX_UNPROVED: usize = 64;
+
+/// Threads of such connections, with those that were sent away and whose threads have not noticed
+/// yet: a flood must not wait for each of them in turn.
+pub const MAX_THREADS: usize = 2 * MAX_UNPROVED;
 
 /// What a server needs besides its visitors, or half of what it has if that is less: three ports,
 /// strangers at two of them, a full pool, and a few for the system.
@@ -38,19 +44,6 @@ fn descriptors() -> usize {
 #[cfg(not(target_os = "linux"))]
 fn descriptors() -> usize {
     usize::MAX
-}
-
-/// Raises the process's limit of descriptors as far as its user may. The usual 1024 are for
-/// programs that use `select`.
-pub fn raise_descriptors() {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-        let maximum = getrlimit(Resource::Nofile).maximum;
-        let current = maximum;
-        // Without it the program serves fewer visitors at a time, and says so.
-        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
-    }
 }
 
 /// A fixed number of places for visitors; who finds none waits.

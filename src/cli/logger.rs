@@ -130,34 +130,8 @@ impl Write for Queue {
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
     use super::*;
-    use log::{Log, Metadata, Record};
-    use parking_lot::Mutex;
-
-    static RECORDED: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-    struct Recorder;
-
-    impl Log for Recorder {
-        fn enabled(&self, _: &Metadata) -> bool {
-            true
-        }
-
-        fn log(&self, record: &Record) {
-            RECORDED.lock().push(record.args().to_string());
-        }
-
-        fn flush(&self) {}
-    }
-
-    /// What is logged from now on, by all tests of this process.
-    pub fn record() -> &'static Mutex<Vec<String>> {
-        if log::set_logger(&Recorder).is_ok() {
-            log::set_max_level(LevelFilter::Info);
-        }
-        &RECORDED
-    }
 
     #[test]
     fn lines_that_nobody_takes_are_left_out_and_counted() {

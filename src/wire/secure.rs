@@ -16,9 +16,9 @@ use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, Tag, UnboundKe
 use snow::{Builder, HandshakeState};
 use zeroize::Zeroizing;
 
+use crate::door::openings::{OpeningId, Openings};
 use crate::key::Key;
-use crate::openings::{OpeningId, Openings};
-use crate::protocol::MAX_LINE;
+use crate::wire::line::MAX_LINE;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 

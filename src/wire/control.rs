@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use crate::conn::Reader;
-use crate::net::{self, timed_out};
-use crate::protocol::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
+use crate::os::net::{self, timed_out};
+use crate::wire::conn::Reader;
+use crate::wire::line::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
 
 /// How other protocols begin.
 const FOREIGN: [(&[u8], &str); 9] = [
@@ -179,20 +179,10 @@ pub fn write_lines(
     }
 }
 
-/// Why a control link ended, in a person's words.
-pub fn why_ended(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => "it closed the connection".to_owned(),
-        io::ErrorKind::InvalidData => format!("it sent {error}"),
-        _ if timed_out(error) => format!("it was silent for {} s", SILENCE.as_secs()),
-        _ => error.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conn::Conn;
+    use crate::wire::conn::Conn;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
     use std::time::Duration;
@@ -236,7 +226,7 @@ mod tests {
         for piece in [1, 255, 256, 300] {
             let error = Lines::new(Pieces(&longest, piece)).next_line().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-            assert!(why_ended(&error).contains("more than 256 bytes"));
+            assert!(error.to_string().contains("more than 256 bytes"));
         }
     }
 

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::pipe::{SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, splice};
 
-use crate::limits::Slot;
+use crate::os::limits::Slot;
 
 /// What a pipe is enlarged to: the most that an ordinary user may have (`fs.pipe-max-size`).
 const PIPE_SIZE: usize = 1024 * 1024;
@@ -53,7 +53,7 @@ impl Pipe {
     }
 
     /// Moves out of the pipe as much as there is room for, after waiting if need be, and tells how
-    /// much that is. An error that says that there [was none](crate::net::limit_write) is not the end.
+    /// much that is. An error that says that there [was none](crate::os::net::limit_write) is not the end.
     /// Where the system does not splice, all of it is copied: nothing is lost.
     pub fn drain(&mut self, mut to: impl AsFd + Write) -> io::Result<usize> {
         let count = match step(&self.output, &to, self.filled) {
@@ -95,7 +95,7 @@ pub fn refused(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::Slots;
+    use crate::os::limits::Slots;
     use std::fs::File;
     use std::io::{Seek, Write};
 

@@ -7,15 +7,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::net;
-use crate::source::Source;
-
-/// Connections of one port that have not proved themselves yet.
-const MAX_UNPROVED: usize = 64;
-
-/// Threads of such connections, with those that were sent away and whose threads have not noticed
-/// yet: a flood must not wait for each of them in turn.
-pub const MAX_THREADS: usize = 2 * MAX_UNPROVED;
+use crate::os::limits::{MAX_THREADS, MAX_UNPROVED};
+use crate::os::net;
+use crate::os::source::Source;
 
 /// A source with more places than that gives way to all others, itself included.
 const MAX_OF_ONE_SOURCE: usize = MAX_UNPROVED / 4;
@@ -61,7 +55,8 @@ impl Lobby {
     /// Lets a connection in. A full lobby waits until one of those inside has had its time, and shuts
     /// that one down; and it waits for their threads if too many have not noticed yet. Never for
     /// long: with 64 threads at work and a grace of milliseconds, thousands come in a second.
-    pub fn enter(self: &Arc<Self>, socket: &Arc<TcpStream>, from: SocketAddr) -> Place {
+    pub fn enter(self: &Arc<Self>, socket: TcpStream, from: SocketAddr) -> Place {
+        let socket = Arc::new(socket);
         let mut unproved = self.unproved.lock();
         loop {
             if unproved.len() >= MAX_THREADS {
@@ -94,7 +89,8 @@ impl Lobby {
         });
         Place {
             lobby: self.clone(),
-            socket: socket.clone(),
+            socket,
+            from,
         }
     }
 
@@ -128,7 +124,10 @@ fn next_to_go(unproved: &[Unproved]) -> Option<(usize, Instant)> {
 /// A connection's place in the lobby, left when dropped.
 pub struct Place {
     lobby: Arc<Lobby>,
-    socket: Arc<TcpStream>,
+    /// The connection.
+    pub socket: Arc<TcpStream>,
+    /// Where it comes from.
+    pub from: SocketAddr,
 }
 
 impl Place {
@@ -176,10 +175,10 @@ mod tests {
     const DEADLINE: Duration = Duration::from_secs(10);
 
     /// A connection to this listener, and its other end.
-    fn connect(listener: &TcpListener) -> (TcpStream, Arc<TcpStream>) {
+    fn connect(listener: &TcpListener) -> (TcpStream, TcpStream) {
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         near.set_read_timeout(Some(DEADLINE)).unwrap();
-        (near, Arc::new(listener.accept().unwrap().0))
+        (near, listener.accept().unwrap().0)
     }
 
     fn listener() -> TcpListener {
@@ -194,7 +193,7 @@ mod tests {
         let from = hosts.iter().cycle().take(MAX_UNPROVED);
         let enter = |host: &u8| {
             let (near, socket) = connect(listener);
-            (near, lobby.enter(&socket, from_host(*host)))
+            (near, lobby.enter(socket, from_host(*host)))
         };
         from.map(enter).collect()
     }
@@ -212,7 +211,7 @@ mod tests {
         inside[0].1.extend();
         let (mut oldest, oldest_place) = inside.remove(1);
         let (_near, newcomer) = connect(&listener);
-        let place = lobby.enter(&newcomer, from_host(5));
+        let place = lobby.enter(newcomer, from_host(5));
         assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
         assert!(start.elapsed() >= GRACE);
         assert!(!oldest_place.leave());
@@ -231,7 +230,7 @@ mod tests {
         let (_near, one_more) = connect(&listener);
         let entering = thread::spawn({
             let lobby = lobby.clone();
-            move || lobby.enter(&one_more, from_host(2))
+            move || lobby.enter(one_more, from_host(2))
         });
         thread::sleep(2 * GRACE);
         assert!(!entering.is_finished(), "in before another is out");
@@ -247,7 +246,7 @@ mod tests {
         let inside = fill(&lobby, &listener, &[1, 2, 2, 2]);
         inside[1].1.extend();
         let (_near, newcomer) = connect(&listener);
-        let place = lobby.enter(&newcomer, from_host(3));
+        let place = lobby.enter(newcomer, from_host(3));
         let stayed = inside.into_iter().map(|(_, place)| place.leave());
         let stayed: Vec<_> = stayed.collect();
         assert_eq!(stayed.iter().filter(|it| !**it).count(), 1);

@@ -1,10 +1,7 @@
 //! What a running program tells about itself.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
-use crate::relay::Pairs;
+use std::time::Duration;
 
 /// What a [`Server`](crate::Server) or a [`Client`](crate::Client) does now, and has done. Prints as
 /// one line of `key=value`.
@@ -36,6 +33,9 @@ pub struct Status {
     /// On the server: visitors that got no tunnel in time. On the client: visitors whose local
     /// service did not answer in time.
     pub timed_out: u64,
+    /// On the client: why there is no session, or none was lately. None on the server, and as soon as
+    /// there is one. Not in the line.
+    pub last_error: Option<String>,
 }
 
 impl fmt::Display for Status {
@@ -52,6 +52,7 @@ impl fmt::Display for Status {
             bytes_down,
             refused,
             timed_out,
+            last_error: _,
         } = self;
         let (uptime, session) = (uptime.as_secs(), session.as_deref().unwrap_or("none"));
         write!(
@@ -61,57 +62,6 @@ impl fmt::Display for Status {
              refused={refused} timed_out={timed_out}"
         )
     }
-}
-
-/// What is counted for a [`Status`] only.
-pub struct Counts {
-    since: Instant,
-    max: usize,
-    /// See [`Status::refused`].
-    pub refused: AtomicU64,
-    /// See [`Status::timed_out`].
-    pub timed_out: AtomicU64,
-}
-
-impl Counts {
-    /// All zero, of a program for so many visitors.
-    pub fn new(max: usize) -> Self {
-        Self {
-            since: Instant::now(),
-            max,
-            refused: AtomicU64::new(0),
-            timed_out: AtomicU64::new(0),
-        }
-    }
-
-    /// These counts, and what else is known.
-    pub fn status(
-        &self,
-        session: Option<String>,
-        pairs: &Pairs,
-        waiting: usize,
-        idle: usize,
-    ) -> Status {
-        let (joined, joined_total, [bytes_up, bytes_down]) = pairs.totals();
-        Status {
-            uptime: self.since.elapsed(),
-            session,
-            joined,
-            max: self.max,
-            joined_total,
-            waiting,
-            idle,
-            bytes_up,
-            bytes_down,
-            refused: self.refused.load(Ordering::Relaxed),
-            timed_out: self.timed_out.load(Ordering::Relaxed),
-        }
-    }
-}
-
-/// Counts one more.
-pub fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 #[cfg(test)]
@@ -132,6 +82,7 @@ mod tests {
             bytes_down: 6,
             refused: 7,
             timed_out: 8,
+            last_error: None,
         };
         assert_eq!(
             status.to_string(),

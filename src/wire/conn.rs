@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::net;
-use crate::openings::Openings;
-use crate::secure::{self, Bond, NoHandshake, Opener, Purpose, Sealer, Secured, TAG};
+use crate::door::openings::Openings;
+use crate::os::net;
+use crate::wire::secure::{self, Bond, NoHandshake, Opener, Purpose, Sealer, Secured, TAG};
 
 /// The shortest read time-out that is set: 0 would mean none at all.
 const LEAST_TIMEOUT: Duration = Duration::from_millis(1);

@@ -2,15 +2,11 @@
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use log::{info, warn};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::address::Address;
-use crate::error::Error;
-use crate::hand_over::Inherited;
 
 /// Each address of a name gets this long to answer a dial: two lost SYNs (1 s, then 2 s) and some.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,10 +22,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(8);
 #[cfg(target_os = "linux")]
 const KEEPALIVE_PROBES: u32 = 3;
 
-/// A port in use is looked at again this often, and so several times while a server that stops
-/// waits for the next one.
-const PORT_PAUSE: Duration = Duration::from_millis(20);
-
 /// Connections that the kernel completes while a program is busy: Linux' own upper limit
 /// (`net.core.somaxconn`) since 5.4.
 const BACKLOG: i32 = 4096;
@@ -39,54 +31,9 @@ const NO_PORT: &str = "; most likely every local port for it is in use, or was w
     allow more (net.ipv4.ip_local_port_range) or their use again at once (net.ipv4.tcp_tw_reuse=1), \
     or have fewer visits";
 
-/// Listens on the first address of a name that works; the answer has the real one. `[::]` takes
-/// IPv4 too, whatever the system's default is. A port in use may be that of a server that is about
-/// to end: it is waited for until `patience` ends, or taken over if that server hands it over. Unless
-/// `anywhere`, every address of the name must be a loopback one.
-pub fn listen(
-    option: &'static str,
-    address: &Address,
-    anywhere: bool,
-    patience: Instant,
-    inherited: &mut Inherited,
-) -> Result<(TcpListener, SocketAddr), Error> {
-    let unknown = |error| Error::Resolve(option, address.clone(), error);
-    let found = address.resolve().map_err(unknown)?;
-    let open = found.iter().find(|found| !found.ip().is_loopback());
-    if let (false, Some(open)) = (anywhere, open) {
-        return Err(Error::NotLoopback(option, *open));
-    }
-    let mut said = false;
-    loop {
-        let mut failed = unknown(io::ErrorKind::NotFound.into());
-        let mut in_use = false;
-        for address in &found {
-            match listen_on(*address) {
-                Ok(listener) => return Ok(listener),
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    if let Some(listener) = inherited.take(*address) {
-                        info!("{option}: {address} is handed over by the server that ends");
-                        return Ok((listener, *address));
-                    }
-                    in_use = true;
-                    failed = Error::Listen(option, *address, error);
-                }
-                Err(error) => failed = Error::Listen(option, *address, error),
-            }
-        }
-        let left = patience.saturating_duration_since(Instant::now());
-        if !in_use || left.is_zero() {
-            return Err(failed);
-        }
-        if !std::mem::replace(&mut said, true) {
-            let left = left.as_secs_f64();
-            warn!("{option}: {address} is in use, waiting for it for up to {left:.0} s");
-        }
-        thread::sleep(PORT_PAUSE);
-    }
-}
-
-fn listen_on(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+/// Listens on this address, and returns the real one, too. `[::]` takes IPv4 as well, whatever the
+/// system's default is.
+pub fn listen_on(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -322,8 +269,8 @@ mod tests {
     #[test]
     fn both_ends_of_a_connection_are_tuned() {
         let any = Address::new("127.0.0.1", 0);
-        let (now, none) = (Instant::now(), &mut Inherited::default());
-        let (listener, address) = listen("--public", &any, true, now, none).unwrap();
+        let any = any.resolve().unwrap()[0];
+        let (listener, address) = listen_on(any).unwrap();
         let dialled = dial_one(address).unwrap();
         for socket in [dialled, accept(&listener).unwrap().0] {
             let socket = SockRef::from(&socket);

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use log::error;
 use parking_lot::{Condvar, Mutex};
 
 /// A parked thread ends after this long: long enough to serve one burst after another, short
@@ -30,6 +29,8 @@ pub struct Workers(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     all_done: Condvar,
+    /// Told of each job that has panicked.
+    panicked: fn(&str),
 }
 
 struct State {
@@ -52,8 +53,8 @@ enum Next {
 }
 
 impl Workers {
-    /// No thread yet.
-    pub fn new() -> Self {
+    /// No thread yet. `panicked` is told of each job that has.
+    pub fn new(panicked: fn(&str)) -> Self {
         Self(Arc::new(Shared {
             state: Mutex::new(State {
                 parked: Vec::new(),
@@ -61,6 +62,7 @@ impl Workers {
                 open: true,
             }),
             all_done: Condvar::new(),
+            panicked,
         }))
     }
 
@@ -121,7 +123,7 @@ impl Shared {
         while let Next::Job(Job { name, work }) = next {
             set_name(name);
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                error!("the {name} thread panicked; its sockets are closed, all else goes on");
+                (self.panicked)(name);
             }
             next = self.park(&place);
         }
@@ -214,7 +216,7 @@ mod tests {
 
     #[test]
     fn the_thread_that_parked_last_is_woken_first() {
-        let workers = Workers::new();
+        let workers = Workers::new(|_| ());
         let (first_may_end, first_waits) = bounded::<()>(0);
         workers
             .start("test", move || {
@@ -235,7 +237,7 @@ mod tests {
 
     #[test]
     fn parked_threads_end_with_their_workers() {
-        let workers = Workers::new();
+        let workers = Workers::new(|_| ());
         run(&workers);
         wait_for_parked(&workers, 1);
         let parked = Arc::downgrade(&workers.0);
@@ -249,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_job_that_panics_leaves_its_thread() {
-        let workers = Workers::new();
+        let workers = Workers::new(|_| ());
         let thread = run(&workers);
         wait_for_parked(&workers, 1);
         workers.start("test", || panic!("on purpose")).unwrap();

@@ -1,0 +1,130 @@
+//! What the two programs do around the library: read the command line and the keys, log, obey signals,
+//! and end with an exit code. Only with the feature `cli`.
+
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use log::{info, warn};
+use zeroize::Zeroizing;
+
+use crate::key::Key;
+use crate::options::{ClientOptions, ServerOptions};
+
+mod command_line;
+mod error;
+mod key_file;
+mod logger;
+mod signals;
+
+pub use error::Error;
+pub use signals::Signals;
+
+use command_line::{Command, Common};
+
+/// A server that was told to stop keeps its ports for as long as visitors wait for a tunnel. The next
+/// one waits as long for them, but not for ever, and some.
+const MAX_PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Does what the words behind `tpserver` ask for, if that is no more than to print something;
+/// otherwise gets ready to run, and returns what the server is to do, and the signals that the program
+/// takes from now on.
+///
+/// # Errors
+/// The words make no sense, there is no key where one should be, or what was to be printed could not
+/// be.
+pub fn server(
+    words: impl IntoIterator<Item = OsString>,
+) -> Result<Option<(ServerOptions, Signals)>, Error> {
+    let Some((mut options, keys, signals)) = start(command_line::server(words)?)? else {
+        return Ok(None);
+    };
+    options.port_patience = options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
+    options.keys = keys;
+    Ok(Some((options, signals)))
+}
+
+/// The same for `tpclient`.
+///
+/// # Errors
+/// As above.
+pub fn client(
+    words: impl IntoIterator<Item = OsString>,
+) -> Result<Option<(ClientOptions, Signals)>, Error> {
+    let Some((mut options, mut keys, signals)) = start(command_line::client(words)?)? else {
+        return Ok(None);
+    };
+    options.key = keys.pop();
+    Ok(Some((options, signals)))
+}
+
+fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, Error> {
+    match command {
+        Command::Print(text) => print(&text).map(|()| None),
+        Command::GenerateKey => {
+            print(&Zeroizing::new(Key::generate()?.to_base64()))?;
+            print("\n").map(|()| None)
+        }
+        Command::Run(options, common) => {
+            let keys = prepare(&common)?;
+            Ok(Some((options, keys, Signals::take(common.drain)?)))
+        }
+    }
+}
+
+/// Starts the log, takes as many descriptors as the user may have, and reads the keys.
+fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
+    raise_descriptors();
+    logger::start(common.program, common.level)?;
+    let (keys, remarks) = key_file::read_all(&common.key_files)?;
+    let version = env!("CARGO_PKG_VERSION");
+    match (common.program, keys.is_empty()) {
+        (command_line::SERVER, true) => info!("version {version}, a client needs no key"),
+        (command_line::SERVER, false) => info!("version {version}, a client needs the key"),
+        _ => info!("version {version}"),
+    }
+    for remark in remarks {
+        warn!("{remark}");
+    }
+    Ok(keys)
+}
+
+/// Raises the process's limit of descriptors as far as its user may. The usual 1024 are for
+/// programs that use `select`.
+fn raise_descriptors() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let current = maximum;
+        // Without it the program serves fewer visitors at a time, and says so.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
+    }
+}
+/// Prints a text on stdout. That nobody reads it is no error: it may be piped into `head`. That it
+/// did not get into a file is one: it may be a key.
+fn print(text: &str) -> Result<(), Error> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Print(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The exit code of a program, after its error and what caused it, on one line of stderr.
+pub fn exit(program: &str, result: Result<(), Error>) -> ExitCode {
+    let Err(error) = result else {
+        logger::end(None);
+        return ExitCode::SUCCESS;
+    };
+    let mut line = format!("{program}: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line += &format!(": {error}");
+        cause = error.source();
+    }
+    logger::end(Some(line));
+    ExitCode::from(error.exit_code())
+}

@@ -1,0 +1,170 @@
+//! How a client begins, and how it ends.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+use parking_lot::Mutex;
+
+use crate::client::Shared;
+use crate::client::backoff::{Backoff, random_fraction};
+use crate::error::Error;
+use crate::handle::Half;
+use crate::journal::{self, Journal, Status};
+use crate::options::ClientOptions;
+use crate::os::limits::{Slots, affordable_visitors};
+use crate::os::workers::Workers;
+use crate::relay::{Pairs, SWEEP};
+use crate::session::Ended;
+use crate::session::of_client::Session;
+use crate::stop::{Phase, Stop};
+use crate::wire::conn::Writer;
+use crate::wire::line::{HEARTBEAT, Line, SILENCE};
+
+/// What a stopping client gives its threads for their last words, and a server that has ended the
+/// session to close its idle tunnels, which is under way by then.
+const LAST_WORDS: Duration = Duration::from_millis(250);
+
+impl Shared {
+    pub(super) fn new(options: ClientOptions) -> Self {
+        let (stop, affordable) = (Stop::new(), affordable_visitors());
+        let journal = Arc::new(Journal::new(affordable, options.key.is_some()));
+        Self {
+            options,
+            workers: Workers::new(journal::panicked),
+            pairs: Pairs::new(stop.clone(), journal.clone()),
+            slots: Slots::new(affordable),
+            session: Mutex::new(None),
+            own_dials: Mutex::new(HashSet::new()),
+            stop,
+            journal,
+        }
+    }
+
+    /// Runs until the client has ended.
+    pub(super) fn run(self: &Arc<Self>) -> Result<(), Error> {
+        let shared = self.clone();
+        self.workers
+            .start("control", move || shared.keep_connected())
+            .map_err(Error::Thread)?;
+        while self.stop.sleep(SWEEP, Phase::Leaving) {
+            self.pairs.sweep();
+        }
+        self.pairs.wait();
+        self.workers.wait(LAST_WORDS);
+        Ok(())
+    }
+
+    /// One session after another, for ever.
+    fn keep_connected(self: &Arc<Self>) {
+        let server = &self.options.server;
+        let mut backoff = Backoff::new(Instant::now());
+        Journal::connecting(server);
+        loop {
+            let result = self.connect_control();
+            if self.stop.reached(Phase::Leaving) {
+                return;
+            }
+            if let Ok((_, true)) = result {
+                backoff = Backoff::new(Instant::now());
+            }
+            let pause = backoff.next(Instant::now(), random_fraction());
+            match result {
+                Ok((ended, _)) => self.journal.lost(server, &ended, pause),
+                Err(why) => self.journal.no_session(server, &why, pause),
+            }
+            if !self.stop.sleep(pause, Phase::Leaving) {
+                return;
+            }
+        }
+    }
+
+    /// Warns if there is no key, and the server is on another host.
+    pub(super) fn warn_without_key(&self, control: &TcpStream) {
+        let is_near = |addr: std::net::SocketAddr| addr.ip().to_canonical().is_loopback();
+        if self.options.key.is_none() && !control.peer_addr().is_ok_and(is_near) {
+            self.journal.no_key(&self.options.server);
+        }
+    }
+
+    /// From now on this is the session that a stop ends.
+    pub(super) fn begin_session(&self, session: &Arc<Session>) {
+        let (options, sealed) = (&self.options, session.bond.is_some());
+        self.journal
+            .connected(&options.server, session.proto, sealed, &options.local);
+        *self.session.lock() = Some(session.clone());
+        if self.stop.reached(Phase::Leaving) {
+            // The stop may have come too early to find this session.
+            session.say_bye_and_end();
+        }
+        self.stop.notify();
+    }
+
+    /// Starts the thread that writes to the server. It also dials tunnels again that could not be
+    /// dialled or that the server has closed.
+    pub(super) fn start_writer(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        writer: Writer,
+        to_write: Receiver<Line>,
+    ) -> io::Result<()> {
+        let (client, owned) = (self.clone(), session.clone());
+        self.workers.start("control_writer", move || {
+            owned.write_lines(writer, &to_write, || client.refill(&owned));
+        })
+    }
+
+    /// Ends a session. Returns why, and whether it was of use.
+    pub(super) fn end_session(&self, session: &Arc<Session>, ended: Ended) -> (Ended, bool) {
+        let useful = session.began.elapsed() >= HEARTBEAT || session.has_served();
+        session.end();
+        // The server, if it is there, closes idle tunnels when it has read or said bye. One that it
+        // gave a visitor before is still served, however far away the server is.
+        session.cut_idle_after(match self.stop.reached(Phase::Leaving) {
+            true => SILENCE,
+            false => LAST_WORDS,
+        });
+        (ended, useful)
+    }
+
+    fn say_bye(&self) {
+        if let Some(session) = self.session.lock().take() {
+            session.say_bye_and_end();
+        }
+    }
+}
+
+impl Half for Shared {
+    fn stop(self: Arc<Self>, drain: Duration) {
+        self.stop.end_after(drain);
+        self.pairs.look();
+        // Before `run` looks, so that no visitor is expected any more then; and again for a session
+        // that begins in this moment.
+        self.say_bye();
+        self.stop.advance(Phase::Leaving);
+        self.say_bye();
+    }
+
+    fn status(&self) -> Status {
+        let session = self
+            .session
+            .lock()
+            .clone()
+            .filter(|session| session.is_live());
+        let (dialled, idle) = session.as_ref().map_or((0, 0), |session| session.tunnels());
+        let name = session.map(|session| session.proto.name());
+        self.journal.status(name, &self.pairs, dialled, idle)
+    }
+
+    fn wait_for_session(&self, limit: Duration) -> bool {
+        self.stop.wait_for(limit, || {
+            self.session
+                .lock()
+                .as_ref()
+                .is_some_and(|session| session.is_live())
+        })
+    }
+}

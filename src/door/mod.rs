@@ -1,0 +1,363 @@
+//! The door: what a connection says before it is trusted, on both sides.
+
+use std::io;
+use std::net::TcpStream;
+use std::slice::from_ref;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::key::Key;
+use crate::os::net::{self, timed_out};
+use crate::session::Proto;
+use crate::wire::conn::{Conn, Reader, Writer};
+use crate::wire::control::{Lines, send};
+use crate::wire::line::{
+    HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE, SessionId, Welcome,
+};
+use crate::wire::secure::{Bond, NoHandshake, OPENING, Purpose};
+
+mod lobby;
+pub mod openings;
+mod refusal;
+
+pub use lobby::{Lobby, Place};
+pub use refusal::{NoSession, Port, Refusal, Step};
+
+use openings::Openings;
+
+/// A control link on the server that has said what it speaks, and with a key has proved itself.
+pub struct Link {
+    /// The socket below.
+    pub socket: Arc<TcpStream>,
+    /// What the client says.
+    pub lines: Lines<Reader>,
+    /// What the server says.
+    pub writer: Writer,
+    /// What the session that begins with it speaks.
+    pub proto: Proto,
+    /// What its tunnels will be tied to. None without a key.
+    pub bond: Option<Bond>,
+}
+
+/// What a server asks of whoever comes to its control and tunnel ports.
+pub struct Door {
+    /// The keys that a client may have. None: nothing is sealed.
+    keys: Vec<Key>,
+    /// A client that says nothing is taken for an original one.
+    original: bool,
+    /// The handshakes that have been here before, at either port: what was recorded at one of them
+    /// means nothing at the other.
+    openings: Openings,
+    /// Who waits at the control port, and who at the tunnel port: a flood of one is no trouble to the
+    /// other.
+    pub links: Arc<Lobby>,
+    /// See `links`.
+    pub tunnels: Arc<Lobby>,
+}
+
+impl Door {
+    /// For clients with one of these keys. An original client has none.
+    pub fn new(keys: Vec<Key>, original: bool) -> Self {
+        Self {
+            original: original && keys.is_empty(),
+            keys,
+            openings: Openings::new(),
+            links: Lobby::new(),
+            tunnels: Lobby::new(),
+        }
+    }
+
+    /// Sends everybody away who waits.
+    pub fn close(&self) {
+        self.links.clear();
+        self.tunnels.clear();
+    }
+
+    /// Which of the keys a client has, counted from 1, and how many there are: whoever changes keys
+    /// sees when the old one can go.
+    pub fn key_of(&self, bond: &Bond) -> Option<(usize, usize)> {
+        let place = self.keys.iter().position(|key| bond.key_is(key))?;
+        Some((place + 1, self.keys.len()))
+    }
+
+    /// What a control link begins with: the handshake, if there is a key, and hello. `live` is what
+    /// the tunnels of the live session are tied to.
+    ///
+    /// # Errors
+    /// The client has been told, where it helps.
+    pub fn admit_link(&self, place: Place, live: Option<&Bond>) -> Result<Link, Refusal> {
+        let link = self.open_link(&place, live);
+        match place.leave() {
+            true => link,
+            false => Err(Refusal::CrowdedOut),
+        }
+    }
+
+    fn open_link(&self, place: &Place, live: Option<&Bond>) -> Result<Link, Refusal> {
+        let start = Instant::now();
+        let socket = place.socket.clone();
+        socket.set_write_timeout(Some(SILENCE))?;
+        let mut conn = Conn::new(socket.clone());
+        let bond = match self.keys.is_empty() {
+            true => None,
+            false => {
+                let own = Purpose::Control(&self.keys);
+                let tunnel = live.map(Purpose::Tunnel);
+                let handshake = Handshake {
+                    port: Port::Control,
+                    own,
+                    elsewhere: tunnel.as_ref(),
+                    no_match: Refusal::WrongKey,
+                };
+                Some(self.handshake(&mut conn, place, handshake, start)?)
+            }
+        };
+        let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+        let patience = match self.original {
+            true => HELLO_TIMEOUT,
+            false => HANDSHAKE_TIMEOUT,
+        };
+        let proto = match lines.next_line_by(start + patience) {
+            Ok(Line::Hello {
+                proto: PROTO..,
+                pool,
+                ..
+            }) => {
+                // From now on its silence means something.
+                lines.limit_silence();
+                Proto::Tp1 {
+                    id: SessionId::random().map_err(io::Error::other)?,
+                    pool: pool.min(MAX_POOL),
+                }
+            }
+            Err(error) if self.original && timed_out(&error) && lines.rest().is_empty() => {
+                // An original client never writes, so its silence means nothing.
+                net::end_when_unacknowledged(&socket, SILENCE)?;
+                Proto::Original
+            }
+            other => return Err(stranger(other, &lines, Port::Control).tell(&mut writer)),
+        };
+        Ok(Link {
+            socket,
+            lines,
+            writer,
+            proto,
+            bond,
+        })
+    }
+
+    /// What a tunnel begins with: the handshake, if there is a key, and the line that names its
+    /// session. The client says no more before it is told a visitor. `live` is as above.
+    ///
+    /// # Errors
+    /// The client has been told, where it helps.
+    pub fn admit_tunnel(
+        &self,
+        place: Place,
+        live: Option<&Bond>,
+    ) -> Result<(Conn, SessionId), Refusal> {
+        let tunnel = self.open_tunnel(&place, live);
+        match place.leave() {
+            true => tunnel,
+            false => Err(Refusal::CrowdedOut),
+        }
+    }
+
+    fn open_tunnel(
+        &self,
+        place: &Place,
+        live: Option<&Bond>,
+    ) -> Result<(Conn, SessionId), Refusal> {
+        let start = Instant::now();
+        let mut conn = Conn::new(place.socket.clone());
+        if !self.keys.is_empty() {
+            // Where no tunnel is due, the handshake only tells who has come to the wrong port.
+            let (own, no_match) = match live {
+                Some(bond) => (Purpose::Tunnel(bond), Refusal::WrongKeyOrSession),
+                None => (Purpose::Control(&[]), Refusal::NoSession),
+            };
+            let handshake = Handshake {
+                port: Port::Tunnel,
+                own,
+                elsewhere: Some(&Purpose::Control(&self.keys)),
+                no_match,
+            };
+            self.handshake(&mut conn, place, handshake, start)?;
+        }
+        let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+        match lines.next_line_by(start + HANDSHAKE_TIMEOUT) {
+            Ok(Line::Tunnel { session }) if lines.nothing_behind() => {
+                let reader = lines.into_reader();
+                Ok((Conn { reader, writer }, session))
+            }
+            other => Err(stranger(other, &lines, Port::Tunnel).tell(&mut writer)),
+        }
+    }
+
+    /// The server's half of a handshake, in time.
+    fn handshake(
+        &self,
+        conn: &mut Conn,
+        place: &Place,
+        handshake: Handshake,
+        start: Instant,
+    ) -> Result<Bond, Refusal> {
+        let Handshake {
+            port,
+            own,
+            elsewhere,
+            no_match,
+        } = handshake;
+        conn.reader.set_deadline(Some(start + HANDSHAKE_TIMEOUT))?;
+        let refusal = match conn.respond(&own, elsewhere, &self.openings, || place.extend()) {
+            Ok(bond) => return Ok(bond),
+            Err(NoHandshake::WrongKey) => no_match,
+            Err(NoHandshake::OtherPort) => Refusal::OtherPort(port),
+            Err(NoHandshake::Recorded) => Refusal::Recorded,
+            Err(NoHandshake::NotNoise(_)) => {
+                let mut lines = Lines::new(&mut conn.reader);
+                let line = lines.next_line();
+                match (port, &line) {
+                    (Port::Control, Ok(Line::Hello { .. }))
+                    | (Port::Tunnel, Ok(Line::Tunnel { .. })) => Refusal::NoKey,
+                    _ => stranger(line, &lines, port),
+                }
+            }
+            Err(NoHandshake::Io(error)) => Refusal::of(error, Step::Handshake),
+        };
+        Err(refusal.tell(&mut conn.writer))
+    }
+}
+
+/// Which handshake is due at a port.
+struct Handshake<'a> {
+    port: Port,
+    own: Purpose<'a>,
+    /// Which one is due at the other port.
+    elsewhere: Option<&'a Purpose<'a>>,
+    /// What it means if the client's half fits neither.
+    no_match: Refusal,
+}
+
+/// What is wrong with a connection that did not begin as it should at this port.
+fn stranger<R: io::Read>(line: io::Result<Line>, lines: &Lines<R>, port: Port) -> Refusal {
+    match (line, port) {
+        (Ok(Line::Tunnel { .. }), Port::Control) | (Ok(Line::Hello { .. }), Port::Tunnel) => {
+            Refusal::OtherPort(port)
+        }
+        // No line begins like that, but a handshake does.
+        (Err(_), _) if lines.rest().starts_with(&OPENING) => Refusal::HasKey,
+        (Err(error), _) if lines.foreign().is_none() => Refusal::of(
+            error,
+            match port {
+                Port::Control => Step::Hello,
+                Port::Tunnel => Step::Session,
+            },
+        ),
+        _ => Refusal::NotClient(lines.foreign()),
+    }
+}
+
+/// A control link on the client to a server that has answered.
+pub struct Answered {
+    /// What the server says.
+    pub lines: Lines<Reader>,
+    /// What the client says.
+    pub writer: Writer,
+    /// The server's first line, which may be a `new` of an original one.
+    pub first: Line,
+    /// What the session speaks.
+    pub proto: Proto,
+    /// What the server's hello told besides. None from an original one.
+    pub welcome: Option<Welcome>,
+    /// What its tunnels will be tied to. None without a key.
+    pub bond: Option<Bond>,
+}
+
+/// What a client begins a control link with: the handshake, if there is a key, and a line each way.
+/// A server that speaks as the original one is taken only if that was asked for.
+pub fn open_link(
+    mut conn: Conn,
+    key: Option<&Key>,
+    pool: usize,
+    original: bool,
+) -> Result<Answered, NoSession> {
+    conn.socket().set_write_timeout(Some(SILENCE))?;
+    let start = Instant::now();
+    let (bond, deadline) = match key {
+        None => (None, start + SILENCE),
+        Some(key) => {
+            let deadline = start + HANDSHAKE_TIMEOUT;
+            let bond = initiate(&mut conn, &Purpose::Control(from_ref(key)), deadline)?;
+            (Some(bond), deadline)
+        }
+    };
+    let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+    let hello = Line::Hello {
+        proto: PROTO,
+        pool,
+        welcome: None,
+    };
+    send(&mut writer, &hello)?;
+    let first = lines.next_line_by(deadline);
+    let (proto, welcome) = match first.as_ref().ok() {
+        Some(Line::Hello {
+            proto: PROTO,
+            pool: granted,
+            welcome: Some(welcome),
+        }) => {
+            let (id, pool) = (welcome.session, pool.min(*granted));
+            (Proto::Tp1 { id, pool }, Some(welcome.clone()))
+        }
+        // The original has no key.
+        Some(Line::Hi | Line::New { visitor: None }) if bond.is_none() => match original {
+            true => (Proto::Original, None),
+            false => return Err(NoSession::Original),
+        },
+        _ => return Err(no_server(first, &lines)),
+    };
+    lines.limit_silence();
+    Ok(Answered {
+        lines,
+        writer,
+        first: first?,
+        proto,
+        welcome,
+        bond,
+    })
+}
+
+/// The client's half of a tunnel's handshake, in time.
+pub fn seal_tunnel(conn: &mut Conn, bond: &Bond) -> Result<(), NoSession> {
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+    initiate(conn, &Purpose::Tunnel(bond), deadline).map(drop)
+}
+
+/// The client's half of a handshake, in time.
+fn initiate(conn: &mut Conn, purpose: &Purpose, deadline: Instant) -> Result<Bond, NoSession> {
+    conn.reader.set_deadline(Some(deadline))?;
+    let bond = match conn.initiate(purpose) {
+        Ok(bond) => bond,
+        Err(NoHandshake::NotNoise(_)) => {
+            let mut lines = Lines::new(&mut conn.reader);
+            let line = lines.next_line();
+            return Err(no_server(line, &lines));
+        }
+        Err(NoHandshake::WrongKey | NoHandshake::OtherPort | NoHandshake::Recorded) => {
+            return Err(NoSession::BadHandshake);
+        }
+        Err(NoHandshake::Io(error)) => return Err(error.into()),
+    };
+    conn.reader.set_deadline(None)?;
+    Ok(bond)
+}
+
+/// What this line says instead of what was expected of a server.
+pub fn no_server<R: io::Read>(line: io::Result<Line>, lines: &Lines<R>) -> NoSession {
+    match line {
+        Ok(Line::Bye { reason }) => NoSession::Bye(reason),
+        Ok(Line::Hello { proto, .. }) if proto != PROTO => NoSession::Version(proto),
+        Err(error) if lines.foreign().is_none() => error.into(),
+        _ => NoSession::NotServer(lines.foreign()),
+    }
+}

@@ -1,0 +1,10 @@
+//! What the operating system gives: sockets, pipes, threads, descriptors.
+
+pub mod hand_over;
+pub mod limits;
+pub mod listener;
+pub mod net;
+pub mod source;
+#[cfg(target_os = "linux")]
+pub mod splice;
+pub mod workers;

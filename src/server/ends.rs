@@ -1,0 +1,74 @@
+//! The two connections that the server joins.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+
+use crate::os::limits::Slot;
+use crate::os::net;
+use crate::session::Proto;
+use crate::wire::conn::Conn;
+use crate::wire::control::send;
+use crate::wire::line::{Line, Reason};
+use crate::wire::secure::OPENING;
+
+/// A visitor's connection.
+pub struct Accept {
+    pub socket: TcpStream,
+    pub visitor: SocketAddr,
+    /// The visitor's place among those that are served at a time.
+    pub slot: Slot,
+}
+
+impl Accept {
+    /// True if it is no visitor but a client, which has come to the wrong port; and tells the client.
+    pub fn is_client(&self) -> bool {
+        let mut began = [0; 15];
+        let count = net::peek_now(&self.socket, &mut began);
+        let began = &began[..count];
+        let is_client = [&OPENING[..], b"hello proto=", b"tunnel session="]
+            .iter()
+            .any(|opening| began.starts_with(opening));
+        if is_client && self.socket.set_nonblocking(true).is_ok() {
+            let reason = Reason::PublicPort;
+            let _ = send(&self.socket, &Line::Bye { reason });
+        }
+        is_client
+    }
+}
+
+/// A tunnel of the live session, idle until it is joined. It does not block, so that nobody has to
+/// wait to see whether it is still open.
+pub struct Tunnel {
+    conn: Conn,
+    proto: Proto,
+}
+
+impl Tunnel {
+    /// An idle tunnel.
+    pub fn new(conn: Conn, proto: Proto) -> io::Result<Self> {
+        conn.socket().set_nonblocking(true)?;
+        Ok(Self { conn, proto })
+    }
+
+    /// Tells the client, if it understands that, whose bytes follow. None if the tunnel is dead; the
+    /// visitor may wait for another one then.
+    pub fn greet(mut self, accept: &Accept) -> Option<Conn> {
+        let (socket, visitor) = (self.conn.socket().clone(), Some(accept.visitor));
+        // From here on an end would be taken for a complete and empty answer.
+        net::reset_on_close(&socket, true);
+        net::reset_on_close(&accept.socket, true);
+        let greeted = match self.proto {
+            Proto::Original => true,
+            Proto::Tp1 { .. } => {
+                net::is_quiet(&socket)
+                    && send(&mut self.conn.writer, &Line::New { visitor }).is_ok()
+            }
+        };
+        if greeted && socket.set_nonblocking(false).is_ok() {
+            return Some(self.conn);
+        }
+        // The visitor waits on, and may be closed without a word.
+        net::reset_on_close(&accept.socket, false);
+        None
+    }
+}

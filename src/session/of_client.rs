@@ -1,0 +1,286 @@
+//! The session with the server, on the client, and the tunnels that wait for a visitor in it.
+
+use std::io;
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::{Condvar, Mutex};
+
+use crate::door::{Answered, NoSession, no_server};
+use crate::options::TUNNEL_PORT;
+use crate::os::limits::Slot;
+use crate::os::net;
+use crate::relay::{Expected, Pairs, Visitor};
+use crate::session::{Ended, Proto};
+use crate::wire::conn::{Conn, Writer};
+use crate::wire::control::{Lines, write_lines};
+use crate::wire::line::{Failure, Line, Reason, Welcome};
+use crate::wire::secure::Bond;
+
+/// The last line of a client that stops.
+const STOPPING: Line = Line::Bye {
+    reason: Reason::Draining,
+};
+
+/// A session, from the server's answer to the end of the control link.
+pub struct Session {
+    /// Where tunnels are dialled: on the host that the control link leads to, whatever the server's
+    /// name says by now.
+    pub tunnel_addr: SocketAddr,
+    /// What was agreed.
+    pub proto: Proto,
+    /// What its tunnels are tied to. None without a key.
+    pub bond: Option<Bond>,
+    /// Where the server sees this client's connections come from.
+    pub seen_as: Option<IpAddr>,
+    /// When it began.
+    pub began: Instant,
+    control: Arc<TcpStream>,
+    state: Mutex<State>,
+    /// No tunnel is spare any more.
+    none_spare: Condvar,
+}
+
+struct State {
+    /// Tunnels that are idle or being dialled, one thread each.
+    spare: usize,
+    /// Those that are idle, to be ended with their session.
+    idle: Vec<Arc<TcpStream>>,
+    /// A visitor has come through one of them.
+    served: bool,
+    /// The idle ones have been cut, and others must not become idle.
+    cut: bool,
+    /// What is to be written to the server. None once the session has ended; that ends the writer,
+    /// and with it the link.
+    to_server: Option<Sender<Line>>,
+}
+
+impl Session {
+    /// The session that a server's answer begins; and what is to be written to the server. Tunnels
+    /// go to the port that was asked for, or else to the one that the server told.
+    ///
+    /// # Errors
+    /// The tunnel port is the server's port for visitors.
+    pub fn new(
+        answered: &Answered,
+        control: Arc<TcpStream>,
+        tunnel_port: Option<u16>,
+    ) -> Result<(Arc<Self>, Receiver<Line>), NoSession> {
+        let mut tunnel_addr = control.peer_addr().map_err(NoSession::Unreachable)?;
+        let welcome = answered.welcome.as_ref();
+        let told = |port: fn(&Welcome) -> Option<u16>| welcome.and_then(port);
+        let port = tunnel_port.or(told(|welcome| welcome.tunnel));
+        tunnel_addr.set_port(port.unwrap_or(TUNNEL_PORT));
+        if told(|welcome| welcome.public) == Some(tunnel_addr.port()) {
+            return Err(NoSession::TunnelPortIsPublic(tunnel_addr.port()));
+        }
+        let (to_server, to_write) = unbounded();
+        let session = Self {
+            tunnel_addr,
+            proto: answered.proto,
+            bond: answered.bond.clone(),
+            seen_as: welcome.and_then(|welcome| Some(welcome.client?.ip())),
+            began: Instant::now(),
+            control,
+            state: Mutex::new(State {
+                spare: 0,
+                idle: Vec::new(),
+                served: false,
+                cut: false,
+                to_server: Some(to_server),
+            }),
+            none_spare: Condvar::new(),
+        };
+        Ok((Arc::new(session), to_write))
+    }
+
+    /// Lets the server know that this client lives, and writes what it is to be told, until the
+    /// session ends; `at_heartbeat` is called every 2 s. An original server is told nothing: it never
+    /// reads, and would end up with a full buffer.
+    pub fn write_lines(&self, writer: Writer, to_write: &Receiver<Line>, at_heartbeat: impl Fn()) {
+        match self.proto {
+            // If writing fails, the thread that reads finds out why.
+            Proto::Tp1 { .. } => _ = write_lines(writer, to_write, at_heartbeat),
+            Proto::Original => while to_write.recv().is_ok() {},
+        }
+        // Wakes the thread that reads.
+        let _ = self.control.shutdown(Shutdown::Both);
+    }
+
+    /// True until the session has ended.
+    pub fn is_live(&self) -> bool {
+        self.state.lock().to_server.is_some()
+    }
+
+    /// True if a visitor has come through one of its tunnels.
+    pub fn has_served(&self) -> bool {
+        self.state.lock().served
+    }
+
+    /// Tunnels that are being dialled, and tunnels that are idle.
+    pub fn tunnels(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        let idle = state.idle.len();
+        (state.spare.saturating_sub(idle), idle)
+    }
+
+    /// True if half of the pool is gone.
+    pub fn is_low(&self) -> bool {
+        self.state.lock().spare <= self.proto.pool() / 2
+    }
+
+    /// One more spare tunnel, if there are fewer than `most`, with the descriptors for its visitor.
+    pub fn one_spare(self: &Arc<Self>, most: usize, slot: Slot) -> Option<Spare> {
+        let mut state = self.state.lock();
+        if state.spare >= most || state.to_server.is_none() {
+            return None;
+        }
+        state.spare += 1;
+        Some(Spare {
+            session: self.clone(),
+            slot: Some(slot),
+        })
+    }
+
+    /// Tells a server that understands it why a visitor's tunnel was aborted.
+    pub fn tell_failed(&self, visitor: &Visitor, reason: Failure) {
+        if let (Some(visitor), Some(to_server)) = (visitor.address(), &self.state.lock().to_server)
+        {
+            let _ = to_server.send(Line::Failed { visitor, reason });
+        }
+    }
+
+    /// To be called before a tunnel says which session it belongs to: the server may then give it a
+    /// visitor, whom a client that stops must not forget. An error once the session has ended.
+    pub fn expect_visitor(&self, pairs: &Arc<Pairs>) -> Result<Expected, NoVisitor> {
+        let state = self.state.lock();
+        match state.to_server {
+            Some(_) => Ok(pairs.expect()),
+            None => Err(NoVisitor::SessionEnded),
+        }
+    }
+
+    /// Ends the control link. No tunnel is dialled any more; visitors that are joined go on.
+    pub fn end(&self) {
+        self.state.lock().to_server.take();
+    }
+
+    /// The same, after the server was told that this client stops.
+    pub fn say_bye_and_end(&self) {
+        if let Some(to_server) = self.state.lock().to_server.take() {
+            let _ = to_server.send(STOPPING);
+        }
+    }
+
+    /// Waits until no tunnel is spare, but not longer than that; then ends those that are idle.
+    pub fn cut_idle_after(&self, limit: Duration) {
+        let mut state = self.state.lock();
+        let some = |state: &mut State| state.spare > 0;
+        self.none_spare.wait_while_for(&mut state, some, limit);
+        state.cut = true;
+        for idle in state.idle.drain(..) {
+            // Not a shutdown: if the server hands it to a visitor in this very moment, the visitor
+            // must not take that for an empty answer.
+            net::abort(&idle);
+        }
+    }
+
+    /// An idle tunnel is aborted when the session ends, unless it is [taken](Self::take_idle) before.
+    fn add_idle(&self, socket: &Arc<TcpStream>) -> Result<(), NoVisitor> {
+        let mut state = self.state.lock();
+        if state.cut {
+            return Err(NoVisitor::SessionEnded);
+        }
+        state.idle.push(socket.clone());
+        Ok(())
+    }
+
+    /// An error if the session's end has aborted it.
+    fn take_idle(&self, socket: &Arc<TcpStream>) -> Result<(), NoVisitor> {
+        let mut state = self.state.lock();
+        let place = state.idle.iter().position(|it| Arc::ptr_eq(it, socket));
+        let place = place.ok_or(NoVisitor::SessionEnded)?;
+        state.idle.swap_remove(place);
+        Ok(())
+    }
+}
+
+/// A tunnel that is being dialled or idle, counted among the spare ones of its session as long as this
+/// lives.
+pub struct Spare {
+    /// The session that it belongs to.
+    pub session: Arc<Session>,
+    slot: Option<Slot>,
+}
+
+impl Spare {
+    /// Waits until the server gives this tunnel a visitor.
+    pub fn wait_for_visitor(mut self, remote: Conn) -> Result<(Visitor, Conn), NoVisitor> {
+        let session = self.session.clone();
+        let slot = self.slot.take();
+        if session.proto == Proto::Original {
+            session.state.lock().served = true;
+            return Ok((Visitor::new(None, slot), remote));
+        }
+        let (socket, writer) = (remote.socket().clone(), remote.writer);
+        session.add_idle(&socket)?;
+        let mut lines = Lines::new(remote.reader);
+        let visitor = read_visitor(&mut lines);
+        session.take_idle(&socket)?;
+        let visitor = visitor?;
+        session.state.lock().served = true;
+        // What came behind the line is the visitor's.
+        let reader = lines.into_reader();
+        Ok((Visitor::new(visitor, slot), Conn { reader, writer }))
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        let mut state = self.session.state.lock();
+        state.spare -= 1;
+        if state.spare == 0 {
+            self.session.none_spare.notify_all();
+        }
+    }
+}
+
+fn read_visitor<R: io::Read>(lines: &mut Lines<R>) -> Result<Option<SocketAddr>, NoVisitor> {
+    loop {
+        match lines.next_line() {
+            Ok(Line::New { visitor }) => return Ok(visitor),
+            line @ Ok(Line::Bye { .. }) => {
+                return Err(NoVisitor::NotServer(no_server(line, lines)));
+            }
+            line @ Ok(_) if lines.foreign().is_some() => {
+                return Err(NoVisitor::NotServer(no_server(line, lines)));
+            }
+            Ok(_) => {}
+            Err(error) => return Err(NoVisitor::Ended(error.into())),
+        }
+    }
+}
+
+/// Why a tunnel got no visitor.
+#[derive(Debug)]
+pub enum NoVisitor {
+    /// Its session ended.
+    SessionEnded,
+    /// It could not be dialled.
+    Dial(NoSession),
+    /// What listens on the tunnel port is something else than that.
+    NotServer(NoSession),
+    /// It ended while it was idle.
+    Ended(Ended),
+}
+
+/// Why a visitor did not get to the local service.
+#[derive(Debug)]
+pub struct LocalError {
+    /// What the server is told.
+    pub reason: Failure,
+    /// What this client logs.
+    pub why: String,
+}

@@ -1,0 +1,95 @@
+//! The session with the client that is live, on the server.
+
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
+
+use crate::door::Link;
+use crate::os::net;
+use crate::session::{Ended, Proto};
+use crate::wire::conn::{Reader, Writer};
+use crate::wire::control::{Lines, write_lines};
+use crate::wire::line::{Failure, Line, Reason};
+use crate::wire::secure::Bond;
+
+/// A session, from the registration of a client's control link to its end.
+pub struct Session {
+    /// Where the client's control link comes from.
+    pub client: SocketAddr,
+    /// What was agreed.
+    pub proto: Proto,
+    /// What the tunnels of this session are tied to. None without a key.
+    pub bond: Option<Bond>,
+    socket: Arc<TcpStream>,
+    /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
+    /// adds a few lines at the most, and a writer that is stuck ends with its link. None once the
+    /// session has ended: that ends the writer, and with it the link.
+    to_client: Mutex<Option<Sender<Line>>>,
+}
+
+impl Session {
+    /// The session that a control link is to begin; and what is to be written to its client.
+    pub fn new(link: &Link, client: SocketAddr) -> (Arc<Self>, Receiver<Line>) {
+        let (to_client, to_write) = unbounded();
+        let session = Self {
+            client,
+            proto: link.proto,
+            bond: link.bond.clone(),
+            socket: link.socket.clone(),
+            to_client: Mutex::new(Some(to_client)),
+        };
+        (Arc::new(session), to_write)
+    }
+
+    /// Hands a line to the thread that writes to the client. If that has just ended, the session is
+    /// about to, and the line is lost.
+    pub fn send(&self, line: Line) {
+        if let Some(to_client) = &*self.to_client.lock() {
+            let _ = to_client.send(line);
+        }
+    }
+
+    /// Ends the control link, once all lines are written that were handed over before.
+    pub fn end(&self) {
+        self.to_client.lock().take();
+    }
+
+    /// True if the client has closed its control link, whether or not a thread has noticed.
+    pub fn has_hung_up(&self) -> bool {
+        net::has_hung_up(&self.socket)
+    }
+
+    /// Writes what the client is [sent](Self::send), and heartbeats, until the session has ended or
+    /// nothing can be written any more.
+    pub fn write_lines(&self, writer: Writer, to_write: &Receiver<Line>) -> Result<(), Ended> {
+        let written = write_lines(writer, to_write, || ());
+        // Wakes the thread that reads.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        written.map_err(Ended::Writing)
+    }
+
+    /// Reads the client's lines until there are no more, and returns why. Calls
+    /// `failed` for each visitor that the client could not serve.
+    pub fn read_lines(
+        &self,
+        lines: &mut Lines<Reader>,
+        failed: impl Fn(SocketAddr, &Failure),
+    ) -> Ended {
+        loop {
+            match lines.next_line_alive() {
+                Ok(Line::Bye { reason }) => return Ended::Bye(reason),
+                Ok(Line::Hello { .. }) if self.proto == Proto::Original => {
+                    // The client never was an original one. It comes back, and is asked again.
+                    let reason = Reason::Late;
+                    self.send(Line::Bye { reason });
+                    return Ended::LateHello;
+                }
+                Ok(Line::Failed { visitor, reason }) => failed(visitor, &reason),
+                Ok(_) => {}
+                Err(error) => return error.into(),
+            }
+        }
+    }
+}
