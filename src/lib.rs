@@ -105,9 +105,11 @@
 //!
 //! One client at a time; one public port. At most [`ServerOptions::max_conns`] visitors at a time,
 //! further ones wait in the kernel's backlog. At most 64 connections a port that have not proved
-//! themselves; the oldest makes room, one whose handshake began with the key a second later. What a
-//! stranger can cause to be logged is logged at most once a second for each kind of line, visitors
-//! that were served at most a hundred times.
+//! themselves; the oldest makes room, that of a source with more than 16 first, and one whose
+//! handshake began with the key a second later. A handshake that was recorded and is sent again is
+//! closed at once. What a stranger can cause to be logged is logged at most once a second for each
+//! kind of line and source, visitors that were served at most a hundred times. A source is an IPv4
+//! address, or an IPv6 network of 64 bits.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
 //! SIGPIPE, which Rust programs ignore: one that uses this library must leave it at that.

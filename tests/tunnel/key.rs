@@ -391,7 +391,10 @@ fn a_handshake_has_five_seconds_in_all() {
             _ => Verdict::Pass(message),
         }
     });
-    let _client = RunningClient::start(between.options(echo.addr, Some(&key)));
+    let client = RunningClient::start(between.options(echo.addr, Some(&key)));
+    eventually("the client is there", || {
+        client.handle().status().unwrap().session.is_some()
+    });
     assert_echo(&server.visit(), "served");
     let opening = [0, 48];
     let slow = Some(Duration::from_millis(100));

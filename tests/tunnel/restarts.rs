@@ -150,13 +150,15 @@ fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
 /// The next one waits for the ports when the first one is asked to end.
 fn a_server_hands_over_to_the_next_one_without_losing_a_visitor(protection: Protection) {
     const HAND_OVERS: usize = 20;
+    // A machine that is paused for some seconds is no reason to close a visitor.
+    const PATIENT: &[&str] = &["--pair-timeout", "20"];
     let host = match protection {
         Protection::Plain => "127.0.78.3",
         Protection::Sealed => "127.0.78.4",
     };
     let service = Service::echo_or_bulk();
     let launch = Launch::new(protection).on(ports_of(host));
-    let server = launch.server(&[]);
+    let server = launch.server(PATIENT);
     let addresses = server.addresses();
     let client = launch.client(addresses, service.addr, &[]);
     let mut both = Both::at_rest(server, client, addresses);
@@ -179,7 +181,7 @@ fn a_server_hands_over_to_the_next_one_without_losing_a_visitor(protection: Prot
             eventually("visitors are served", || {
                 visits.load(Ordering::SeqCst) > served + 32
             });
-            let next = launch.server(&[]);
+            let next = launch.server(PATIENT);
             next.wait_for_line("is in use, waiting for it");
             both.server.signal(Signal::TERM);
             next.wait_for_line(" came: session");
