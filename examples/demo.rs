@@ -60,16 +60,12 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
     let server = Server::bind(options)?;
     let public = server.public_addr();
     println!("server    http://{public} for visitors");
-    let client = Client::new(ClientOptions {
-        server: server.control_addr().into(),
-        local: site.addr.into(),
-        ..ClientOptions::default()
-    });
+    let mut options = ClientOptions::new();
+    options.server = server.control_addr().into();
+    options.local = site.addr.into();
+    let client = Client::new(options);
     let handles = [server.handle(), client.handle()];
-    let running = [
-        thread::spawn(move || server.run()),
-        thread::spawn(move || client.run()),
-    ];
+    let running = [server.spawn()?, client.spawn()?];
     let stop = move || handles.iter().for_each(|it| it.stop(Duration::ZERO));
     let (no_more_signals, stop_on_signal) = (signals.handle(), stop.clone());
     let signalled = thread::spawn(move || signals.forever().take(1).for_each(|_| stop_on_signal()));
@@ -84,10 +80,8 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
         .join()
         .map_err(|_| "the signals' thread panicked")?;
     stop();
-    for thread in running {
-        thread
-            .join()
-            .map_err(|_| "a thread of the tunnel panicked")??;
+    for half in running {
+        half.join()?;
     }
     result
 }

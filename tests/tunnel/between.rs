@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tunnel_proxy::{ClientOptions, Key};
 
-use crate::support::{DEADLINE, RunningServer, Service, connect};
+use crate::support::{DEADLINE, RunningServer, Service, connect, with};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
@@ -91,13 +91,12 @@ impl Between {
 
     /// The options of a client that gets to the server only through here.
     pub fn options(&self, local: SocketAddr, key: Option<&Key>) -> ClientOptions {
-        ClientOptions {
-            server: self.control.addr.into(),
-            tunnel_port: Some(self.tunnel.addr.port()),
-            local: local.into(),
-            key: key.cloned(),
-            ..ClientOptions::default()
-        }
+        with!(ClientOptions::default();
+                    server: self.control.addr.into(),
+                    tunnel_port: Some(self.tunnel.addr.port()),
+                    local: local.into(),
+                    key: key.cloned(),
+        )
     }
 
     /// What was seen so far at this port, connection by connection.

@@ -6,10 +6,10 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tunnel_proxy::{Address, Error, Key, Server, ServerOptions};
+use tunnel_proxy::{Address, Error, Key, Server};
 
 use crate::programs::{Launch, Program};
-use crate::support::{Protection, connect, server_options};
+use crate::support::{Protection, connect, server_options, with};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");
 const CLIENT: &str = env!("CARGO_BIN_EXE_tpclient");
@@ -356,10 +356,11 @@ fn a_program_with_a_key_leaves_no_core() {
 #[test]
 fn a_key_opens_the_ports_to_other_hosts() {
     let anywhere = Address::new("0.0.0.0", 0);
-    let options = |protection| ServerOptions {
-        tunnel: anywhere.clone(),
-        control: anywhere.clone(),
-        ..server_options(protection)
+    let options = |protection| {
+        with!(server_options(protection);
+                tunnel: anywhere.clone(),
+                control: anywhere.clone(),
+        )
     };
     assert!(Server::bind(options(Protection::Sealed)).is_ok());
     let error = Server::bind(options(Protection::Plain)).err().unwrap();

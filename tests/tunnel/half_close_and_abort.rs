@@ -11,9 +11,8 @@ use crate::programs::Program;
 use crate::support::{
     DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
     assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
-    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options,
+    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options, with,
 };
-use tunnel_proxy::{ClientOptions, ServerOptions};
 
 plain_and_sealed! {
     the_visitor_ends_first_and_still_gets_its_reply,
@@ -209,10 +208,9 @@ fn a_local_service_that_refuses_closes_the_visitor(protection: Protection) {
 fn a_half_closed_pair_that_stands_still_is_aborted_at_linger(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(1);
     let (service, sockets) = handing_out();
-    let server = RunningServer::start(ServerOptions {
-        linger: LINGER,
-        ..server_options(protection)
-    });
+    let server = RunningServer::start(with!(server_options(protection);
+            linger: LINGER,
+    ));
     let _client = RunningClient::start(client_options(&server, service.addr));
     let visitor = server.visit();
     read_hello(&visitor);
@@ -245,10 +243,9 @@ fn the_clients_linger_holds_as_well(protection: Protection) {
     const LINGER: Duration = Duration::from_millis(500);
     let (service, sockets) = handing_out();
     let server = RunningServer::start(server_options(protection));
-    let _client = RunningClient::start(ClientOptions {
-        linger: LINGER,
-        ..client_options(&server, service.addr)
-    });
+    let _client = RunningClient::start(with!(client_options(&server, service.addr);
+            linger: LINGER,
+    ));
     let visitor = server.visit();
     read_hello(&visitor);
     let served = sockets.recv_timeout(DEADLINE).unwrap();
@@ -271,14 +268,12 @@ fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
     const SIZE: usize = 12 * 1024 * 1024;
     const STEP: usize = 8 * 1024;
     let service = sending_once_asked(SIZE);
-    let server = RunningServer::start(ServerOptions {
-        linger: LINGER,
-        ..server_options(protection)
-    });
-    let _client = RunningClient::start(ClientOptions {
-        linger: LINGER,
-        ..client_options(&server, service.addr)
-    });
+    let server = RunningServer::start(with!(server_options(protection);
+            linger: LINGER,
+    ));
+    let _client = RunningClient::start(with!(client_options(&server, service.addr);
+            linger: LINGER,
+    ));
     let visitor = server.visit();
     visitor.shutdown(Shutdown::Write).unwrap();
     let (start, mut crawled) = (Instant::now(), vec![0; SIZE]);
@@ -300,14 +295,12 @@ fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
 fn a_half_closed_stream_that_nobody_reads_is_aborted_at_linger(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(1);
     let (service, sockets) = handing_out();
-    let server = RunningServer::start(ServerOptions {
-        linger: LINGER,
-        ..server_options(protection)
-    });
-    let _client = RunningClient::start(ClientOptions {
-        linger: LINGER,
-        ..client_options(&server, service.addr)
-    });
+    let server = RunningServer::start(with!(server_options(protection);
+            linger: LINGER,
+    ));
+    let _client = RunningClient::start(with!(client_options(&server, service.addr);
+            linger: LINGER,
+    ));
     let visitor = server.visit();
     visitor.shutdown(Shutdown::Write).unwrap();
     let served = sockets.recv_timeout(DEADLINE).unwrap();
@@ -355,10 +348,9 @@ fn an_early_answer_reaches_a_visitor_that_still_sends(protection: Protection) {
 fn linger_holds_while_a_stop_drains(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(1);
     let service = Service::echo_or_silent();
-    let server = RunningServer::start(ServerOptions {
-        linger: LINGER,
-        ..server_options(protection)
-    });
+    let server = RunningServer::start(with!(server_options(protection);
+            linger: LINGER,
+    ));
     let _client = RunningClient::start(client_options(&server, service.addr));
     let [mut silent, others] = [1, 50].map(|count| {
         let visitors = (0..count).map(|_| server.visit()).collect::<Vec<_>>();

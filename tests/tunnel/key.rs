@@ -8,17 +8,16 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tunnel_proxy::{ClientOptions, Key, ServerOptions};
+use tunnel_proxy::Key;
 
 use crate::between::{Between, Place, Port, Verdict, Way};
 use crate::support::*;
 
 /// A server that takes clients with these keys.
 fn server_with(keys: &[&Key]) -> RunningServer {
-    RunningServer::start(ServerOptions {
-        keys: keys.iter().copied().cloned().collect(),
-        ..server_options(Protection::Plain)
-    })
+    RunningServer::start(with!(server_options(Protection::Plain);
+            keys: keys.iter().copied().cloned().collect(),
+    ))
 }
 
 /// A server and its client, with somebody between them; and the connections of the local service.
@@ -275,10 +274,9 @@ fn a_recorded_handshake_is_of_no_use() {
         Verdict::Pass(message)
     });
     // Without a pool, so that a visitor waits if none comes through.
-    let mut client = RunningClient::start(ClientOptions {
-        pool: 0,
-        ..between.options(echo.addr, Some(&key))
-    });
+    let mut client = RunningClient::start(with!(between.options(echo.addr, Some(&key));
+            pool: 0,
+    ));
     assert_echo(&server.visit(), "served");
     let [control, tunnel] = [Port::Control, Port::Tunnel].map(|port| recorded(&between, port));
 
@@ -453,10 +451,9 @@ fn a_far_client_serves_a_burst() {
         let echo = Service::echo();
         let server = server_with(&[&key]);
         let between = Between::start(&server, from_afar);
-        let _client = RunningClient::start(ClientOptions {
-            pool,
-            ..between.options(echo.addr, Some(&key))
-        });
+        let _client = RunningClient::start(with!(between.options(echo.addr, Some(&key));
+                    pool,
+        ));
         assert_echo(&server.visit(), "the client is there");
         let visitors: Vec<_> = (0..300).map(|_| server.visit()).collect();
         for (number, visitor) in visitors.iter().enumerate() {
@@ -490,10 +487,9 @@ fn a_far_client_is_not_pushed_out() {
                 }
             });
         }
-        let _client = RunningClient::start(ClientOptions {
-            pool: 0,
-            ..between.options(echo.addr, Some(&key))
-        });
+        let _client = RunningClient::start(with!(between.options(echo.addr, Some(&key));
+                    pool: 0,
+        ));
         let served = scope.spawn(|| {
             for _ in 0..5 {
                 assert_echo(&server.visit(), "served nevertheless");
@@ -540,10 +536,9 @@ fn a_key_is_changed_without_a_lost_visitor() {
     let echo = Service::echo();
     let server = server_with(&[&old, &new]);
     let start = |key: &Key| {
-        RunningClient::start(ClientOptions {
-            key: Some(key.clone()),
-            ..client_options(&server, echo.addr)
-        })
+        RunningClient::start(with!(client_options(&server, echo.addr);
+                    key: Some(key.clone()),
+        ))
     };
     let mut client = start(&old);
     assert_echo(&server.visit(), "with the old key");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::peer::Peer;
 use crate::support::{
     Protection, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended,
-    closed_port, connect, eventually, expect_pattern, send_pattern, server_options,
+    closed_port, connect, eventually, expect_pattern, send_pattern, server_options, with,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
 
@@ -35,10 +35,9 @@ fn original_server() -> RunningServer {
 }
 
 fn original_options() -> ServerOptions {
-    ServerOptions {
-        original: true,
-        ..server_options(Protection::Plain)
-    }
+    with!(server_options(Protection::Plain);
+            original: true,
+    )
 }
 
 /// As the original's io.Copy with its two deferred closes.
@@ -156,13 +155,12 @@ impl OriginalServer {
     fn beginning_with(local: SocketAddr, first: &str) -> Self {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = RunningClient::start(ClientOptions {
-            server: controls.local_addr().unwrap().into(),
-            tunnel_port: Some(tunnels.local_addr().unwrap().port()),
-            local: local.into(),
-            original: true,
-            ..ClientOptions::default()
-        });
+        let client = RunningClient::start(with!(ClientOptions::default();
+                    server: controls.local_addr().unwrap().into(),
+                    tunnel_port: Some(tunnels.local_addr().unwrap().port()),
+                    local: local.into(),
+                    original: true,
+        ));
         let mut control = Peer::accept_control(&controls, Protection::Plain);
         control.write(first);
         Self {
@@ -230,10 +228,9 @@ fn an_original_server_is_told_hello_and_nothing_more() {
 
 #[test]
 fn an_original_clients_visitors_time_out_as_they_did() {
-    let server = RunningServer::start(ServerOptions {
-        pair_timeout: Duration::from_millis(1500),
-        ..original_options()
-    });
+    let server = RunningServer::start(with!(original_options();
+            pair_timeout: Duration::from_millis(1500),
+    ));
     // Says nothing and dials nothing, as a client whose local service refuses does.
     let _client = connect(server.control);
     let visitor = server.visit();

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use crate::peer::{HandMadeServer, Peer};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, closed_port,
-    plain_and_sealed, server_options,
+    plain_and_sealed, server_options, with,
 };
-use tunnel_proxy::ServerOptions;
 
 plain_and_sealed! {
     the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut,
@@ -219,10 +218,9 @@ fn a_stopping_client_serves_the_visitor_that_it_was_just_given(protection: Prote
 
 fn visitors_beyond_max_conns_wait_their_turn(protection: Protection) {
     let service = Service::echo();
-    let server = RunningServer::start(ServerOptions {
-        max_conns: 2,
-        ..server_options(protection)
-    });
+    let server = RunningServer::start(with!(server_options(protection);
+            max_conns: 2,
+    ));
     let options = crate::support::client_options(&server, service.addr);
     let _client = RunningClient::start(options);
     let (one, two) = (server.visit(), server.visit());

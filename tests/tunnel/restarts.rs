@@ -8,12 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use tunnel_proxy::ClientOptions;
 
 use crate::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, assert_ended, assert_reset,
-    client_options, connect, echo, eventually, plain_and_sealed, server_options,
+    client_options, connect, echo, eventually, plain_and_sealed, server_options, with,
 };
 
 plain_and_sealed! {
@@ -214,11 +213,10 @@ fn a_tunnel_that_is_lost_costs_no_visitor(protection: Protection) {
             carry(&far, &near);
         });
     });
-    let _client = RunningClient::start(ClientOptions {
-        tunnel_port: Some(lossy.addr.port()),
-        pool: 0,
-        ..client_options(&server, service.addr)
-    });
+    let _client = RunningClient::start(with!(client_options(&server, service.addr);
+            tunnel_port: Some(lossy.addr.port()),
+            pool: 0,
+    ));
     let visitors: Vec<_> = (0..12).map(|_| server.visit()).collect();
     visitors.iter().for_each(echo);
 }

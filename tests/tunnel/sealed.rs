@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tunnel_proxy::{ClientOptions, Key};
+use tunnel_proxy::Key;
 
 use crate::peer::{
     CONTROL, DATA, END, FIRST_FRAME, HandMadeServer, MAX_FRAME, OVERHEAD, Peer, TUNNEL,
@@ -13,7 +13,7 @@ use crate::peer::{
 use crate::programs::{Launch, Program};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, accept, assert_echo,
-    client_options, connect, server_options,
+    client_options, connect, server_options, with,
 };
 
 const VISITOR: &str = "new visitor=192.0.2.1:50000\n";
@@ -169,7 +169,7 @@ fn only_who_has_the_key_becomes_the_client() {
     // They go on trying, while the one who has the key serves.
     let _others = [Some(other), None].map(|key| {
         let options = client_options(&server, service.addr);
-        RunningClient::start(ClientOptions { key, ..options })
+        RunningClient::start(with!(options; key))
     });
     let visitor = server.visit();
     let _client = RunningClient::start(client_options(&server, service.addr));

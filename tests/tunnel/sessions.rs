@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use crate::peer::Peer;
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
-    client_options, closed_port, connect, plain_and_sealed, server_options,
+    client_options, closed_port, connect, plain_and_sealed, server_options, with,
 };
-use tunnel_proxy::{Address, ClientOptions, ServerOptions};
+use tunnel_proxy::{Address, ClientOptions};
 
 plain_and_sealed! {
     what_takes_its_time [
@@ -60,10 +60,9 @@ fn a_client_that_comes_in_time_serves_the_visitors_that_wait(protection: Protect
         let server = RunningServer::start(server_options(protection));
         let visitors: Vec<_> = (0..20).map(|_| server.visit()).collect();
         thread::sleep(Duration::from_secs(1));
-        let _client = RunningClient::start(ClientOptions {
-            pool,
-            ..client_options(&server, service.addr)
-        });
+        let _client = RunningClient::start(with!(client_options(&server, service.addr);
+                    pool,
+        ));
         for visitor in &visitors {
             assert_echo(visitor, "after a second");
         }
@@ -77,10 +76,9 @@ fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) 
         Protection::Plain => "127.0.77.3",
         Protection::Sealed => "127.0.77.4",
     };
-    let later = RunningServer::start(ServerOptions {
-        control: Address::new(host, 0),
-        ..server_options(protection)
-    });
+    let later = RunningServer::start(with!(server_options(protection);
+            control: Address::new(host, 0),
+    ));
     let address = later.control;
     let options = client_options(&later, service.addr);
     drop(later);
@@ -137,12 +135,11 @@ fn a_server_that_restarts_on_its_ports_serves_within_three_seconds(protection: P
         Protection::Sealed => Address::new("127.0.77.2", 0),
     };
     let service = Service::echo();
-    let mut options = ServerOptions {
-        public: any.clone(),
-        tunnel: any.clone(),
-        control: any,
-        ..server_options(protection)
-    };
+    let mut options = with!(server_options(protection);
+            public: any.clone(),
+            tunnel: any.clone(),
+            control: any,
+    );
     let mut server = RunningServer::start(options.clone());
     options.public = server.public.into();
     options.tunnel = server.tunnel.into();
@@ -219,12 +216,11 @@ fn for_each_pool(test: impl Fn(usize) + Sync) {
 fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
     let refusing = closed_port();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let _client = RunningClient::start(ClientOptions {
-        server: listener.local_addr().unwrap().into(),
-        tunnel_port: Some(refusing.addr.port()),
-        key: protection.key(),
-        ..ClientOptions::default()
-    });
+    let _client = RunningClient::start(with!(ClientOptions::default();
+            server: listener.local_addr().unwrap().into(),
+            tunnel_port: Some(refusing.addr.port()),
+            key: protection.key(),
+    ));
     let mut silent = Peer::accept_control(&listener, protection);
     assert_eq!(silent.line(), "hello proto=1 pool=8\n");
     silent.write("hello proto=1 session=00112233445566778899aabbccddeeff pool=0\n");
@@ -253,11 +249,10 @@ fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) 
 
 fn dials_come_further_apart(protection: Protection, answer: &str) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let _client = RunningClient::start(ClientOptions {
-        server: listener.local_addr().unwrap().into(),
-        key: protection.key(),
-        ..ClientOptions::default()
-    });
+    let _client = RunningClient::start(with!(ClientOptions::default();
+            server: listener.local_addr().unwrap().into(),
+            key: protection.key(),
+    ));
     let mut times = Vec::new();
     for _ in 0..6 {
         let mut peer = Peer::accept_control(&listener, protection);
@@ -338,10 +333,9 @@ fn visitors_are_served_through_a_crowd_of_silent_strangers(protection: Protectio
 
 #[test]
 fn a_client_whose_host_name_does_not_resolve_goes_on_and_can_be_stopped() {
-    let mut client = RunningClient::start(ClientOptions {
-        server: Address::new("does-not-exist.invalid", 8009),
-        ..ClientOptions::default()
-    });
+    let mut client = RunningClient::start(with!(ClientOptions::default();
+            server: Address::new("does-not-exist.invalid", 8009),
+    ));
     thread::sleep(Duration::from_millis(500));
     let start = Instant::now();
     client.handle().stop(Duration::from_secs(3600));

@@ -32,6 +32,18 @@ impl Protection {
     }
 }
 
+/// These options with other values in some of their fields.
+macro_rules! with {
+    ($options:expr; $($field:ident $(: $value:expr)?),+ $(,)?) => {{
+        let mut options = $options;
+        $($crate::support::with!(@set options $field $($value)?);)+
+        options
+    }};
+    (@set $options:ident $field:ident $value:expr) => { $options.$field = $value };
+    (@set $options:ident $field:ident) => { $options.$field = $field };
+}
+pub(crate) use with;
+
 /// Makes a test of each of these functions, or of a group of them in brackets. They run at the same
 /// time without a key and with one, as most of what takes time is to wait.
 macro_rules! plain_and_sealed {
@@ -95,23 +107,21 @@ pub fn closed_port() -> ClosedPort {
 
 /// The server's options for tests: the defaults on free ports.
 pub fn server_options(protection: Protection) -> ServerOptions {
-    ServerOptions {
-        public: any(),
-        tunnel: any(),
-        control: any(),
-        keys: protection.keys(),
-        ..ServerOptions::default()
-    }
+    with!(ServerOptions::default();
+            public: any(),
+            tunnel: any(),
+            control: any(),
+            keys: protection.keys(),
+    )
 }
 
 /// The client's options for this server, its key included, and this local service.
 pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOptions {
-    ClientOptions {
-        server: server.control.into(),
-        local: local.into(),
-        key: server.key.clone(),
-        ..ClientOptions::default()
-    }
+    with!(ClientOptions::default();
+            server: server.control.into(),
+            local: local.into(),
+            key: server.key.clone(),
+    )
 }
 
 /// Lets this process have as many descriptors as its user may, for a test that needs thousands.
@@ -454,14 +464,13 @@ impl RunningClient {
         local: SocketAddr,
         pool: usize,
     ) -> Self {
-        Self::start(ClientOptions {
-            server: controls.local_addr().unwrap().into(),
-            tunnel_port: Some(tunnels.local_addr().unwrap().port()),
-            local: local.into(),
-            pool,
-            key: protection.key(),
-            ..ClientOptions::default()
-        })
+        Self::start(with!(ClientOptions::default();
+                    server: controls.local_addr().unwrap().into(),
+                    tunnel_port: Some(tunnels.local_addr().unwrap().port()),
+                    local: local.into(),
+                    pool,
+                    key: protection.key(),
+        ))
     }
 
     pub fn handle(&self) -> &Handle {
@@ -517,10 +526,9 @@ impl Tunnel {
     /// To this local service, with that many idle tunnels.
     pub fn start(protection: Protection, local: SocketAddr, pool: usize) -> Self {
         let server = RunningServer::start(server_options(protection));
-        let client = RunningClient::start(ClientOptions {
-            pool,
-            ..client_options(&server, local)
-        });
+        let client = RunningClient::start(with!(client_options(&server, local);
+                    pool,
+        ));
         Self { client, server }
     }
 

@@ -7,7 +7,7 @@ use std::thread;
 
 use crate::support::{
     Protection, Service, Tunnel, assert_echo, assert_ended, expect_pattern, plain_and_sealed,
-    send_pattern,
+    send_pattern, with,
 };
 use std::net::Shutdown;
 
@@ -114,20 +114,18 @@ fn the_service_speaks_first_without_a_pool(protection: Protection) {
 
 fn ipv6_and_names_work(protection: Protection) {
     use crate::support::{RunningClient, RunningServer, client_options, server_options};
-    use tunnel_proxy::{Address, ClientOptions, ServerOptions};
+    use tunnel_proxy::Address;
 
     let service = Service::echo();
-    let server = RunningServer::start(ServerOptions {
-        public: Address::new("::", 0),
-        tunnel: Address::new("::1", 0),
-        control: Address::new("::1", 0),
-        ..server_options(protection)
-    });
-    let _client = RunningClient::start(ClientOptions {
-        // Both addresses of the name are tried: the service has only one of them.
-        local: Address::new("localhost", service.addr.port()),
-        ..client_options(&server, service.addr)
-    });
+    let server = RunningServer::start(with!(server_options(protection);
+            public: Address::new("::", 0),
+            tunnel: Address::new("::1", 0),
+            control: Address::new("::1", 0),
+    ));
+    let _client = RunningClient::start(with!(client_options(&server, service.addr);
+            // Both addresses of the name are tried: the service has only one of them.
+            local: Address::new("localhost", service.addr.port()),
+    ));
     let port = server.public.port();
     for host in ["[::1]", "127.0.0.1"] {
         let address = format!("{host}:{port}").parse().unwrap();
