@@ -403,7 +403,9 @@ impl Shared {
                 let closing = self.join_conn(session, local, own_dial, remote, visitor);
                 // A stop need not wait for the rest.
                 drop(expected);
-                closing.map(Closing::wait);
+                if let Some(closing) = closing {
+                    closing.wait();
+                }
             }
             Err((reason, why)) => {
                 net::abort(remote.socket());
@@ -552,7 +554,9 @@ impl Shared {
             if session.is_low() {
                 client.refill(&session);
             }
-            down.copy().map(Closing::wait);
+            if let Some(closing) = down.copy() {
+                closing.wait();
+            }
         };
         if let Err(error) = self.workers.start("down", work) {
             self.no_thread(&error);
