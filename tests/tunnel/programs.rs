@@ -1,7 +1,7 @@
 //! The two programs in processes of their own, alone or together.
 
 use std::io::{BufRead, BufReader, ErrorKind};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -118,8 +118,18 @@ impl<'a> Launch<'a> {
 /// Three ports of this loopback host that are free now, and stay so if no other test uses it: for a
 /// server that comes back, or that cannot tell where it listens.
 pub fn ports_of(host: &str) -> [SocketAddr; 3] {
-    let listeners = [(); 3].map(|()| TcpListener::bind((host, 0)).unwrap());
-    listeners.map(|listener| listener.local_addr().unwrap())
+    use socket2::{Domain, Socket, Type};
+    let any = SocketAddr::new(host.parse().unwrap(), 0);
+    // Bound, but not listened on: a program that another test starts in this moment has all sockets
+    // of this process until it is itself, and who is in the queue of a listener that ends with that
+    // is reset.
+    let sockets =
+        [(); 3].map(|()| Socket::new(Domain::for_address(any), Type::STREAM, None).unwrap());
+    sockets.each_ref().map(|socket| {
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&any.into()).unwrap();
+        socket.local_addr().unwrap().as_socket().unwrap()
+    })
 }
 
 /// One of the two programs in a process of its own, killed when dropped.
@@ -395,4 +405,29 @@ fn read_log(stderr: ChildStderr, log: &(Mutex<Vec<String>>, Condvar)) {
         log.0.lock().push(line);
         log.1.notify_all();
     }
+}
+
+/// Not even for a moment, while other tests start programs.
+#[test]
+fn ports_to_come_refuse_who_comes_early() {
+    let over = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::SeqCst) {
+                    // Prints a line and ends.
+                    let mut program = Command::new(env!("CARGO_BIN_EXE_tpserver"));
+                    let version = program.arg("--version").stdout(Stdio::null());
+                    assert!(version.status().unwrap().success());
+                }
+            });
+        }
+        let early = (0..1000).filter(|_| {
+            let [public, ..] = ports_of("127.0.80.1");
+            TcpStream::connect(public).is_ok()
+        });
+        let early = early.count();
+        over.store(true, std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(early, 0);
+    });
 }
