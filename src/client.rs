@@ -188,7 +188,7 @@ impl Shared {
         self: &Arc<Self>,
         session: &Session,
         visitor: &Visitor,
-    ) -> Result<(TcpStream, OwnDial), LocalError> {
+    ) -> Result<(TcpStream, Option<OwnDial>), LocalError> {
         let address = &self.options.local;
         if self.is_own_dial(session, visitor) {
             let why = format!(
@@ -199,7 +199,7 @@ impl Shared {
             return Err(LocalError { reason, why });
         }
         let local = net::dial(address)?;
-        let own_dial = self.own_dial(&local)?;
+        let own_dial = self.own_dial(session, &local)?;
         // Until it is joined and has ended well, an end would be taken for a complete visit.
         net::reset_on_close(&local, true);
         Ok((local, own_dial))

@@ -100,7 +100,7 @@ impl Shared {
     /// True if a visitor is one of this client's connections to the local service. Behind a NAT the
     /// server sees another address, but most often the same port.
     pub(super) fn is_own_dial(&self, session: &Session, visitor: &Visitor) -> bool {
-        let Some(from) = visitor.address() else {
+        let Some(from) = visitor.address().filter(|_| self.may_loop(session)) else {
             return false;
         };
         let own_dials = self.own_dials.lock();
@@ -109,11 +109,24 @@ impl Shared {
                 && own_dials.iter().any(|own| own.port() == from.port()))
     }
 
-    /// Remembers where a connection to the local service comes from.
-    pub(super) fn own_dial(self: &Arc<Self>, local: &TcpStream) -> io::Result<OwnDial> {
+    /// Remembers where a connection to the local service comes from, if it may lead back here.
+    pub(super) fn own_dial(
+        self: &Arc<Self>,
+        session: &Session,
+        local: &TcpStream,
+    ) -> io::Result<Option<OwnDial>> {
+        if !self.may_loop(session) {
+            return Ok(None);
+        }
         let from = local.local_addr()?;
         self.own_dials.lock().insert(from);
-        Ok(OwnDial(self.clone(), from))
+        Ok(Some(OwnDial(self.clone(), from)))
+    }
+
+    /// Elsewhere than to the server's port, an address says nothing: the system lets a visitor and
+    /// this client dial two ports from one address.
+    fn may_loop(&self, session: &Session) -> bool {
+        session.public == Some(self.options.local.port)
     }
 }
 

@@ -225,7 +225,13 @@ mod tests {
     #[test]
     fn threads_that_have_not_noticed_are_waited_for() {
         let (listener, lobby) = (listener(), Lobby::new());
-        let [inside, newcomers] = [(); 2].map(|()| fill(&lobby, &listener, &[1]));
+        let inside = fill(&lobby, &listener, &[1]);
+        let newcomers: Vec<_> = (MAX_UNPROVED..MAX_THREADS)
+            .map(|_| {
+                let (near, socket) = connect(&listener);
+                (near, lobby.enter(socket, from_host(1)))
+            })
+            .collect();
         assert_eq!(lobby.unproved.lock().len(), MAX_THREADS);
         let (_near, one_more) = connect(&listener);
         let entering = thread::spawn({

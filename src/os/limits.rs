@@ -11,7 +11,7 @@ pub const MAX_UNPROVED: usize = 64;
 
 /// Threads of such connections, with those that were sent away and whose threads have not noticed
 /// yet: a flood must not wait for each of them in turn.
-pub const MAX_THREADS: usize = 2 * MAX_UNPROVED;
+pub const MAX_THREADS: usize = MAX_UNPROVED + MAX_UNPROVED / 8;
 
 /// What a server needs besides its visitors, or half of what it has if that is less: three ports,
 /// strangers at two of them, a full pool, and a few for the system.

@@ -33,6 +33,8 @@ pub struct Session {
     pub proto: Proto,
     /// What its tunnels are tied to. None without a key.
     pub bond: Option<Bond>,
+    /// The server's port for visitors, as far as the server told it.
+    pub public: Option<u16>,
     /// Where the server sees this client's connections come from.
     pub seen_as: Option<IpAddr>,
     /// When it began.
@@ -73,7 +75,8 @@ impl Session {
         let told = |port: fn(&Welcome) -> Option<u16>| welcome.and_then(port);
         let port = tunnel_port.or(told(|welcome| welcome.tunnel));
         tunnel_addr.set_port(port.unwrap_or(TUNNEL_PORT));
-        if told(|welcome| welcome.public) == Some(tunnel_addr.port()) {
+        let public = told(|welcome| welcome.public);
+        if public == Some(tunnel_addr.port()) {
             return Err(NoSession::TunnelPortIsPublic(tunnel_addr.port()));
         }
         let (to_server, to_write) = unbounded();
@@ -81,6 +84,7 @@ impl Session {
             tunnel_addr,
             proto: answered.proto,
             bond: answered.bond.clone(),
+            public,
             seen_as: welcome.and_then(|welcome| Some(welcome.client?.ip())),
             began: Instant::now(),
             control,

@@ -2,7 +2,8 @@
 //! and which option to check. Nobody is told that the key is wrong when it is not.
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::thread;
 use std::time::Duration;
 
 use crate::programs::{Launch, Program};
@@ -50,11 +51,25 @@ fn a_control_link_at_the_tunnel_port_is_told_so(protection: Protection) {
     assert_no_word_of_the_key(&[&server, &client]);
 }
 
+/// Copies both ways, until one of them ends.
+fn forward(one: &TcpStream, other: &TcpStream) {
+    let copy = |mut from: &TcpStream, mut to: &TcpStream| {
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| copy(one, other));
+        copy(other, one);
+    });
+}
+
 fn a_tunnel_at_the_control_port_is_told_so(protection: Protection) {
     let service = Service::echo();
-    let (server, addresses) = Program::server(protection, &[]);
-    let [public, _, control] = addresses;
-    let client = Program::client(protection, [public, control, control], service.addr, &[]);
+    let (server, [public, _, control]) = Program::server(protection, &[]);
+    // By way of a forwarded port: tpclient itself refuses two equal ones.
+    let forwarded = Service::start(move |socket| forward(&socket, &connect(control)));
+    let addresses = [public, forwarded.addr, control];
+    let client = Program::client(protection, addresses, service.addr, &[]);
     client.wait_for_line("this is its control port, not its tunnel port (--tunnel-port)");
     server.wait_for_line("it is a client's tunnel, and this is the control port");
 }
