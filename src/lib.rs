@@ -8,13 +8,58 @@
 //! ```
 //!
 //! [`Server`] and [`Client`] are the two halves; the programs `tpserver` and `tpclient` are little
-//! more than their command lines. Both can run in one process, as often as wanted: nothing is
-//! global. Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes
-//! no thread on the server.
+//! more than their command lines, which stand behind the feature `cli`: a program that embeds the
+//! tunnel can leave it out. Both halves can run in one process, as often as wanted: nothing is global.
+//! Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes no thread on
+//! the server.
 //!
 //! With a [`Key`] on both sides, nobody without it becomes the client, reads along, or changes or
 //! cuts a stream unnoticed. Without one, nothing is protected, and the control and tunnel ports are
 //! for loopback addresses only, unless `insecure` says otherwise.
+//!
+//! ```
+//! use std::io::{Read, Write};
+//! use std::net::{TcpListener, TcpStream};
+//! use std::thread;
+//! use std::time::Duration;
+//! use tunnel_proxy::{Address, Client, ClientOptions, Key, Server, ServerOptions};
+//!
+//! // The local service: it sends back what the first visitor says.
+//! let service = TcpListener::bind("127.0.0.1:0")?;
+//! let local = service.local_addr()?;
+//! thread::spawn(move || {
+//!     let (mut visitor, _) = service.accept()?;
+//!     std::io::copy(&mut visitor.try_clone()?, &mut visitor)
+//! });
+//!
+//! let key = Key::generate()?;
+//! let any = Address::new("127.0.0.1", 0);
+//! let mut options = ServerOptions::new();
+//! (options.public, options.tunnel, options.control) = (any.clone(), any.clone(), any);
+//! options.keys = vec![key.clone()];
+//! let server = Server::bind(options)?;
+//! let (public, control) = (server.public_addr(), server.control_addr());
+//! let server = server.spawn()?;
+//!
+//! let mut options = ClientOptions::new();
+//! (options.server, options.local) = (control.into(), local.into());
+//! options.key = Some(key);
+//! let client = Client::new(options).spawn()?;
+//! assert!(client.handle().wait_for_session(Duration::from_secs(10)));
+//!
+//! let mut visitor = TcpStream::connect(public)?;
+//! visitor.write_all(b"hello")?;
+//! let mut back = [0; 5];
+//! visitor.read_exact(&mut back)?;
+//! assert_eq!(&back, b"hello");
+//! drop(visitor);
+//!
+//! for half in [client, server] {
+//!     half.handle().stop(Duration::from_secs(1));
+//!     half.join()?;
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! # Glossary
 //!
