@@ -30,7 +30,7 @@ use crate::wire::conn::{Conn, Reader, Writer};
 /// With a key a direction has two of them. Sealed bulk costs 1.25 CPU-s/GB if the last has 64 KiB,
 /// 1.03 with 256 and 0.87 with 448, both programs together, and a pair that is bulk one way stays
 /// below 1 MiB.
-const BUFFERS: [usize; 3] = [8 * 1024, 64 * 1024, 448 * 1024];
+const BUFFERS: [usize; 3] = [6 * 1024, 64 * 1024, 448 * 1024];
 
 /// The place of the last one.
 const BULK: usize = BUFFERS.len() - 1;
@@ -421,22 +421,14 @@ impl Direction {
                         .map_err(writing)?;
                     let enough = if level == 0 { size } else { size / 2 };
                     if count >= enough && level < BULK {
-                        let bulk = level + 1 == BULK && !spliced_not;
-                        if bulk && self.splice()? {
-                            level = 0;
-                        } else if let Some(room) = pair.joined.pairs.roomy[level].try_take() {
-                            self.room = Some(room);
-                            level += 1;
-                        }
-                        spliced_not |= bulk;
+                        level = self.grow(level, &mut spliced_not)?;
                     }
                 }
-                Err(error) if level > 0 && net::paused(&error) => level = 0,
+                Err(error) if level > 0 && net::paused(&error) => (level, spliced_not) = (0, false),
                 Err(error) => return Err(reading(error)),
             }
             if level == 0 {
                 self.room = None;
-                spliced_not = false;
             }
             if (before == 0) != (level == 0) {
                 let pause = (level > 0).then_some(BULK_PAUSE);
@@ -452,6 +444,30 @@ impl Direction {
             self.writer.shutdown().map_err(writing)?;
         }
         Ok(())
+    }
+
+    /// Finds the next buffer for a direction that has filled this one, if there is room, or has its
+    /// bulk spliced: the next one is then the first. To splice is tried once until it pauses.
+    fn grow(&mut self, level: usize, spliced_not: &mut bool) -> Result<usize, Failure> {
+        let take = |pair: &Pair| pair.joined.pairs.roomy[level].try_take();
+        let mut room = None;
+        if level + 1 < BULK {
+            room = take(&self.pair);
+        }
+        if room.is_none() && !std::mem::replace(spliced_not, true) && self.splice()? {
+            *spliced_not = false;
+            return Ok(0);
+        }
+        if level + 1 == BULK {
+            room = take(&self.pair);
+        }
+        Ok(match room {
+            None => level,
+            room => {
+                self.room = room;
+                level + 1
+            }
+        })
     }
 
     /// Lets the kernel move bulk, if both sides are plain, until it is bulk no more. Whatever ends
