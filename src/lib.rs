@@ -193,3 +193,22 @@ pub use journal::Status;
 pub use key::{Key, KeyError};
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
+
+/// Pages about the program, beside what its interface says.
+#[cfg(doc)]
+pub mod docs {
+    #[doc = include_str!("docs/faults.md")]
+    pub mod faults {}
+    #[doc = include_str!("docs/limits.md")]
+    pub mod limits {}
+    #[doc = include_str!("docs/original.md")]
+    pub mod original {}
+    #[doc = include_str!("docs/rooms.md")]
+    pub mod rooms {}
+    #[doc = include_str!("docs/security.md")]
+    pub mod security {}
+    #[doc = include_str!("docs/speed.md")]
+    pub mod speed {}
+    #[doc = include_str!("docs/tests.md")]
+    pub mod tests {}
+}
