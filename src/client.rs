@@ -20,7 +20,7 @@ use crate::options::ClientOptions;
 use crate::os::limits::Slots;
 use crate::os::net;
 use crate::os::workers::{Workers, set_name};
-use crate::relay::{Closing, End, Expected, Pairs, Visitor};
+use crate::relay::{Closing, End, Expected, Pairs, Peer, Visitor};
 use crate::session::of_client::{LocalError, NoVisitor, Session, Spare};
 use crate::session::{Ended, Proto};
 use crate::stop::Stop;
@@ -162,8 +162,14 @@ impl Shared {
     ) -> Option<Closing> {
         let (up, down) = self.pairs.join(
             visitor,
-            End::program("server", remote),
-            End::direct("local service", Conn::new(Arc::new(local))),
+            End {
+                peer: Peer::Server,
+                conn: remote,
+            },
+            End {
+                peer: Peer::LocalService,
+                conn: Conn::new(Arc::new(local)),
+            },
             self.options.linger,
         );
         let (client, session) = (self.clone(), session.clone());

@@ -43,9 +43,6 @@ const ROOMY: [usize; BULK] = [16, 8];
 /// A direction that pauses for longer gives back all but the first.
 const BULK_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why a stop ends what is still joined.
-const CUT_OFF: &str = "cut off by the stop";
-
 /// Pairs are looked at this often, so that a reset is passed on within a second or so, and `linger`
 /// is held to two.
 pub const SWEEP: Duration = Duration::from_millis(500);
@@ -104,28 +101,31 @@ impl Pairs {
         })
     }
 
-    /// Joins two connections that [reset on close](net::reset_on_close): `left` is the one nearer to
-    /// the visitor. The answer is the direction up, from left to right, and the direction down, each
-    /// to be copied on a thread of its own. One that is dropped instead aborts both.
+    /// Joins two connections that [reset on close](net::reset_on_close): the one on the visitor's side,
+    /// and the one on the service's side. Returns the direction up, from the visitor, and the direction
+    /// down, each to be copied on a thread of its own. One that is dropped instead aborts both.
     pub fn join(
         self: &Arc<Self>,
         mut visitor: Visitor,
-        left: End,
-        right: End,
+        visitor_end: End,
+        service_end: End,
         linger: Duration,
     ) -> (Direction, Direction) {
-        let ((left, from_left, to_left), (right, from_right, to_right)) =
-            (left.split(), right.split());
+        let (visitor_side, from_visitor, to_visitor) = visitor_end.split();
+        let (service_side, from_service, to_service) = service_end.split();
         let write_limit = (linger / 8).clamp(SHORTEST_WRITE, LONGEST_WRITE);
-        for side in [&left, &right].into_iter().filter(|it| !it.is_program) {
+        for side in [&visitor_side, &service_side] {
+            if side.peer.is_program() {
+                continue;
+            }
             net::limit_write(&side.socket, write_limit);
         }
         let mut state = self.state.lock();
         let key = state.next_key;
         state.next_key += 1;
         let pair = Arc::new(Pair {
-            left,
-            right,
+            visitor_side,
+            service_side,
             linger,
             write_limit,
             started: Instant::now(),
@@ -144,21 +144,19 @@ impl Pairs {
         state.joined.insert(key, Arc::downgrade(&pair));
         drop(state);
         if self.stop.reached(Phase::Done) {
-            pair.abort(CUT_OFF.to_owned());
+            pair.abort(Aborted::CutOff);
         }
         let direction = |way, reader, writer| Direction {
             pair: pair.clone(),
             way,
             reader,
             writer,
-            outcome: Some(Err(Failure::reading(
-                "there was no thread for it".to_owned(),
-            ))),
+            outcome: Some(Err(Failure::reading(Aborted::NoThread))),
             room: None,
         };
         (
-            direction(Way::Up, from_left, to_right),
-            direction(Way::Down, from_right, to_left),
+            direction(Way::Up, from_visitor, to_service),
+            direction(Way::Down, from_service, to_visitor),
         )
     }
 
@@ -194,7 +192,7 @@ impl Pairs {
             self.changed.wait_until(&mut state, next);
         }
         for pair in self.all() {
-            pair.abort(CUT_OFF.to_owned());
+            pair.abort(Aborted::CutOff);
         }
     }
 
@@ -271,59 +269,92 @@ impl fmt::Display for Visitor {
     }
 }
 
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// On the server.
+    Visitor,
+    /// On the server, by a tunnel.
+    Client,
+    /// On the client, by a tunnel.
+    Server,
+    /// On the client.
+    LocalService,
+}
+
+impl Peer {
+    /// True for the other program, which looks after its own end of what it carries.
+    fn is_program(self) -> bool {
+        matches!(self, Self::Client | Self::Server)
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Visitor => "visitor",
+            Self::Client => "client",
+            Self::Server => "server",
+            Self::LocalService => "local service",
+        })
+    }
+}
+
+/// Why a pair was aborted.
+#[derive(Clone, Debug)]
+pub enum Aborted {
+    /// A direction had no thread.
+    NoThread,
+    /// The thread of a direction panicked, which is a fault in this program.
+    Panicked,
+    /// This side reset its connection.
+    Reset(Peer),
+    /// Nothing could be read from this side.
+    Reading(Peer, Arc<io::Error>),
+    /// Nothing could be written to this side.
+    Writing(Peer, Arc<io::Error>),
+    /// No byte moved for so long after this side had finished.
+    StoodStill(Duration, Peer),
+    /// The program stopped.
+    CutOff,
+}
+
+/// Behind "aborted: ".
+impl fmt::Display for Aborted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoThread => f.write_str("there was no thread for it"),
+            Self::Panicked => f.write_str("its thread panicked"),
+            Self::Reset(peer) => write!(f, "reset by the {peer}"),
+            Self::Reading(peer, error) => write!(f, "reading from the {peer}: {error}"),
+            Self::Writing(peer, error) => write!(f, "writing to the {peer}: {error}"),
+            Self::StoodStill(linger, peer) => {
+                write!(f, "no byte in {linger:?} after the {peer} had finished")
+            }
+            Self::CutOff => f.write_str("cut off by the stop"),
+        }
+    }
+}
+
 /// One of the two connections of a pair.
 pub struct End {
-    /// Who is at the other end, for the log.
-    name: &'static str,
-    /// The other program is there, which looks after its own end of what it carries.
-    is_program: bool,
-    conn: Conn,
+    /// Who is at its other end.
+    pub peer: Peer,
+    /// The connection.
+    pub conn: Conn,
 }
 
 impl End {
-    /// A visitor, or the local service.
-    pub fn direct(name: &'static str, conn: Conn) -> Self {
-        let is_program = false;
-        Self {
-            name,
-            is_program,
-            conn,
-        }
-    }
-
-    /// The other program.
-    pub fn program(name: &'static str, conn: Conn) -> Self {
-        let is_program = true;
-        Self {
-            name,
-            is_program,
-            conn,
-        }
-    }
-
     /// What both directions need, and what each of them has for itself.
     fn split(self) -> (Side, Reader, Writer) {
-        let Self {
-            name,
-            is_program,
-            conn,
-        } = self;
+        let Self { peer, conn } = self;
         let side = Side {
-            name,
-            is_program,
+            peer,
             is_sealed: conn.reader.is_sealed(),
             socket: conn.socket().clone(),
         };
         (side, conn.reader, conn.writer)
     }
-}
-
-/// What a pair keeps of an [`End`].
-struct Side {
-    name: &'static str,
-    is_program: bool,
-    is_sealed: bool,
-    socket: Arc<TcpStream>,
 }
 
 /// A direction of a pair. However it goes away, the pair is told that it has ended, so that the
@@ -350,18 +381,18 @@ enum Way {
 
 /// Why a direction has not ended well.
 struct Failure {
-    why: String,
+    why: Aborted,
     /// The side that it wrote to failed.
     writing: bool,
 }
 
 impl Failure {
-    fn reading(why: String) -> Self {
+    fn reading(why: Aborted) -> Self {
         let writing = false;
         Self { why, writing }
     }
 
-    fn writing(why: String) -> Self {
+    fn writing(why: Aborted) -> Self {
         let writing = true;
         Self { why, writing }
     }
@@ -388,7 +419,7 @@ impl Direction {
     /// Copies until the direction ends. Who is the client may [wait](Closing::wait) for the end of
     /// the tunnel then, if there is one to wait for.
     pub fn copy(mut self) -> Option<Closing> {
-        self.outcome = Some(Err(Failure::reading("its thread panicked".to_owned())));
+        self.outcome = Some(Err(Failure::reading(Aborted::Panicked)));
         #[cfg(test)]
         tests::panic_on_purpose(&self.pair.visitor);
         let outcome = self.carry();
@@ -405,8 +436,8 @@ impl Direction {
     fn carry(&mut self) -> Result<(), Failure> {
         let pair = self.pair.clone();
         let (from, to) = pair.sides(self.way);
-        let reading = |error| Failure::reading(from.went_wrong("reading from", &error));
-        let writing = |error| Failure::writing(to.went_wrong("writing to", &error));
+        let reading = |error| Failure::reading(from.reading_failed(error));
+        let writing = |error| Failure::writing(to.writing_failed(error));
         let moved = &pair.joined.moved[self.way as usize];
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
@@ -498,7 +529,7 @@ impl Direction {
                     return Ok(false);
                 }
                 Err(error) => {
-                    return Err(Failure::reading(from.went_wrong("reading from", &error)));
+                    return Err(Failure::reading(from.reading_failed(error)));
                 }
             };
             while !pipe.is_empty() {
@@ -507,7 +538,7 @@ impl Direction {
                     // No room yet.
                     Err(error) if net::paused(&error) => {}
                     Err(error) => {
-                        return Err(Failure::writing(to.went_wrong("writing to", &error)));
+                        return Err(Failure::writing(to.writing_failed(error)));
                     }
                 }
             }
@@ -541,8 +572,8 @@ impl Drop for Direction {
 
 /// Two joined sockets, closed when the last thread lets go of them.
 struct Pair {
-    left: Side,
-    right: Side,
+    visitor_side: Side,
+    service_side: Side,
     linger: Duration,
     /// How old the newest count of what was written may be.
     write_limit: Duration,
@@ -567,13 +598,13 @@ struct Joined {
 struct Progress {
     half_closed: Option<HalfClosed>,
     /// What went wrong first. The pair is about to be aborted.
-    failed: Option<String>,
+    failed: Option<Aborted>,
     /// The last look at the pair has found that it is.
     doomed: bool,
     /// How many directions have ended, well or not.
     ended: u32,
     /// Why the pair was aborted.
-    aborted: Option<String>,
+    aborted: Option<Aborted>,
     slot: Option<Slot>,
 }
 
@@ -589,15 +620,15 @@ impl Pair {
     /// Where a direction comes from, and where it goes to.
     fn sides(&self, way: Way) -> (&Side, &Side) {
         match way {
-            Way::Up => (&self.left, &self.right),
-            Way::Down => (&self.right, &self.left),
+            Way::Up => (&self.visitor_side, &self.service_side),
+            Way::Down => (&self.service_side, &self.visitor_side),
         }
     }
 
     /// Writes to this side. How long that takes is nothing to go by if it is the other program: that
     /// may have much to hand on to a slow reader before it takes more, and looks after that reader.
     fn write_to<T>(&self, to: &Side, write: impl FnOnce() -> T) -> T {
-        if !to.is_program {
+        if !to.peer.is_program() {
             return write();
         }
         self.passing_on.store(true, Ordering::Relaxed);
@@ -608,14 +639,14 @@ impl Pair {
 
     /// Is this end of input one? The kernel reports a reset once. If the other direction, writing to
     /// the same socket, was told, then this one has read an end that is none.
-    fn check_end(&self, way: Way) -> Result<(), String> {
+    fn check_end(&self, way: Way) -> Result<(), Aborted> {
         let (from, _) = self.sides(way);
         let progress = self.progress.lock();
         if let Some(why) = progress.aborted.as_ref().or(progress.failed.as_ref()) {
             return Err(why.clone());
         }
         match progress.half_closed.is_none() && from.was_reset() {
-            true => Err(from.reset()),
+            true => Err(Aborted::Reset(from.peer)),
             false => Ok(()),
         }
     }
@@ -657,30 +688,29 @@ impl Pair {
         }
         if half_closed.since.elapsed() >= self.linger + self.write_limit.min(SWEEP) {
             let (finished, _) = self.sides(half_closed.way);
-            let (name, linger) = (finished.name, self.linger);
-            let why = format!("no byte in {linger:?} after the {name} had finished");
+            let why = Aborted::StoodStill(self.linger, finished.peer);
             drop(progress);
             self.abort(why);
         }
     }
 
-    fn why_doomed(&self, progress: &Progress) -> Option<String> {
+    fn why_doomed(&self, progress: &Progress) -> Option<Aborted> {
         if progress.failed.is_some() {
             return progress.failed.clone();
         }
         let sides = match &progress.half_closed {
             // The last direction notices what becomes of the other side.
             Some(half_closed) => [self.sides(half_closed.way).0; 2],
-            None => [&self.left, &self.right],
+            None => [&self.visitor_side, &self.service_side],
         };
         let reset = sides.into_iter().find(|side| side.was_reset());
-        reset.map(Side::reset)
+        reset.map(|side| Aborted::Reset(side.peer))
     }
 
     /// Notes what a direction has failed of. True if the other one has ended already.
-    fn is_last(&self, why: &str) -> bool {
+    fn is_last(&self, why: &Aborted) -> bool {
         let mut progress = self.progress.lock();
-        progress.failed.get_or_insert_with(|| why.to_owned());
+        progress.failed.get_or_insert_with(|| why.clone());
         progress.ended > 0
     }
 
@@ -705,35 +735,42 @@ impl Pair {
         if progress.ended < 2 {
             return None;
         }
-        self.report(progress.aborted.as_deref());
+        self.report(progress.aborted.as_ref());
         if progress.aborted.is_some() {
             return None;
         }
-        net::reset_on_close(&self.left.socket, false);
-        net::reset_on_close(&self.right.socket, false);
+        net::reset_on_close(&self.visitor_side.socket, false);
+        net::reset_on_close(&self.service_side.socket, false);
         // Without a key, its end has been read already.
-        self.left.is_sealed.then(|| Closing {
-            socket: self.left.socket.clone(),
+        self.visitor_side.is_sealed.then(|| Closing {
+            socket: self.visitor_side.socket.clone(),
             _slot: progress.slot.take(),
         })
     }
 
     /// Aborts both sockets; both directions end at once.
-    fn abort(&self, why: String) {
+    fn abort(&self, why: Aborted) {
         let mut progress = self.progress.lock();
         if progress.aborted.is_none() && progress.ended < 2 {
             progress.aborted = Some(why.clone());
             progress.failed.get_or_insert(why);
-            net::abort(&self.left.socket);
-            net::abort(&self.right.socket);
+            net::abort(&self.visitor_side.socket);
+            net::abort(&self.service_side.socket);
         }
     }
 
-    fn report(&self, aborted: Option<&str>) {
+    fn report(&self, aborted: Option<&Aborted>) {
         let (moved, time) = (self.joined.moved(), self.started.elapsed());
         let journal = &self.joined.pairs.journal;
         journal.visitor_left(&self.visitor, moved, time, aborted);
     }
+}
+
+/// What a pair keeps of an [`End`].
+struct Side {
+    peer: Peer,
+    is_sealed: bool,
+    socket: Arc<TcpStream>,
 }
 
 impl Side {
@@ -743,15 +780,18 @@ impl Side {
         self.socket.peer_addr().is_err()
     }
 
-    fn went_wrong(&self, what: &str, error: &io::Error) -> String {
+    fn reading_failed(&self, error: io::Error) -> Aborted {
         match error.kind() {
-            io::ErrorKind::ConnectionReset => self.reset(),
-            _ => format!("{what} the {}: {error}", self.name),
+            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
+            _ => Aborted::Reading(self.peer, Arc::new(error)),
         }
     }
 
-    fn reset(&self) -> String {
-        format!("reset by the {}", self.name)
+    fn writing_failed(&self, error: io::Error) -> Aborted {
+        match error.kind() {
+            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
+            _ => Aborted::Writing(self.peer, Arc::new(error)),
+        }
     }
 }
 
@@ -832,13 +872,11 @@ mod tests {
             }
             assert_eq!((&near).read(&mut [0]).unwrap(), 0);
 
-            let ends = [("visitor", Conn::new(Arc::new(near))), ("client", tunnel)];
-            let [left, right] = ends.map(|(name, conn)| match name {
-                "client" => End::program(name, conn),
-                _ => End::direct(name, conn),
-            });
+            let conn = Conn::new(Arc::new(near));
+            let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
+            let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
             let visitor = Visitor::new(None, None);
-            let (up, down) = new_pairs().join(visitor, left, right, Duration::from_secs(600));
+            let (up, down) = new_pairs().join(visitor, from, to, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
             up.copy();
             let error = client.read(&mut [0]).unwrap_err();
@@ -856,13 +894,15 @@ mod tests {
 
     /// A pair at work: the visitor's end, and the local service's.
     fn at_work(pairs: &Arc<Pairs>, workers: &Workers, from: &str) -> [TcpStream; 2] {
-        let ([visitor, left], [service, right]) = (connected(), connected());
-        let [left, right] = [("visitor", left), ("local service", right)].map(|(name, socket)| {
+        let ([visitor, near], [service, far]) = (connected(), connected());
+        let ends = [(Peer::Visitor, near), (Peer::LocalService, far)];
+        let [near, far] = ends.map(|(peer, socket)| {
             net::reset_on_close(&socket, true);
-            End::direct(name, Conn::new(Arc::new(socket)))
+            let conn = Conn::new(Arc::new(socket));
+            End { peer, conn }
         });
         let from = Visitor::new(from.parse().ok(), None);
-        let (up, down) = pairs.join(from, left, right, Duration::from_secs(600));
+        let (up, down) = pairs.join(from, near, far, Duration::from_secs(600));
         workers.start("up", move || drop(up.copy())).unwrap();
         workers.start("down", move || drop(down.copy())).unwrap();
         [visitor, service]

@@ -22,7 +22,7 @@ use crate::os::hand_over::Successor;
 use crate::os::limits::Slots;
 use crate::os::listener::Listener;
 use crate::os::workers::Workers;
-use crate::relay::{End, Pairs, SWEEP, Visitor};
+use crate::relay::{End, Pairs, Peer, SWEEP, Visitor};
 use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
@@ -219,15 +219,15 @@ impl Shared {
     /// Gives a tunnel of the live session to the visitor that has waited longest, and signals the
     /// matcher. Without such a visitor the tunnel is idle, or closed if there are enough.
     fn config_conn_list_tunnel(&self, conn: Conn, from: SocketAddr, id: Option<SessionId>) {
+        let tunnel = match Tunnel::new(conn, id) {
+            Ok(tunnel) => tunnel,
+            Err(error) => return self.journal.refused_tunnel(from, &error.into()),
+        };
         let mut state = self.state.lock();
         let live = state.cache.as_ref().map(|live| live.proto);
         let Some(proto) = live.filter(|proto| proto.id() == id) else {
             drop(state);
             return self.journal.refused_tunnel(from, &Refusal::OldSession);
-        };
-        let tunnel = match Tunnel::new(conn, proto) {
-            Ok(tunnel) => tunnel,
-            Err(error) => return self.journal.refused_tunnel(from, &error.into()),
         };
         let placed = state.conn_list_map.add_tunnel(tunnel, proto.pool());
         drop(state);
@@ -269,8 +269,14 @@ impl Shared {
         } = accept;
         let (up, down) = self.pairs.join(
             Visitor::new(Some(visitor), Some(slot)),
-            End::direct("visitor", Conn::new(Arc::new(socket))),
-            End::program("client", tunnel),
+            End {
+                peer: Peer::Visitor,
+                conn: Conn::new(Arc::new(socket)),
+            },
+            End {
+                peer: Peer::Client,
+                conn: tunnel,
+            },
             self.options.linger,
         );
         self.start("up", move |_| drop(up.copy()));

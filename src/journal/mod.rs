@@ -14,7 +14,7 @@ use crate::address::Address;
 use crate::door::{NoSession, Refusal};
 use crate::options::ServerOptions;
 use crate::os::listener::Opening;
-use crate::relay::{Pairs, Visitor};
+use crate::relay::{Aborted, Pairs, Visitor};
 use crate::session::of_client::{LocalError, NoVisitor};
 use crate::session::{Ended, Proto};
 use crate::wire::line::{Failure, Reason};
@@ -136,14 +136,12 @@ impl Journal {
         visitor: &Visitor,
         [up, down]: [u64; 2],
         time: Duration,
-        aborted: Option<&str>,
+        aborted: Option<&Aborted>,
     ) {
         let seconds = time.as_secs_f64();
-        let (comma, why) = aborted.map_or(("", ""), |why| (", aborted: ", why));
         self.limits.visitor_left.say(|more| {
-            info!(
-                "{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{comma}{why}{more}"
-            );
+            let why = aborted.map_or(String::new(), |why| format!(", aborted: {why}"));
+            info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{why}{more}");
         });
     }
 }

@@ -5,10 +5,9 @@ use std::net::{SocketAddr, TcpStream};
 
 use crate::os::limits::Slot;
 use crate::os::net;
-use crate::session::Proto;
 use crate::wire::conn::Conn;
 use crate::wire::control::send;
-use crate::wire::line::{Line, Reason};
+use crate::wire::line::{Line, Reason, SessionId};
 use crate::wire::secure::OPENING;
 
 /// A visitor's connection.
@@ -40,14 +39,15 @@ impl Accept {
 /// wait to see whether it is still open.
 pub struct Tunnel {
     conn: Conn,
-    proto: Proto,
+    /// The session that it named. None from an original client, which understands no line either.
+    session: Option<SessionId>,
 }
 
 impl Tunnel {
-    /// An idle tunnel.
-    pub fn new(conn: Conn, proto: Proto) -> io::Result<Self> {
+    /// An idle tunnel of this session.
+    pub fn new(conn: Conn, session: Option<SessionId>) -> io::Result<Self> {
         conn.socket().set_nonblocking(true)?;
-        Ok(Self { conn, proto })
+        Ok(Self { conn, session })
     }
 
     /// Tells the client, if it understands that, whose bytes follow. None if the tunnel is dead; the
@@ -57,13 +57,9 @@ impl Tunnel {
         // From here on an end would be taken for a complete and empty answer.
         net::reset_on_close(&socket, true);
         net::reset_on_close(&accept.socket, true);
-        let greeted = match self.proto {
-            Proto::Original => true,
-            Proto::Tp1 { .. } => {
-                net::is_quiet(&socket)
-                    && send(&mut self.conn.writer, &Line::New { visitor }).is_ok()
-            }
-        };
+        let greeted = self.session.is_none()
+            || (net::is_quiet(&socket)
+                && send(&mut self.conn.writer, &Line::New { visitor }).is_ok());
         if greeted && socket.set_nonblocking(false).is_ok() {
             return Some(self.conn);
         }
