@@ -1,0 +1,469 @@
+//! The relay: two sockets joined, each direction copied by a thread of its own.
+//!
+//! End of input is passed on as an end (a write shutdown, or with a key a frame that says so),
+//! anything else as an abort of both sockets, so that a cut stream is not taken for a whole one.
+//! That holds for a program that is killed, too: until both directions have ended well, a close of a
+//! joined socket sends RST.
+
+mod direction;
+mod pair;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::journal::Journal;
+use crate::os::limits::{Slot, Slots, affordable_pipes};
+use crate::os::net;
+use crate::stop::{Phase, Stop};
+use crate::wire::conn::{Conn, Reader, Writer};
+use direction::{BULK, Failure, Way};
+pub use direction::{Closing, Direction};
+use pair::{Joined, Pair, Progress, Side};
+
+/// How many directions of a server's or a client's visitors may have the second buffer, and the third.
+/// Others stay with what they have: anyone can make a thousand downloads and stop reading, and what is
+/// in their buffers stays there for as long as they like. With a key, all of these hold 9 MiB.
+const ROOMY: [usize; BULK] = [16, 8];
+
+/// Pairs are looked at this often, so that a reset is passed on within a second or so, and `linger`
+/// is held to two.
+pub const SWEEP: Duration = Duration::from_millis(500);
+
+/// A write that waits for its reader comes back this often at the least, to tell what has left. A
+/// thousand stopped readers then wake a thread a hundred times a second.
+const LONGEST_WRITE: Duration = Duration::from_secs(10);
+
+/// And at the most this often.
+const SHORTEST_WRITE: Duration = Duration::from_millis(100);
+
+/// The pairs that are joined now.
+pub struct Pairs {
+    state: Mutex<PairsState>,
+    changed: Condvar,
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code))]
+    pipes: Arc<Slots>,
+    /// Who may have the second buffer, and the third.
+    roomy: [Arc<Slots>; BULK],
+    stop: Arc<Stop>,
+    journal: Arc<Journal>,
+}
+
+struct PairsState {
+    joined: HashMap<u64, Weak<Pair>>,
+    /// How many were joined in all.
+    next_key: u64,
+    /// Bytes up and down of those that are joined no more.
+    moved: [u64; 2],
+    /// How many more may be joined before long.
+    expected: usize,
+}
+
+impl Pairs {
+    /// None yet.
+    pub fn new(stop: Arc<Stop>, journal: Arc<Journal>) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(PairsState {
+                joined: HashMap::new(),
+                next_key: 0,
+                moved: [0; 2],
+                expected: 0,
+            }),
+            changed: Condvar::new(),
+            pipes: Slots::new(affordable_pipes()),
+            roomy: ROOMY.map(Slots::new),
+            stop,
+            journal,
+        })
+    }
+
+    /// Joins two connections that [reset on close](net::reset_on_close): the one on the visitor's side,
+    /// and the one on the service's side. Returns the direction up, from the visitor, and the direction
+    /// down, each to be copied on a thread of its own. One that is dropped instead aborts both.
+    pub fn join(
+        self: &Arc<Self>,
+        mut visitor: Visitor,
+        visitor_end: End,
+        service_end: End,
+        linger: Duration,
+    ) -> (Direction, Direction) {
+        let (visitor_side, from_visitor, to_visitor) = visitor_end.split();
+        let (service_side, from_service, to_service) = service_end.split();
+        let write_limit = (linger / 8).clamp(SHORTEST_WRITE, LONGEST_WRITE);
+        for side in [&visitor_side, &service_side] {
+            if side.peer.is_program() {
+                continue;
+            }
+            net::limit_write(&side.socket, write_limit);
+        }
+        let mut state = self.state.lock();
+        let key = state.next_key;
+        state.next_key += 1;
+        let pair = Arc::new(Pair {
+            visitor_side,
+            service_side,
+            linger,
+            write_limit,
+            started: Instant::now(),
+            passing_on: AtomicBool::new(false),
+            progress: Mutex::new(Progress {
+                slot: visitor.slot.take(),
+                ..Progress::default()
+            }),
+            visitor,
+            joined: Joined {
+                key,
+                moved: Default::default(),
+                pairs: self.clone(),
+            },
+        });
+        state.joined.insert(key, Arc::downgrade(&pair));
+        drop(state);
+        if self.stop.reached(Phase::Done) {
+            pair.abort(Aborted::CutOff);
+        }
+        let direction = |way, reader, writer| Direction {
+            pair: pair.clone(),
+            way,
+            reader,
+            writer,
+            outcome: Some(Err(Failure::reading(Aborted::NoThread))),
+            room: None,
+        };
+        (
+            direction(Way::Up, from_visitor, to_service),
+            direction(Way::Down, from_service, to_visitor),
+        )
+    }
+
+    /// Lets [`wait`](Self::wait) wait for a pair that is not joined yet, as long as the answer lives.
+    pub fn expect(self: &Arc<Self>) -> Expected {
+        self.state.lock().expected += 1;
+        Expected(self.clone())
+    }
+
+    /// Lets [`wait`](Self::wait) look at once: there is less time than before.
+    pub fn look(&self) {
+        let _state = self.state.lock();
+        self.changed.notify_all();
+    }
+
+    /// Waits until no pair is joined or expected any more, or their time is over, and cuts off what is
+    /// left. None can be joined then.
+    pub fn wait(&self) {
+        let mut sweep = Instant::now() + SWEEP;
+        loop {
+            let now = Instant::now();
+            if sweep <= now {
+                self.sweep();
+                sweep = now + SWEEP;
+            }
+            let mut state = self.state.lock();
+            let done = state.joined.is_empty() && state.expected == 0;
+            if done || self.stop.is_over() {
+                self.stop.advance(Phase::Done);
+                break;
+            }
+            let next = self.stop.end_by().map_or(sweep, |end_by| end_by.min(sweep));
+            self.changed.wait_until(&mut state, next);
+        }
+        for pair in self.all() {
+            pair.abort(Aborted::CutOff);
+        }
+    }
+
+    /// Aborts half-closed pairs that stand still or that nobody waits for any more. To be called
+    /// every [`SWEEP`].
+    pub fn sweep(&self) {
+        for pair in self.all() {
+            pair.check();
+        }
+    }
+
+    /// How many pairs are joined now and how many were in all, and the bytes that they have moved up
+    /// and down.
+    pub fn totals(&self) -> (usize, u64, [u64; 2]) {
+        let state = self.state.lock();
+        let (now, in_all, mut moved) = (state.joined.len(), state.next_key, state.moved);
+        let pairs = state.all();
+        drop(state);
+        for pair in &pairs {
+            add(&mut moved, pair.joined.moved());
+        }
+        (now, in_all, moved)
+    }
+
+    fn all(&self) -> Vec<Arc<Pair>> {
+        self.state.lock().all()
+    }
+}
+
+impl PairsState {
+    /// Not to be dropped under the lock: the last one to hold a pair takes it.
+    fn all(&self) -> Vec<Arc<Pair>> {
+        self.joined.values().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// A pair that may be joined before long.
+pub struct Expected(Arc<Pairs>);
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        self.0.state.lock().expected -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Who is served by a pair.
+pub struct Visitor {
+    address: Option<SocketAddr>,
+    slot: Option<Slot>,
+}
+
+impl Visitor {
+    /// A visitor from `address`, which the client of an original server is not told. `slot` is its
+    /// place on the server, given back when the pair has ended.
+    pub fn new(address: Option<SocketAddr>, slot: Option<Slot>) -> Self {
+        Self { address, slot }
+    }
+}
+
+impl Visitor {
+    /// Where the visitor comes from, if that is known.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+}
+
+impl fmt::Display for Visitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => write!(f, "visitor {address}"),
+            None => write!(f, "a visitor"),
+        }
+    }
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// On the server.
+    Visitor,
+    /// On the server, by a tunnel.
+    Client,
+    /// On the client, by a tunnel.
+    Server,
+    /// On the client.
+    LocalService,
+}
+
+impl Peer {
+    /// True for the other program, which looks after its own end of what it carries.
+    fn is_program(self) -> bool {
+        matches!(self, Self::Client | Self::Server)
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Visitor => "visitor",
+            Self::Client => "client",
+            Self::Server => "server",
+            Self::LocalService => "local service",
+        })
+    }
+}
+
+/// Why a pair was aborted.
+#[derive(Clone, Debug)]
+pub enum Aborted {
+    /// A direction had no thread.
+    NoThread,
+    /// The thread of a direction panicked, which is a fault in this program.
+    Panicked,
+    /// This side reset its connection.
+    Reset(Peer),
+    /// Nothing could be read from this side.
+    Reading(Peer, Arc<io::Error>),
+    /// Nothing could be written to this side.
+    Writing(Peer, Arc<io::Error>),
+    /// No byte moved for so long after this side had finished.
+    StoodStill(Duration, Peer),
+    /// The program stopped.
+    CutOff,
+}
+
+/// Behind "aborted: ".
+impl fmt::Display for Aborted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoThread => f.write_str("there was no thread for it"),
+            Self::Panicked => f.write_str("its thread panicked"),
+            Self::Reset(peer) => write!(f, "reset by the {peer}"),
+            Self::Reading(peer, error) => write!(f, "reading from the {peer}: {error}"),
+            Self::Writing(peer, error) => write!(f, "writing to the {peer}: {error}"),
+            Self::StoodStill(linger, peer) => {
+                write!(f, "no byte in {linger:?} after the {peer} had finished")
+            }
+            Self::CutOff => f.write_str("cut off by the stop"),
+        }
+    }
+}
+
+/// One of the two connections of a pair.
+pub struct End {
+    /// Who is at its other end.
+    pub peer: Peer,
+    /// The connection.
+    pub conn: Conn,
+}
+
+impl End {
+    /// What both directions need, and what each of them has for itself.
+    fn split(self) -> (Side, Reader, Writer) {
+        let Self { peer, conn } = self;
+        let side = Side {
+            peer,
+            is_sealed: conn.reader.is_sealed(),
+            socket: conn.socket().clone(),
+        };
+        (side, conn.reader, conn.writer)
+    }
+}
+
+fn add(sum: &mut [u64; 2], more: [u64; 2]) {
+    sum[0] += more[0];
+    sum[1] += more[1];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::door::openings::Openings;
+    use crate::journal;
+    use crate::key::Key;
+    use crate::os::workers::Workers;
+    use crate::wire::secure::Purpose;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::net::TcpStream;
+    use std::thread;
+
+    fn new_pairs() -> Arc<Pairs> {
+        Pairs::new(Stop::new(), Arc::new(Journal::new(1, false)))
+    }
+
+    /// A connection's two ends.
+    fn connected() -> [TcpStream; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        [far, listener.accept().unwrap().0]
+    }
+
+    /// The far end of a tunnel as bytes, and the near one, sealed or not.
+    fn tunnel(sealed: bool) -> (TcpStream, Conn) {
+        let [far, near] = connected();
+        let mut near = Conn::new(Arc::new(near));
+        if sealed {
+            let (key, far) = (Key::generate().unwrap(), far.try_clone().unwrap());
+            let keys = [key.clone()];
+            let client = thread::spawn(move || {
+                let mut far = Conn::new(Arc::new(far));
+                far.initiate(&Purpose::Control(&[key])).is_ok()
+            });
+            near.respond(&Purpose::Control(&keys), None, &Openings::new(), || ())
+                .ok()
+                .unwrap();
+            assert!(client.join().unwrap());
+        }
+        (far, near)
+    }
+
+    /// A reset that the kernel has told to another thread reads like an end, and is none.
+    #[test]
+    fn a_reset_that_somebody_else_was_told_is_passed_on() {
+        for sealed in [false, true] {
+            let [visitor, near] = connected();
+            let (mut client, tunnel) = tunnel(sealed);
+            net::reset_on_close(&visitor, true);
+            drop(visitor);
+            while near.take_error().unwrap().is_none() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!((&near).read(&mut [0]).unwrap(), 0);
+
+            let conn = Conn::new(Arc::new(near));
+            let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
+            let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
+            let visitor = Visitor::new(None, None);
+            let (up, down) = new_pairs().join(visitor, from, to, Duration::from_secs(600));
+            let down = thread::spawn(move || down.copy());
+            up.copy();
+            let error = client.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{sealed}");
+            down.join().unwrap();
+        }
+    }
+
+    /// Comes from a port that no visitor ever has.
+    const DOOMED: &str = "192.0.2.1:0";
+
+    pub fn panic_on_purpose(visitor: &Visitor) {
+        assert_ne!(visitor.address, DOOMED.parse().ok(), "on purpose");
+    }
+
+    /// A pair at work: the visitor's end, and the local service's.
+    fn at_work(pairs: &Arc<Pairs>, workers: &Workers, from: &str) -> [TcpStream; 2] {
+        let ([visitor, near], [service, far]) = (connected(), connected());
+        let ends = [(Peer::Visitor, near), (Peer::LocalService, far)];
+        let [near, far] = ends.map(|(peer, socket)| {
+            net::reset_on_close(&socket, true);
+            let conn = Conn::new(Arc::new(socket));
+            End { peer, conn }
+        });
+        let from = Visitor::new(from.parse().ok(), None);
+        let (up, down) = pairs.join(from, near, far, Duration::from_secs(600));
+        workers.start("up", move || drop(up.copy())).unwrap();
+        workers.start("down", move || drop(down.copy())).unwrap();
+        [visitor, service]
+    }
+
+    #[test]
+    fn a_panic_aborts_its_pair_and_no_other() {
+        let log = journal::tests::record();
+        let (pairs, workers) = (new_pairs(), Workers::new(journal::panicked));
+        let before = at_work(&pairs, &workers, "192.0.2.1:1");
+        let doomed = at_work(&pairs, &workers, DOOMED);
+        let after = at_work(&pairs, &workers, "192.0.2.1:2");
+        for mut end in &doomed {
+            let error = end.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+        for [mut visitor, mut service] in [&before, &after].map(|ends| ends.each_ref()) {
+            visitor.write_all(b"hello").unwrap();
+            service.read_exact(&mut [0; 5]).unwrap();
+        }
+        drop((before, after));
+        workers.wait(Duration::from_secs(10));
+        assert_eq!(pairs.totals(), (0, 3, [10, 0]));
+        let lines = log.lock();
+        let said = |text: &str| lines.iter().any(|line| line.contains(text));
+        assert!(
+            said("the up thread panicked; its sockets are closed"),
+            "{lines:#?}"
+        );
+        assert!(
+            said(&format!("visitor {DOOMED}: 0 bytes up, 0 bytes down")),
+            "{lines:#?}"
+        );
+    }
+}

@@ -1,0 +1,258 @@
+//! Two joined connections, and how they end: what both of their directions share.
+
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::os::limits::Slot;
+use crate::os::net;
+use crate::relay::direction::{Closing, Failure, Way};
+use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visitor, add};
+
+/// What a direction that has failed has written before gets this long to leave, before the reset.
+const LAST_BYTES: Duration = Duration::from_secs(1);
+
+/// Two joined sockets, closed when the last thread lets go of them.
+pub struct Pair {
+    pub visitor_side: Side,
+    pub service_side: Side,
+    pub linger: Duration,
+    /// How old the newest count of what was written may be.
+    pub write_limit: Duration,
+    pub started: Instant,
+    /// A direction writes to the other program just now.
+    pub passing_on: AtomicBool,
+    pub progress: Mutex<Progress>,
+    /// Behind the sockets: its slot is free, and the pair forgotten, when they are closed.
+    pub visitor: Visitor,
+    pub joined: Joined,
+}
+
+/// A pair's place among all that are joined.
+pub struct Joined {
+    pub key: u64,
+    /// Bytes up and down.
+    pub moved: [AtomicU64; 2],
+    pub pairs: Arc<Pairs>,
+}
+
+#[derive(Default)]
+pub struct Progress {
+    pub half_closed: Option<HalfClosed>,
+    /// What went wrong first. The pair is about to be aborted.
+    pub failed: Option<Aborted>,
+    /// The last look at the pair has found that it is.
+    pub doomed: bool,
+    /// How many directions have ended, well or not.
+    pub ended: u32,
+    /// Why the pair was aborted.
+    pub aborted: Option<Aborted>,
+    pub slot: Option<Slot>,
+}
+
+/// One direction has ended well, and its end was passed on; the other one is the last.
+pub struct HalfClosed {
+    way: Way,
+    /// How many bytes the last one had moved when it was last looked at, and since when.
+    moved: u64,
+    since: Instant,
+}
+
+impl Pair {
+    /// Where a direction comes from, and where it goes to.
+    pub fn sides(&self, way: Way) -> (&Side, &Side) {
+        match way {
+            Way::Up => (&self.visitor_side, &self.service_side),
+            Way::Down => (&self.service_side, &self.visitor_side),
+        }
+    }
+
+    /// Writes to this side. How long that takes is nothing to go by if it is the other program: that
+    /// may have much to hand on to a slow reader before it takes more, and looks after that reader.
+    pub fn write_to<T>(&self, to: &Side, write: impl FnOnce() -> T) -> T {
+        if !to.peer.is_program() {
+            return write();
+        }
+        self.passing_on.store(true, Ordering::Relaxed);
+        let result = write();
+        self.passing_on.store(false, Ordering::Relaxed);
+        result
+    }
+
+    /// Is this end of input one? The kernel reports a reset once. If the other direction, writing to
+    /// the same socket, was told, then this one has read an end that is none.
+    pub fn check_end(&self, way: Way) -> Result<(), Aborted> {
+        let (from, _) = self.sides(way);
+        let progress = self.progress.lock();
+        if let Some(why) = progress.aborted.as_ref().or(progress.failed.as_ref()) {
+            return Err(why.clone());
+        }
+        match progress.half_closed.is_none() && from.was_reset() {
+            true => Err(Aborted::Reset(from.peer)),
+            false => Ok(()),
+        }
+    }
+
+    /// Notes that a direction has ended well. True if the far side is to be told now: after the
+    /// direction that ends last, both sockets are closed, which says the same and wakes nobody.
+    pub fn half_close(&self, way: Way) -> bool {
+        let mut progress = self.progress.lock();
+        let first = progress.half_closed.is_none() && progress.failed.is_none();
+        if first {
+            progress.half_closed = Some(HalfClosed {
+                way,
+                moved: 0,
+                since: Instant::now(),
+            });
+        }
+        first
+    }
+
+    /// Is the pair still worth waiting for? A thread that waits for room on one side does not notice
+    /// that the other was reset, and one that has finished notices nothing.
+    pub fn check(&self) {
+        let mut progress = self.progress.lock();
+        if let Some(why) = self.why_doomed(&progress) {
+            // Not at first sight: a direction may still have something to hand on.
+            if std::mem::replace(&mut progress.doomed, true) {
+                drop(progress);
+                self.abort(why);
+            }
+            return;
+        }
+        let Some(half_closed) = &mut progress.half_closed else {
+            return;
+        };
+        let moved = self.joined.moved().iter().sum();
+        if half_closed.moved != moved || self.passing_on.load(Ordering::Relaxed) {
+            half_closed.moved = moved;
+            half_closed.since = Instant::now();
+        }
+        if half_closed.since.elapsed() >= self.linger + self.write_limit.min(SWEEP) {
+            let (finished, _) = self.sides(half_closed.way);
+            let why = Aborted::StoodStill(self.linger, finished.peer);
+            drop(progress);
+            self.abort(why);
+        }
+    }
+
+    pub fn why_doomed(&self, progress: &Progress) -> Option<Aborted> {
+        if progress.failed.is_some() {
+            return progress.failed.clone();
+        }
+        let sides = match &progress.half_closed {
+            // The last direction notices what becomes of the other side.
+            Some(half_closed) => [self.sides(half_closed.way).0; 2],
+            None => [&self.visitor_side, &self.service_side],
+        };
+        let reset = sides.into_iter().find(|side| side.was_reset());
+        reset.map(|side| Aborted::Reset(side.peer))
+    }
+
+    /// Notes what a direction has failed of. True if the other one has ended already.
+    pub fn is_last(&self, why: &Aborted) -> bool {
+        let mut progress = self.progress.lock();
+        progress.failed.get_or_insert_with(|| why.clone());
+        progress.ended > 0
+    }
+
+    /// Takes note of the end of a direction, and aborts the pair if one of them has failed. Whom a
+    /// direction cannot write to may have sent something before, such as a refusal of what is being
+    /// uploaded: the other direction hands that on, and aborts the pair when it has.
+    pub fn ended(&self, way: Way, outcome: Result<(), Failure>) -> Option<Closing> {
+        let (from, to) = self.sides(way);
+        let mut progress = self.progress.lock();
+        let writing = outcome.as_ref().is_err_and(|failure| failure.writing);
+        if let Err(failure) = outcome {
+            progress.failed.get_or_insert(failure.why);
+        }
+        let leave_it = writing && progress.ended == 0;
+        if let Some(why) = progress.failed.clone().filter(|_| !leave_it) {
+            drop(progress);
+            net::wait_until_sent(if writing { &from.socket } else { &to.socket }, LAST_BYTES);
+            self.abort(why);
+            progress = self.progress.lock();
+        }
+        progress.ended += 1;
+        if progress.ended < 2 {
+            return None;
+        }
+        self.report(progress.aborted.as_ref());
+        if progress.aborted.is_some() {
+            return None;
+        }
+        net::reset_on_close(&self.visitor_side.socket, false);
+        net::reset_on_close(&self.service_side.socket, false);
+        // Without a key, its end has been read already.
+        self.visitor_side.is_sealed.then(|| Closing {
+            socket: self.visitor_side.socket.clone(),
+            _slot: progress.slot.take(),
+        })
+    }
+
+    /// Aborts both sockets; both directions end at once.
+    pub fn abort(&self, why: Aborted) {
+        let mut progress = self.progress.lock();
+        if progress.aborted.is_none() && progress.ended < 2 {
+            progress.aborted = Some(why.clone());
+            progress.failed.get_or_insert(why);
+            net::abort(&self.visitor_side.socket);
+            net::abort(&self.service_side.socket);
+        }
+    }
+
+    pub fn report(&self, aborted: Option<&Aborted>) {
+        let (moved, time) = (self.joined.moved(), self.started.elapsed());
+        let journal = &self.joined.pairs.journal;
+        journal.visitor_left(&self.visitor, moved, time, aborted);
+    }
+}
+
+/// What a pair keeps of an [`End`].
+pub struct Side {
+    pub peer: Peer,
+    pub is_sealed: bool,
+    pub socket: Arc<TcpStream>,
+}
+
+impl Side {
+    /// A connection that was reset has no peer any more. One whose peer has finished still has it,
+    /// as long as this side has not.
+    pub fn was_reset(&self) -> bool {
+        self.socket.peer_addr().is_err()
+    }
+
+    pub fn reading_failed(&self, error: io::Error) -> Aborted {
+        match error.kind() {
+            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
+            _ => Aborted::Reading(self.peer, Arc::new(error)),
+        }
+    }
+
+    pub fn writing_failed(&self, error: io::Error) -> Aborted {
+        match error.kind() {
+            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
+            _ => Aborted::Writing(self.peer, Arc::new(error)),
+        }
+    }
+}
+
+impl Joined {
+    pub fn moved(&self) -> [u64; 2] {
+        self.moved.each_ref().map(|it| it.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        let mut state = self.pairs.state.lock();
+        state.joined.remove(&self.key);
+        add(&mut state.moved, self.moved());
+        drop(state);
+        self.pairs.changed.notify_all();
+    }
+}
