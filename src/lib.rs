@@ -91,7 +91,7 @@
 //!    is about to stop; and `control-port`, `tunnel-port` or `public-port`, the one that this port
 //!    is, to a client that has come to the wrong one.
 //! 3. Both write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every idle
-//!    tunnel of its session ends. Visitors that are joined go on.
+//!    tunnel of its session ends. So it is if its far side is heard, but takes no line for 30 s. Visitors that are joined go on.
 //! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
 //! 5. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
@@ -134,7 +134,8 @@
 //! 6. The client has proved itself once its first frame has opened: before, nothing is registered,
 //!    replaced or paired. Handshake and first line have 5 s in all.
 //! 7. A frame that does not open, or an end of the connection before that of the stream, aborts
-//!    what the connection was joined with, or ends the link.
+//!    what the connection was joined with, or ends the link. A frame is waited for until all of it
+//!    is there: one whose length was changed fails when later bytes have filled it up.
 //!
 //! # The original
 //!

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use crate::os::net::{self, timed_out};
 use crate::wire::conn::Reader;
-use crate::wire::line::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE};
+use crate::wire::line::{HEARTBEAT, Line, LineError, MAX_LINE, SILENCE, STUCK};
 
 /// How other protocols begin.
 const FOREIGN: [(&[u8], &str); 9] = [
@@ -116,9 +116,12 @@ impl Lines<Reader> {
         line
     }
 
-    /// From now on, a silent link is a dead one.
+    /// From now on, a silent link is a dead one. So whoever writes to it can be patient: as long as
+    /// the far side is heard, a line that finds no room may wait until the link is [`STUCK`].
     pub fn limit_silence(&mut self) {
         self.limited = true;
+        // If that fails, the shorter limit from before stays.
+        let _ = self.from.socket().set_write_timeout(Some(STUCK));
     }
 
     /// The next line of a link, which may be [limited](Self::limit_silence): whole lines count, as
@@ -228,6 +231,19 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
             assert!(error.to_string().contains("more than 256 bytes"));
         }
+    }
+
+    /// Where silence tells whether the far side lives, a line that finds no room need not. How long
+    /// a write waits then is the kernel's part.
+    #[test]
+    fn lines_may_wait_for_room_for_longer_than_a_silence() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let near = Arc::new(listener.accept().unwrap().0);
+        near.set_write_timeout(Some(SILENCE)).unwrap();
+        Lines::new(Conn::new(near.clone()).reader).limit_silence();
+        assert_eq!(near.write_timeout().unwrap(), Some(STUCK));
+        assert!(STUCK > SILENCE);
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// A link without a line for this long is dead: three heartbeats in a row are missing.
 pub const SILENCE: Duration = Duration::from_secs(6);
 
+/// A link whose far side is heard but takes no line for this long is dead, too. Longer than
+/// [`SILENCE`], as a kernel that is short of memory keeps lines waiting; but not without end, as
+/// lines that are to be written pile up meanwhile.
+pub const STUCK: Duration = Duration::from_secs(30);
+
 /// A client that has not said hello after this long is an original one, which never writes.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 

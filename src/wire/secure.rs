@@ -832,6 +832,28 @@ mod tests {
         }
     }
 
+    /// Until the bytes are there that it asks for, it is no fault; and then it does not open.
+    #[test]
+    fn a_longer_length_is_waited_for_and_does_not_open() {
+        for added in [1, 21, 256, 10_000] {
+            let (mut sealer, mut opener) = pair();
+            let line = seal(&mut sealer, b"hi\n");
+            assert_eq!(opener.open_one(&mut &line[..]).unwrap(), b"hi\n");
+            let mut wire = seal(&mut sealer, b"some bytes");
+            let length = (wire.len() - LENGTH + added) as u16;
+            wire[..LENGTH].copy_from_slice(&length.to_be_bytes());
+            let more = seal(&mut sealer, &vec![0; added]);
+            for (bytes, kind) in [
+                (wire, io::ErrorKind::UnexpectedEof),
+                (more, io::ErrorKind::InvalidData),
+            ] {
+                let (got, end) = drain(&mut opener, &mut &bytes[..], 1000);
+                assert_eq!(got, b"", "{added} bytes longer");
+                assert_eq!(end.unwrap_err().kind(), kind, "{added} bytes longer");
+            }
+        }
+    }
+
     /// 100,000 inputs that are random, or right up to a place: nothing panics, no byte comes out
     /// that was not put in, and no memory is taken beyond a frame.
     #[test]

@@ -1,6 +1,6 @@
 //! What a key changes: the wire itself, and what somebody can do who has none.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::peer::{
 use crate::programs::{Launch, Program};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, accept, assert_echo,
-    client_options, connect, server_options, with,
+    assert_reset, client_options, connect, server_options, with,
 };
 
 const VISITOR: &str = "new visitor=192.0.2.1:50000\n";
@@ -294,6 +294,29 @@ fn a_tunnel_belongs_to_one_session_only() {
     tunnel.write(format!("tunnel session={session}\n"));
     let _visitor = server.visit();
     assert!(tunnel.line().starts_with("new visitor="));
+}
+
+/// Who makes a frame longer gets no byte through; the next frame shows it.
+#[test]
+fn a_changed_length_is_noticed_with_the_next_bytes() {
+    let server = sealed_server();
+    let mut control = Peer::dial_control(&server);
+    let session = control.say_hello(1);
+    let mut tunnel = Peer::dial_tunnel(&server, &control);
+    tunnel.write(format!("tunnel session={session}\n"));
+    let mut visitor = server.visit();
+    assert!(tunnel.line().starts_with("new visitor="));
+    let mut longer = tunnel.frame(DATA, b"changed");
+    longer[1] += 1;
+    tunnel.socket.write_all(&longer).unwrap();
+    let wait = Some(Duration::from_millis(300));
+    visitor.set_read_timeout(wait).unwrap();
+    let error = visitor.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    visitor.set_read_timeout(Some(DEADLINE)).unwrap();
+    let next = tunnel.frame(DATA, b"not changed");
+    tunnel.socket.write_all(&next).unwrap();
+    assert_reset(&visitor, DEADLINE / 4);
 }
 
 #[test]
