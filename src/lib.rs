@@ -135,6 +135,8 @@
 //!    replaced or paired. Handshake and first line have 5 s in all.
 //! 7. A frame that does not open, or an end of the connection before that of the stream, aborts
 //!    what the connection was joined with, or ends the link.
+//! 8. When both directions of a tunnel have ended, the client waits for up to 1 s for the server to
+//!    close it first, so that the kernel keeps the port on the server's side (`TIME_WAIT`).
 //!
 //! # The original
 //!
@@ -155,6 +157,11 @@
 //! closed at once. What a stranger can cause to be logged is logged at most once a second for each
 //! kind of line and source, visitors that were served at most a hundred times. A source is an IPv4
 //! address, or an IPv6 network of 64 bits.
+//!
+//! Bulk that is copied has large buffers in a few directions at a time; all others go on with small
+//! ones. A half-closed pair in which no byte moves is aborted; each program looks at its own side, the
+//! visitor's or the local service's, as a tunnel stands still while the other program hands on what it
+//! has to a slow reader.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
 //! SIGPIPE, which Rust programs ignore: one that uses this library must leave it at that.
