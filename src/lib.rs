@@ -91,7 +91,8 @@
 //!    is about to stop; and `control-port`, `tunnel-port` or `public-port`, the one that this port
 //!    is, to a client that has come to the wrong one.
 //! 3. Both write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every idle
-//!    tunnel of its session ends. So it is if its far side is heard, but takes no line for 30 s. Visitors that are joined go on.
+//!    tunnel of its session ends. So it is if its far side is heard, but takes no line for 30 s.
+//!    Visitors that are joined go on.
 //! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
 //! 5. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
@@ -136,6 +137,8 @@
 //! 7. A frame that does not open, or an end of the connection before that of the stream, aborts
 //!    what the connection was joined with, or ends the link. A frame is waited for until all of it
 //!    is there: one whose length was changed fails when later bytes have filled it up.
+//! 8. When both directions of a tunnel have ended, the client waits for up to 1 s for the server to
+//!    close it first, so that the kernel keeps the port on the server's side (`TIME_WAIT`).
 //!
 //! # The original
 //!
@@ -156,6 +159,11 @@
 //! closed at once. What a stranger can cause to be logged is logged at most once a second for each
 //! kind of line and source, visitors that were served at most a hundred times. A source is an IPv4
 //! address, or an IPv6 network of 64 bits.
+//!
+//! Bulk that is copied has large buffers in a few directions at a time; all others go on with small
+//! ones. A half-closed pair in which no byte moves is aborted; each program looks at its own side, the
+//! visitor's or the local service's, as a tunnel stands still while the other program hands on what it
+//! has to a slow reader.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
 //! SIGPIPE, which Rust programs ignore: one that uses this library must leave it at that.
