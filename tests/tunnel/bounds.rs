@@ -8,20 +8,20 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::programs::{Both, Program};
+use crate::support::programs::{Both, Program};
 use crate::support::{
     Protection, Service, assert_echo, assert_ended, connect, echo, eventually, expect_pattern,
-    open_from, plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
+    open_from, plain_and_sealed, raise_descriptors, reset_on_close, send_pattern, take_turn,
 };
 
 plain_and_sealed! {
-    connections_that_have_ended_leave_nothing,
-    a_visitor_that_never_reads_does_not_fill_the_memory,
-    bulk_that_pauses_holds_nothing,
+    connections_that_have_ended_leave_nothing (sealed as root),
+    a_visitor_that_never_reads_does_not_fill_the_memory (sealed as root),
+    bulk_that_pauses_holds_nothing (sealed as root),
     what_strangers_cause_is_logged_once_a_second,
     a_loud_stranger_hides_no_other_one,
-    silent_strangers_take_neither_time_nor_memory,
-    both_programs_together_idle_below_four_mib,
+    silent_strangers_take_neither_time_nor_memory (sealed as root),
+    both_programs_together_idle_below_four_mib (sealed as root),
     visits_leave_the_client_its_ports,
 }
 
@@ -70,7 +70,7 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
 fn connections_that_have_ended_leave_nothing(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
-    let before = both.server.count("fd");
+    let before = both.server.descriptors();
     let visitors: Vec<_> = (0..100).map(|_| both.visit()).collect();
     for (number, visitor) in visitors.iter().enumerate() {
         assert_echo(visitor, &format!("visitor {number}"));
@@ -81,7 +81,7 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
             _ => {}
         }
     }
-    let during = both.server.count("fd");
+    let during = both.server.descriptors();
     assert!(during >= before + 100, "{during} after {before}");
     drop(visitors);
     both.assert_recovered(echo);
@@ -90,6 +90,7 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
 /// Without a key, bulk goes through a pipe in each program, as long as it is bulk; with a key it has
 /// two buffers of 448 KiB.
 fn bulk_that_pauses_holds_nothing(protection: Protection) {
+    let _turn = take_turn();
     const SIZE: usize = 32 * 1024 * 1024;
     // In KiB; half of it is there before.
     const RESTED: usize = 3 * 1024;
@@ -125,6 +126,7 @@ fn bulk_that_pauses_holds_nothing(protection: Protection) {
 /// Memory is what both programs have besides their code, before and while the visitor does not
 /// read.
 fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
+    let _turn = take_turn();
     const GIB: usize = 1024 * 1024 * 1024;
     const PIECE: usize = 64 * 1024;
     let sent = Arc::new(AtomicUsize::new(0));
@@ -243,6 +245,7 @@ fn both_programs_together_idle_below_four_mib(protection: Protection) {
 }
 
 fn silent_strangers_take_neither_time_nor_memory(protection: Protection) {
+    let _turn = take_turn();
     raise_descriptors();
     let service = Service::echo();
     let (server, [public, tunnel, control]) = Program::server(protection, &[]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tunnel_proxy::{Address, Error, Key, Server};
 
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{Protection, connect, server_options, with};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");

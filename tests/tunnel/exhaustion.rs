@@ -12,21 +12,21 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::programs::{Both, Launch};
+use crate::support::programs::{Both, Launch};
 use crate::support::{
-    Protection, Service, connect, echo, eventually, plain_and_sealed, raise_descriptors,
+    Protection, Service, connect, echo, eventually, plain_and_sealed, raise_descriptors, take_turn,
     try_connect,
 };
 
 plain_and_sealed! {
-    too_few [
-        descriptors_for_the_servers_visitors,
-        descriptors_for_the_clients_visitors,
-        descriptors_for_the_servers_strangers,
-        threads_for_the_server,
-        threads_for_the_client,
-    ],
-    five_thousand_visitors_share_a_thousand_places,
+    too_few_descriptors_for_the_servers_visitors,
+    too_few_descriptors_for_the_clients_visitors,
+    too_few_descriptors_for_the_servers_strangers,
+    #[ignore = "needs root, prlimit and setpriv: cargo test -- --include-ignored"]
+    too_few_threads_for_the_server,
+    #[ignore = "needs root, prlimit and setpriv: cargo test -- --include-ignored"]
+    too_few_threads_for_the_client,
+    five_thousand_visitors_share_a_thousand_places (sealed as root),
 }
 
 const FEW_DESCRIPTORS: [&str; 3] = ["sh", "-c", r#"ulimit -n 64; exec "$0" "$@""#];
@@ -40,13 +40,13 @@ fn limited(protection: Protection, local: std::net::SocketAddr, under: [&[&str];
     Both::at_rest(server, client, addresses)
 }
 
-fn descriptors_for_the_servers_visitors(protection: Protection) {
+fn too_few_descriptors_for_the_servers_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
 }
 
-fn descriptors_for_the_clients_visitors(protection: Protection) {
+fn too_few_descriptors_for_the_clients_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&[], &FEW_DESCRIPTORS]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
@@ -55,7 +55,7 @@ fn descriptors_for_the_clients_visitors(protection: Protection) {
 }
 
 /// Who never proves to be a client has a place for 5 s.
-fn descriptors_for_the_servers_strangers(protection: Protection) {
+fn too_few_descriptors_for_the_servers_strangers(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
     outlasts_a_crowd(&both, || connect(both.addresses[1]));
@@ -118,14 +118,9 @@ fn was_served(both: &Both) -> bool {
 }
 
 /// A folder for a copy of a program, and what runs that copy as a user of its own who may have no
-/// more than 24 threads. None where this test's user may not become another one.
-fn few_threads() -> Option<(TempDir, String)> {
+/// more than 24 threads.
+fn few_threads() -> (TempDir, String) {
     static USERS: AtomicUsize = AtomicUsize::new(0);
-    if !rustix::process::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "not root");
-        eprintln!("left out: only root can run a program as another user");
-        return None;
-    }
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
     let number = std::process::id() as usize + 10_000 * USERS.fetch_add(1, Ordering::Relaxed);
@@ -135,27 +130,25 @@ fn few_threads() -> Option<(TempDir, String)> {
            exec prlimit --nproc=24 setpriv --reuid={user} --regid={user} --clear-groups \
            {path}/program "$@""#
     );
-    Some((folder, script))
+    (folder, script)
 }
 
-fn threads_for_the_server(protection: Protection) {
-    if let Some((_folder, script)) = few_threads() {
-        let service = Service::echo();
-        let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
-        outlasts_a_burst(&both, 100);
-        both.server.wait_for_line("no thread for");
-        both.assert_recovered(echo);
-    }
+fn too_few_threads_for_the_server(protection: Protection) {
+    let (_folder, script) = few_threads();
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
+    outlasts_a_burst(&both, 100);
+    both.server.wait_for_line("no thread for");
+    both.assert_recovered(echo);
 }
 
-fn threads_for_the_client(protection: Protection) {
-    if let Some((_folder, script)) = few_threads() {
-        let service = Service::echo();
-        let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);
-        outlasts_a_burst(&both, 100);
-        both.client.wait_for_line("no thread for");
-        both.assert_recovered(echo);
-    }
+fn too_few_threads_for_the_client(protection: Protection) {
+    let (_folder, script) = few_threads();
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);
+    outlasts_a_burst(&both, 100);
+    both.client.wait_for_line("no thread for");
+    both.assert_recovered(echo);
 }
 
 /// So many visitors at a time: some are served, the others closed soon, and nobody waits for ever.
@@ -179,6 +172,7 @@ fn five_thousand_visitors_share_a_thousand_places(protection: Protection) {
     // In KiB: 128 for each place, which is three times what a pair takes.
     const MEMORY: usize = 128 * PLACES;
     raise_descriptors();
+    let _turn = take_turn();
     let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let counts = (now.clone(), most.clone());
     let service = Service::start(move |mut socket| {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::between::{Between, Place, Port, Verdict, Way};
+use crate::support::between::{Between, Place, Port, Verdict, Way};
 use crate::support::*;
 
 /// Visits are measured for this long before an attack, and after it.
@@ -140,6 +140,7 @@ fn median(mut durations: Vec<Duration>) -> Duration {
 /// anew is let in.
 fn withstands(protection: Protection, what: Flood) {
     raise_descriptors();
+    let _turn = take_turn();
     let watched = Watched::start(protection, what.round_trip);
     let client = watched.client();
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -180,41 +181,46 @@ impl Drop for Over<'_> {
     }
 }
 
-/// What was recorded of the client's handshakes opens as often as it is said, but keeps nobody out.
 #[test]
-fn recorded_openings_lock_nobody_out() {
-    let floods = [(Port::Control, NEIGHBOUR), (Port::Tunnel, STRANGER)];
-    let flood = |(port, source)| Flood {
+fn recorded_openings_of_control_links_lock_nobody_out() {
+    withstands(Protection::Sealed, recorded(Port::Control, NEIGHBOUR));
+}
+
+#[test]
+fn recorded_openings_of_tunnels_lock_nobody_out() {
+    withstands(Protection::Sealed, recorded(Port::Tunnel, STRANGER));
+}
+
+#[test]
+fn thousands_of_control_links_a_second_hold_nobody_up() {
+    withstands(Protection::Plain, fast(Port::Control));
+}
+
+#[test]
+fn thousands_of_tunnels_a_second_hold_nobody_up() {
+    withstands(Protection::Sealed, fast(Port::Tunnel));
+}
+
+/// What was recorded of the client's handshakes opens as often as it is said, but keeps nobody out.
+fn recorded(port: Port, source: [u8; 4]) -> Flood {
+    Flood {
         port,
         source,
         rate: 200,
         recorded: true,
         round_trip: Duration::from_millis(100),
         lasts: Duration::from_secs(5),
-    };
-    thread::scope(|scope| {
-        for which in floods {
-            scope.spawn(move || withstands(Protection::Sealed, flood(which)));
-        }
-    });
+    }
 }
 
 /// More than a backlog can hold for a second.
-#[test]
-fn thousands_of_openings_a_second_hold_nobody_up() {
-    let floods = [
-        (Protection::Plain, Port::Control),
-        (Protection::Sealed, Port::Tunnel),
-    ];
-    for (protection, port) in floods {
-        let flood = Flood {
-            port,
-            source: STRANGER,
-            rate: 5_000,
-            recorded: false,
-            round_trip: Duration::ZERO,
-            lasts: Duration::from_millis(1_500),
-        };
-        withstands(protection, flood);
+fn fast(port: Port) -> Flood {
+    Flood {
+        port,
+        source: STRANGER,
+        rate: 5_000,
+        recorded: false,
+        round_trip: Duration::ZERO,
+        lasts: Duration::from_millis(1_500),
     }
 }

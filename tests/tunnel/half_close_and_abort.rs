@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::programs::Program;
+use crate::support::programs::Program;
 use crate::support::{
     DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
     assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
@@ -27,15 +27,13 @@ plain_and_sealed! {
     a_stop_drains_first_and_cuts_what_is_left,
     a_client_that_stops_drains_as_well,
     a_killed_server_makes_no_visit_look_empty,
-    what_is_found_by_looking_now_and_then [
-        an_abort_by_the_end_that_half_closed_ends_the_pair,
-        an_abort_is_passed_on_to_an_end_that_does_not_read,
-        a_half_closed_pair_that_stands_still_is_aborted_at_linger,
-        the_clients_linger_holds_as_well,
-        linger_holds_while_a_stop_drains,
-        a_half_closed_stream_that_crawls_lives_on,
-        a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
-    ],
+    an_abort_by_the_end_that_half_closed_ends_the_pair,
+    an_abort_is_passed_on_to_an_end_that_does_not_read,
+    a_half_closed_pair_that_stands_still_is_aborted_at_linger,
+    the_clients_linger_holds_as_well,
+    linger_holds_while_a_stop_drains,
+    a_half_closed_stream_that_crawls_lives_on,
+    a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tunnel_proxy::Key;
 
-use crate::between::{Between, Place, Port, Verdict, Way};
+use crate::support::between::{Between, Place, Port, Verdict, Way};
 use crate::support::*;
 
 /// A server that takes clients with these keys.
@@ -370,13 +370,6 @@ fn assert_closed_at_deadline(port: SocketAddr, bytes: &[u8], drip: Option<Durati
 }
 
 #[test]
-fn a_handshake_may_take_its_time_but_no_more() {
-    thread::scope(|scope| {
-        scope.spawn(a_handshake_has_five_seconds_in_all);
-        scope.spawn(a_handshake_may_come_byte_by_byte);
-    });
-}
-
 fn a_handshake_has_five_seconds_in_all() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();
@@ -421,6 +414,7 @@ fn a_handshake_has_five_seconds_in_all() {
     assert_echo(&server.visit(), "undisturbed");
 }
 
+#[test]
 fn a_handshake_may_come_byte_by_byte() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();

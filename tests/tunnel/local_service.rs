@@ -10,17 +10,15 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
-use crate::programs::Both;
+use crate::support::programs::Both;
 use crate::support::{
     DEADLINE, Protection, Service, accept, assert_reset, echo, plain_and_sealed, reset_on_close,
 };
 
 plain_and_sealed! {
-    what_takes_its_time [
-        a_service_that_lets_dials_hang,
-        a_service_that_says_nothing,
-        a_thousand_resets_and_ends_leave_nothing,
-    ],
+    a_service_that_lets_dials_hang_holds_up_nobody_else,
+    a_service_that_says_nothing_holds_up_nobody_else,
+    a_thousand_resets_and_ends_leave_nothing,
 }
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -49,7 +47,7 @@ impl Reluctant {
     }
 }
 
-fn a_service_that_lets_dials_hang(protection: Protection) {
+fn a_service_that_lets_dials_hang_holds_up_nobody_else(protection: Protection) {
     const VISITORS: usize = 20;
     let service = Reluctant::new();
     let both = Both::start(protection, service.addr, [&[], &[]]);
@@ -93,7 +91,7 @@ fn a_service_that_lets_dials_hang(protection: Protection) {
     });
 }
 
-fn a_service_that_says_nothing(protection: Protection) {
+fn a_service_that_says_nothing_holds_up_nobody_else(protection: Protection) {
     let (sender, silent) = mpsc::channel();
     let service = Service::start(move |mut socket| {
         let mut first = [0; 1];

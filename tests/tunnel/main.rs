@@ -1,7 +1,6 @@
 //! The tunnel from outside: through the library's API, through the two programs, and through peers
 //! made by hand that speak the protocol's bytes.
 
-mod between;
 mod bounds;
 mod command_line;
 mod crowds;
@@ -9,13 +8,12 @@ mod exhaustion;
 mod faulty;
 mod floods;
 mod half_close_and_abort;
+mod helpers;
 mod key;
 mod local_service;
 mod log;
 mod namespaces;
 mod original;
-mod peer;
-mod programs;
 mod protocol;
 mod restarts;
 mod sealed;

@@ -16,32 +16,34 @@ use rustix::process::Signal;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tempfile::TempDir;
 
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{
     DEADLINE, Protection, Service, accept, assert_echo, connect, eventually, expect_pattern,
     plain_and_sealed, send_pattern,
 };
 
 plain_and_sealed! {
-    a_path_that_goes_silent [
-        both_ways,
-        on_the_way_to_the_server,
-        on_the_way_to_the_client,
-        with_its_link_at_the_server,
-        for_two_seconds_in_a_transfer,
-    ],
-    a_name [
-        that_is_unknown_at_first_and_then_moves,
-        whose_first_address_is_dead,
-    ],
-    a_host_without_home_disk_or_proc,
-    a_host_without_free_ports,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_path_that_goes_silent_both_ways_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_path_that_goes_silent_to_the_server_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_path_that_goes_silent_to_the_client_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_link_that_goes_down_at_the_server_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    two_seconds_of_silence_in_a_transfer_lose_nothing,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_name_that_is_unknown_at_first_and_then_moves_is_followed,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_name_whose_first_address_is_dead_is_good_enough,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_host_without_home_disk_or_proc_is_good_enough,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_host_without_free_ports_is_told_apart,
 }
 
-fn a_host_without_free_ports(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_host_without_free_ports_is_told_apart(protection: Protection) {
     Host::new().enter();
     let service = Service::echo();
     let range = "/proc/sys/net/ipv4/ip_local_port_range";
@@ -60,24 +62,6 @@ fn a_host_without_free_ports(protection: Protection) {
     ] {
         assert!(line.contains(text), "{line}");
     }
-}
-
-/// Whether a test may have namespaces here. If not, it says why, and is left out; not in CI, where
-/// nobody would see that.
-fn allowed() -> bool {
-    // What a test needs at the most. It ends with the namespaces that it is in.
-    let probe = "ip link add one type veth peer name two && mount -t tmpfs tmpfs /mnt \
-                 && : > /proc/sys/net/ipv4/tcp_rmem";
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--net", "sh", "-c", probe]);
-    let why = match command.output() {
-        Ok(output) if output.status.success() => return true,
-        Ok(output) => String::from_utf8_lossy(output.stderr.trim_ascii()).into_owned(),
-        Err(error) => format!("unshare: {error}"),
-    };
-    assert!(std::env::var_os("CI").is_none(), "no namespaces: {why}");
-    eprintln!("left out, no namespaces: {why}");
-    false
 }
 
 /// A network namespace with a loopback address, and no way to anywhere else.
@@ -212,26 +196,26 @@ const NOTICE: Duration = Duration::from_secs(8);
 /// twice that, as the machine may be busy.
 const RETURN: Duration = Duration::from_secs(12);
 
-fn both_ways(protection: Protection) {
+fn a_path_that_goes_silent_both_ways_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.lead(NOWHERE, NOWHERE);
     });
 }
 
-fn on_the_way_to_the_server(protection: Protection) {
+fn a_path_that_goes_silent_to_the_server_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.lead(NOWHERE, CLIENT_END);
     });
 }
 
-fn on_the_way_to_the_client(protection: Protection) {
+fn a_path_that_goes_silent_to_the_client_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.lead(SERVER_END, NOWHERE);
     });
 }
 
 /// The server's host knows, which is no error to a connection that it has.
-fn with_its_link_at_the_server(protection: Protection) {
+fn a_link_that_goes_down_at_the_server_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.server.inside(|| ip("link set path down"));
     });
@@ -239,9 +223,6 @@ fn with_its_link_at_the_server(protection: Protection) {
 
 /// Cuts the path, and mends it when a dial has been lost too.
 fn lost_and_found(protection: Protection, cut: impl FnOnce(&Hosts)) {
-    if !allowed() {
-        return;
-    }
     let hosts = Hosts::new();
     let service = Service::echo();
     let (server, client, public) = hosts.start(protection, service.addr);
@@ -271,10 +252,7 @@ fn assert_says(program: &Program, text: &str, start: Instant) {
     assert!(start.elapsed() < NOTICE, "{:?}: {line}", start.elapsed());
 }
 
-fn for_two_seconds_in_a_transfer(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn two_seconds_of_silence_in_a_transfer_lose_nothing(protection: Protection) {
     let hosts = Hosts::new();
     hosts.limit_buffers();
     let (sender, sockets) = mpsc::channel();
@@ -355,10 +333,7 @@ impl Names {
     }
 }
 
-fn that_is_unknown_at_first_and_then_moves(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_name_that_is_unknown_at_first_and_then_moves_is_followed(protection: Protection) {
     Host::new().enter();
     let [here, there] = [1, 2].map(|number| SocketAddr::from(([127, 0, 78, number], 0)));
     let service = Service::echo();
@@ -393,10 +368,7 @@ fn assert_comes_to(client: &Program, sessions: usize, public: SocketAddr) {
     assert_echo(&connect(public), "served");
 }
 
-fn whose_first_address_is_dead(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_name_whose_first_address_is_dead_is_good_enough(protection: Protection) {
     Host::new().enter();
     let (one, other) = ("127.0.78.1", "127.0.78.2");
     // Whether a resolver keeps the order of the file or has one of its own: in some of them it has
@@ -452,10 +424,7 @@ const BARE: &str = r#"
     exec /mnt/program "$@"
 "#;
 
-fn a_host_without_home_disk_or_proc(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_host_without_home_disk_or_proc_is_good_enough(protection: Protection) {
     let launch = Launch::new(protection).under(&["unshare", "--mount", "sh", "-c", BARE]);
     let service = Service::echo();
     let server = launch.server(&[]);

@@ -5,7 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::peer::Peer;
+use crate::support::peer::Peer;
 use crate::support::{
     Protection, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended,
     closed_port, connect, eventually, expect_pattern, send_pattern, server_options, with,

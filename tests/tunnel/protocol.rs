@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::peer::{HandMadeServer, Peer};
+use crate::support::peer::{HandMadeServer, Peer};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, closed_port,
     plain_and_sealed, server_options, with,

@@ -9,18 +9,16 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::programs::{Both, Launch, Program, ports_of};
+use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, assert_ended, assert_reset,
     client_options, connect, echo, eventually, plain_and_sealed, server_options, with,
 };
 
 plain_and_sealed! {
-    who_is_killed_or_stopped_is_missed_and_taken_back [
-        a_killed_client_makes_room_at_once,
-        a_stopped_client_is_dropped_and_comes_back,
-        a_stopped_server_is_left_and_found_again,
-    ],
+    a_killed_client_makes_room_at_once,
+    a_stopped_client_is_dropped_and_comes_back,
+    a_stopped_server_is_left_and_found_again,
     a_server_that_restarts_under_load_is_back_each_time,
     a_server_hands_over_to_the_next_one_without_losing_a_visitor,
     a_tunnel_that_is_lost_costs_no_visitor,

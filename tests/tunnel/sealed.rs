@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use tunnel_proxy::Key;
 
-use crate::peer::{
+use crate::support::peer::{
     CONTROL, DATA, END, FIRST_FRAME, HandMadeServer, MAX_FRAME, OVERHEAD, Peer, TUNNEL,
 };
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, accept, assert_echo,
     assert_reset, client_options, connect, server_options, with,

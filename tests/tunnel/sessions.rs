@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::peer::Peer;
+use crate::support::peer::Peer;
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
     client_options, closed_port, connect, plain_and_sealed, server_options, with,
@@ -14,17 +14,15 @@ use crate::support::{
 use tunnel_proxy::{Address, ClientOptions};
 
 plain_and_sealed! {
-    what_takes_its_time [
-        without_a_client_the_visitor_is_closed_at_the_pair_timeout,
-        a_client_that_comes_in_time_serves_the_visitors_that_wait,
-        a_client_dials_for_ever_even_if_the_first_dial_fails,
-        a_silent_client_is_dropped_and_the_next_one_taken,
-        a_silent_server_is_left_and_dialled_again,
-        a_client_that_only_sends_heartbeats_lives,
-        a_visitor_may_be_silent_for_longer_than_any_handshake,
-        the_dials_of_a_client_come_further_and_further_apart,
-        a_port_scanner_never_gets_a_visitor,
-    ],
+    without_a_client_the_visitor_is_closed_at_the_pair_timeout,
+    a_client_that_comes_in_time_serves_the_visitors_that_wait,
+    a_client_dials_for_ever_even_if_the_first_dial_fails,
+    a_silent_client_is_dropped_and_the_next_one_taken,
+    a_silent_server_is_left_and_dialled_again,
+    a_client_that_only_sends_heartbeats_lives,
+    a_visitor_may_be_silent_for_longer_than_any_handshake,
+    the_dials_of_a_client_come_further_and_further_apart,
+    a_port_scanner_never_gets_a_visitor,
     a_second_client_is_refused_and_the_first_is_undisturbed,
     a_session_outlives_a_thousand_refused_ones,
     a_server_that_restarts_on_its_ports_serves_within_three_seconds,

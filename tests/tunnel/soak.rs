@@ -18,9 +18,16 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustix::process::Signal;
 
-use crate::faulty::{Fault, FaultyRelay, Random, fresh_seed, pattern};
-use crate::programs::{Both, Launch, Program, ports_of};
-use crate::support::{Protection, Service, eventually, reset_on_close};
+use crate::support::faulty_relay::{Fault, FaultyRelay};
+use crate::support::programs::{Both, Launch, Program, ports_of};
+use crate::support::random::{Random, fresh_seed};
+use crate::support::{
+    Protection, Service, eventually, pattern, plain_and_sealed, reset_on_close, take_turn,
+};
+
+plain_and_sealed! {
+    soak (sealed as root),
+}
 
 /// In seconds: what is worth it each time, and what is long enough for faults that take their time.
 const SHORT: u64 = 8;
@@ -49,22 +56,16 @@ const MOST_MEMORY: usize = VISITORS as usize * (1 + COMPANIONS) * 2 * 1024;
 /// Whole visits of each tunnel, far below the seventy or more that two idle cores see to.
 const LEAST_A_SECOND: usize = 3;
 
-#[test]
-fn soak() {
+fn soak(protection: Protection) {
+    let host = match protection {
+        Protection::Plain => "127.0.78.61",
+        Protection::Sealed => "127.0.78.62",
+    };
+    let _turn = take_turn();
     let seconds = from_environment("TP_SOAK_SECS").unwrap_or(SHORT);
     let seed = from_environment("TP_SOAK_SEED").unwrap_or_else(fresh_seed);
     eprintln!("soak: {seconds} s, seed {seed}");
-    thread::scope(|scope| {
-        for (protection, host) in [
-            (Protection::Plain, "127.0.78.61"),
-            (Protection::Sealed, "127.0.78.62"),
-        ] {
-            let name = format!("soak, {protection:?}");
-            let thread = thread::Builder::new().name(name);
-            let soak = move || soak_tunnel(protection, host, seconds, seed);
-            thread.spawn_scoped(scope, soak).unwrap();
-        }
-    });
+    soak_tunnel(protection, host, seconds, seed);
 }
 
 fn from_environment<T: FromStr<Err: Debug>>(name: &str) -> Option<T> {

@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{Protection, Service, connect, echo, plain_and_sealed};
 
 plain_and_sealed! {

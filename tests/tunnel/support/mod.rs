@@ -8,7 +8,17 @@ use std::sync::{Arc, LazyLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use tunnel_proxy::{Address, Client, ClientOptions, Handle, Key, Server, ServerOptions};
+
+pub mod between;
+pub mod faulty_relay;
+pub mod load;
+pub mod peer;
+pub mod programs;
+pub mod random;
+
+pub use random::{Pattern, expect_pattern, pattern, send_pattern};
 
 /// How long a test waits before it fails: generous, as both cores may be busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -44,44 +54,48 @@ macro_rules! with {
 }
 pub(crate) use with;
 
-/// Makes a test of each of these functions, or of a group of them in brackets. They run at the same
-/// time without a key and with one, as most of what takes time is to wait.
+/// Makes two tests of each of these functions, in a module of its name: `plain` without a key, and
+/// `sealed` with one. A function behind which stands `(sealed as root)` looks into `/proc` at what a
+/// program with a key shows to nobody but root.
 macro_rules! plain_and_sealed {
-    ($($(#[$attribute:meta])* $name:ident $([$($case:ident),+ $(,)?])?,)*) => {
-        mod plain_and_sealed {
-            $(
+    ($($(#[$attribute:meta])* $name:ident $(($($sealed:ident)+))?,)*) => {
+        $(
+            mod $name {
                 $(#[$attribute])*
                 #[test]
-                fn $name() {
-                    $crate::support::plain_and_sealed!(@run $name $($($case)+)?);
+                fn plain() {
+                    super::$name($crate::support::Protection::Plain);
                 }
-            )*
+
+                $crate::support::plain_and_sealed! {
+                    @sealed $name $(($($sealed)+))? $(#[$attribute])*
+                }
+            }
+        )*
+    };
+    (@sealed $name:ident (sealed as root) $(#[$attribute:meta])*) => {
+        $crate::support::plain_and_sealed! {
+            @sealed $name
+            $(#[$attribute])*
+            #[ignore = "needs root, as the programs have a key: cargo test -- --include-ignored"]
         }
     };
-    (@run $name:ident) => {
-        $crate::support::at_once(&[(stringify!($name), super::$name)]);
-    };
-    (@run $name:ident $($case:ident)+) => {
-        $crate::support::at_once(&[$((stringify!($case), super::$case)),+]);
+    (@sealed $name:ident $(#[$attribute:meta])*) => {
+        $(#[$attribute])*
+        #[test]
+        fn sealed() {
+            super::$name($crate::support::Protection::Sealed);
+        }
     };
 }
 pub(crate) use plain_and_sealed;
 
-/// A name, and what it does.
-type Case<'a> = (&'a str, fn(Protection));
-
-/// Runs each of these without a key and with one, on threads that bear their names.
-pub fn at_once(cases: &[Case]) {
-    thread::scope(|scope| {
-        for (name, case) in cases {
-            for protection in [Protection::Plain, Protection::Sealed] {
-                let thread = thread::Builder::new().name(format!("{name}, {protection:?}"));
-                thread
-                    .spawn_scoped(scope, move || case(protection))
-                    .unwrap();
-            }
-        }
-    });
+/// Waits for the turn of a test that measures rates, or what a crowd takes. Such tests run one at a
+/// time: two of them would share the processors, and the memory that the kernel allows all sockets
+/// together, and measure each other.
+pub fn take_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock()
 }
 
 /// Any free port on the loopback address.
@@ -232,54 +246,6 @@ pub fn assert_echo(mut socket: &TcpStream, text: &str) {
 /// What an echo service owes a new visitor.
 pub fn echo(visitor: &TcpStream) {
     assert_echo(visitor, "hello");
-}
-
-/// Bytes that differ from those of every other seed, and from place to place.
-pub struct Pattern(u64);
-
-impl Pattern {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn fill(&mut self, buffer: &mut [u8]) {
-        for chunk in buffer.chunks_mut(8) {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
-
-/// Writes the first `size` bytes of a pattern.
-pub fn send_pattern(mut to: &TcpStream, seed: u64, size: usize) {
-    let mut pattern = Pattern::new(seed);
-    let mut buffer = vec![0; 64 * 1024];
-    let mut left = size;
-    while left > 0 {
-        let piece = left.min(buffer.len());
-        pattern.fill(&mut buffer[..piece]);
-        to.write_all(&buffer[..piece]).unwrap();
-        left -= piece;
-    }
-}
-
-/// Reads the first `size` bytes of a pattern, and compares each.
-pub fn expect_pattern(mut from: &TcpStream, seed: u64, size: usize) {
-    let mut pattern = Pattern::new(seed);
-    let (mut got, mut wanted) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
-    let mut left = size;
-    while left > 0 {
-        let piece = left.min(got.len());
-        from.read_exact(&mut got[..piece]).unwrap();
-        pattern.fill(&mut wanted[..piece]);
-        assert!(
-            got[..piece] == wanted[..piece],
-            "changed bytes, {left} before the end"
-        );
-        left -= piece;
-    }
 }
 
 /// On any port. It can be dialled a thousand times before it takes the first connection.

@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use snow::{Builder, HandshakeState, TransportState};
 use tunnel_proxy::Key;
 
-use crate::support::{Protection, RunningClient, RunningServer, accept, connect};
+use super::{Protection, RunningClient, RunningServer, accept, connect};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 

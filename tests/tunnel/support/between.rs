@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tunnel_proxy::{ClientOptions, Key};
 
-use crate::support::{DEADLINE, RunningServer, Service, connect, with};
+use super::{DEADLINE, RunningServer, Service, connect, with};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
