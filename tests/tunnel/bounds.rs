@@ -21,12 +21,13 @@ plain_and_sealed! {
     what_strangers_cause_is_logged_once_a_second,
     a_loud_stranger_hides_no_other_one,
     silent_strangers_take_neither_time_nor_memory (sealed as root),
-    both_programs_together_idle_below_four_mib (sealed as root),
+    both_programs_have_less_than_four_mib_besides_their_code (sealed as root),
     visits_leave_the_client_its_ports,
 }
 
-/// The kernel keeps the port of the side that closes a tunnel first for a minute. Not if the visitor
-/// of one without a key ends last: the client must have ended its half before.
+/// The side that closes a tunnel first keeps its port for a minute, in its kernel: this has to be
+/// the server's side. Without a key it is the client's if the visitor ends last, so that no visitor
+/// does here.
 fn visits_leave_the_client_its_ports(protection: Protection) {
     const VISITS: usize = 50;
     let service = Service::start(|mut socket| {
@@ -49,7 +50,7 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
             assert_ended(&visitor);
         }
     }
-    // With the last visit, all before it have ended.
+    // When the last visit has ended, all before it have.
     both.client.wait_for_lines("bytes down", VISITS);
     let port = format!(":{:04X}", both.addresses[1].port());
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -90,9 +91,8 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
 /// Without a key, bulk goes through a pipe in each program, as long as it is bulk; with a key it has
 /// two buffers of 448 KiB.
 fn bulk_that_pauses_holds_nothing(protection: Protection) {
-    let _turn = take_turn();
     const SIZE: usize = 32 * 1024 * 1024;
-    // In KiB; half of it is there before.
+    // KiB of both programs; half of it is there before any bulk.
     const RESTED: usize = 3 * 1024;
     let service = Service::start(|mut socket| {
         for seed in 1..=2 {
@@ -123,10 +123,9 @@ fn bulk_that_pauses_holds_nothing(protection: Protection) {
     assert_ended(&visitor);
 }
 
-/// Memory is what both programs have besides their code, before and while the visitor does not
-/// read.
+/// The memory that both programs have besides their code is compared: before the visitor, and while
+/// it does not read.
 fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
-    let _turn = take_turn();
     const GIB: usize = 1024 * 1024 * 1024;
     const PIECE: usize = 64 * 1024;
     let sent = Arc::new(AtomicUsize::new(0));
@@ -137,7 +136,7 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
         if &word == b"ping" {
             return socket.write_all(b"pong").unwrap();
         }
-        // Until the visitor has gone away, with most of it unread.
+        // This ends when the visitor has gone away, with most of it unread.
         let piece = vec![7; PIECE];
         while progress.load(Ordering::SeqCst) < GIB && socket.write_all(&piece).is_ok() {
             progress.fetch_add(PIECE, Ordering::SeqCst);
@@ -165,7 +164,7 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
         }
         now > 0 && since.elapsed() > Duration::from_secs(1)
     });
-    // What the kernel's buffers of three connections hold, and no more.
+    // The kernel's buffers of three connections hold less than that.
     assert!(last < GIB / 8, "{last} bytes were taken from the service");
     let grown = memory().saturating_sub(before);
     assert!(grown < 4 * 1024, "{grown} KiB more");
@@ -186,18 +185,19 @@ fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
     server.wait_for_line("after 1s: no client is connected");
     server.wait_for_line("refused control link");
     server.wait_for_line("refused tunnel");
-    // Three kinds of lines, one of each a second at the most, and the three of the start.
+    // There are three kinds of lines, with one of each a second at the most, and three lines at the
+    // start.
     let seconds = start.elapsed().as_secs() as usize + 1;
     let lines = server.lines_with("").len();
     assert!(lines <= 3 + 3 * seconds, "{lines} lines in {seconds} s");
-    // Later ones tell how many were left out.
+    // The first line of a later second tells how many lines were left out.
     eventually("the count of those left out", || {
         let _ = connect(addresses[2]).write_all(b"garbage\n");
         !server.lines_with("more like this before").is_empty()
     });
 }
 
-/// Who is probed by many must see each of them: what bans addresses reads the log.
+/// The log must name each of many strangers: programs that ban addresses read it.
 fn a_loud_stranger_hides_no_other_one(protection: Protection) {
     let (server, [_, tunnel, control]) = Program::server(protection, &[]);
     let probe = |host: u8, port| {
@@ -226,7 +226,7 @@ fn a_loud_stranger_hides_no_other_one(protection: Protection) {
     });
 }
 
-fn both_programs_together_idle_below_four_mib(protection: Protection) {
+fn both_programs_have_less_than_four_mib_besides_their_code(protection: Protection) {
     let service = Service::echo();
     let (server, addresses) = Program::server(protection, &[]);
     let client = Program::client(protection, addresses, service.addr, &[]);
@@ -234,13 +234,7 @@ fn both_programs_together_idle_below_four_mib(protection: Protection) {
     assert_echo(&visitor, "up");
     send_pattern(&visitor, 1, 1);
     drop(visitor);
-    // Code that is not optimised is larger than all the rest.
-    let kind = if cfg!(debug_assertions) {
-        "Pss_Anon"
-    } else {
-        "Pss"
-    };
-    let kib = server.memory(kind) + client.memory(kind);
+    let kib = server.memory("Pss_Anon") + client.memory("Pss_Anon");
     assert!(kib < 4 * 1024, "{kib} KiB");
 }
 

@@ -21,17 +21,18 @@ plain_and_sealed! {
 /// Measurements without a crowd and with one take turns, in pieces this long: a machine with other work
 /// is no unfairer to one than to the other.
 const PIECE: Duration = Duration::from_millis(100);
-const PIECES: usize = 20;
+const PIECES: usize = 14;
 
-/// So long visits with strangers and without take turns: thousands of visits of each kind, or hundreds
-/// on a machine with other work.
-const TURNS: Duration = Duration::from_secs(8);
+/// How long visits with strangers and without take turns: long enough for thousands of visits of
+/// each kind, or for hundreds on a machine with other work.
+const TURNS: Duration = Duration::from_secs(5);
 
-/// What a hundred do not read is a GB in the kernel's buffers, and it allows little more.
+/// A hundred visitors that do not read leave a GB in the kernel's buffers, and the kernel allows
+/// little more.
 fn slow_visitors_take_little_from_others(protection: Protection) {
     const EACH: usize = 100;
     const LAST: usize = 20;
-    let _turn = take_turn();
+    let turn = take_turn();
     let service = Service::echo_or_bulk();
     let start = || Both::start(protection, service.addr, [&[], &[]]);
     let (quiet, crowded) = (start(), start());
@@ -64,7 +65,7 @@ fn slow_visitors_take_little_from_others(protection: Protection) {
     let [stopped, silent] = [(all, silent), (silent, before)]
         .map(|(after, before)| after.saturating_sub(before) / EACH);
     eprintln!("KiB each: {silent} silent, {stopped} not reading, {last} the last ones");
-    // Beside what any visitor takes, which depends on how the programs were built.
+    // What any visitor takes is left out: it depends on how the programs were built.
     assert!(
         stopped <= silent + 300,
         "{stopped} KiB a visitor that does not read"
@@ -87,7 +88,7 @@ fn slow_visitors_take_little_from_others(protection: Protection) {
     });
     let grown = memory().saturating_sub(before) / (3 * EACH);
     assert!(grown < 1024, "{grown} KiB a pair");
-    drop((never_writing, never_reading, last_ones, dripping));
+    drop((never_writing, never_reading, last_ones, dripping, turn));
     crowded.assert_recovered(echo);
 }
 
@@ -124,9 +125,9 @@ fn round_trips(both: &Both) -> usize {
     count.into_inner()
 }
 
-/// Garbage, scans, and many that drip a byte now and then, at each port.
+/// The strangers send garbage, scan, and drip a byte now and then, at each port.
 fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
-    let _turn = take_turn();
+    let turn = take_turn();
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -146,7 +147,11 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
         }
         over.store(true, Ordering::SeqCst);
     });
-    eprintln!("{} quiet visits, {} attacked ones", quiet.len(), attacked.len());
+    eprintln!(
+        "{} quiet visits, {} attacked ones",
+        quiet.len(),
+        attacked.len()
+    );
     let (quiet, attacked) = (percentile_99(quiet), percentile_99(attacked));
     assert!(
         attacked < 3 * quiet,

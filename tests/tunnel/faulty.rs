@@ -106,7 +106,7 @@ fn exchange_with<const SIZE: usize>(visitor: &TcpStream, seed: u8) {
     assert_ended(visitor);
 }
 
-/// For longer than a session lives that hears nothing.
+/// The path is slow for longer than a session lives that hears nothing.
 fn a_slow_path_loses_nothing(protection: Protection) {
     const SIZE: usize = 20_000;
     let service = exchanging::<SIZE>();
@@ -140,7 +140,7 @@ fn a_short_silence_loses_nothing(protection: Protection) {
     { &visitor }.write_all(&[1]).unwrap();
     let start = Instant::now();
     thread::scope(|scope| {
-        // Under way already, and about to begin.
+        // The silence comes when one transfer is under way already, and before another one begins.
         expect_pattern(&visitor, !1, SIZE);
         apart.set(Fault::BlackHole);
         scope.spawn(|| {
@@ -175,7 +175,7 @@ fn a_long_silence_is_noticed_and_survived(protection: Protection) {
     { &before }.write_all(b"during").unwrap();
     apart.set(Fault::Pass);
     let start = Instant::now();
-    // Who was there is served on.
+    // A visitor from before the silence is served on.
     expect_rest(&before, b"during");
     apart.client.wait_for_lines("connected to", 2);
     assert_echo(&apart.visit(), "after");
@@ -250,7 +250,8 @@ fn is_served(public: SocketAddr) -> bool {
     }
 }
 
-/// Sends this and reads what comes, at the same time. No error only if both went well.
+/// Sends this and reads what comes, at the same time. The record has no error only if both went
+/// well.
 fn both_ways(socket: &TcpStream, sent: &[u8]) -> Record {
     thread::scope(|scope| {
         let sending = scope.spawn(|| {
@@ -258,14 +259,14 @@ fn both_ways(socket: &TcpStream, sent: &[u8]) -> Record {
             socket.shutdown(Shutdown::Write)
         });
         let mut record = Record::of(socket);
-        // The kernel reports a reset once, to either.
+        // The kernel reports a reset once: to the sender or to the receiver.
         let failed = sending.join().unwrap().err().map(|error| error.kind());
         record.error = record.error.or(failed);
         record
     })
 }
 
-/// With a key. Without one nothing could tell.
+/// Only a key tells a changed stream from a whole one: there is no such test without a key.
 #[test]
 fn no_spoilt_stream_is_taken_for_a_whole_one() {
     const VISITS: usize = 100;
@@ -277,7 +278,7 @@ fn no_spoilt_stream_is_taken_for_a_whole_one() {
     let (sender, records) = mpsc::channel();
     let sent = down.clone();
     let service = Service::start(move |socket| {
-        // Else the end of this connection could be taken for one that was meant.
+        // A connection that is dropped in the middle must not look like one that has ended well.
         reset_on_close(&socket);
         let record = both_ways(&socket, &sent);
         keep_on_close(&socket, &record);
@@ -286,7 +287,7 @@ fn no_spoilt_stream_is_taken_for_a_whole_one() {
     let apart = Apart::start(Protection::Sealed, service.addr);
     let mut cut = 0;
     for visit in 0..VISITS {
-        // Half of them among handshakes and first frames.
+        // Half of the faults are among handshakes and first frames.
         let at = random.below([2 * SIZE, 300][visit % 2]) as u64;
         let fault = [Fault::Flip(at), Fault::Truncate(at)][random.below(2)];
         apart.tunnel.set(fault);
@@ -334,12 +335,13 @@ fn assert_whole_or_cut(record: &Record, wanted: &[u8], fault: Fault) {
     );
 }
 
-/// With a key: what comes is no line that the other side has written, or there is no end in it.
+/// The links have a key: what comes is no line that the other side has written, or there is no end
+/// in it.
 #[test]
 fn a_spoilt_control_link_is_given_up_and_comes_back() {
     let service = Service::echo();
-    // Places in a heartbeat, the last one in the length of the next: what is longer than any line is
-    // not waited for, however long heartbeats come.
+    // The bits are in a heartbeat, the last one in the length of the next heartbeat. Nobody waits
+    // for a frame that is longer than any line, even if heartbeats go on.
     let flips = [2, 21, 22].map(Fault::Flip);
     thread::scope(|scope| {
         for fault in flips.into_iter().chain([Fault::Truncate(1)]) {

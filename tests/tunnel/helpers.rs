@@ -73,7 +73,7 @@ fn the_relay_passes_bytes_ends_and_resets() {
     expect_pattern(&near, 3, 1000);
     reset_on_close(&near);
     drop(near);
-    // Nothing is on its way here that could meet the reset.
+    // Nothing is sent here that could meet the reset.
     eventually("the reset has passed", || far.peer_addr().is_err());
 
     let near = connect(relay.addr);
@@ -102,10 +102,12 @@ fn the_relay_delays_and_slices() {
     assert!(start.elapsed() >= DELAY);
     relay.set(Fault::Slices(3));
     exchange(near, far, 10_000);
-    // Slices that nobody has read yet are put together again, on a busy machine all of them.
-    eventually("slices come one by one", || {
-        send_pattern(near, 1, 10_000);
-        count_reads(far, 10_000) > 10
+    // Slices that nobody has read yet are put together again, but not a hundred thousand of them: whole
+    // chunks would be four reads.
+    thread::scope(|scope| {
+        scope.spawn(|| send_pattern(near, 1, 200_000));
+        let reads = count_reads(far, 200_000);
+        assert!(reads > 100, "{reads} reads");
     });
 }
 
@@ -141,7 +143,7 @@ fn the_relays_black_hole_holds_all_back() {
     relay.reset_all();
     assert_reset(near, DEADLINE);
     assert_reset(&during, DEADLINE);
-    // This one has had its end already.
+    // The other side has had its end already, and reads no reset.
     eventually("the other side is reset", || far.peer_addr().is_err());
 }
 
@@ -155,7 +157,7 @@ fn the_relay_cuts_and_changes_where_it_is_told() {
         exchange(near, far, 100);
         relay.set(fault);
         send_pattern(near, 1, 5000);
-        // Unless it has been reset already.
+        // It may have been reset already.
         let _ = near.shutdown(Shutdown::Write);
         let Record { mut bytes, error } = Record::of(far);
         let (whole, cut) = (5000, AT as usize);
@@ -187,7 +189,7 @@ fn the_relay_ends_all_connections_properly() {
     assert_ended(far);
 }
 
-/// Not even for a moment, while other tests start programs.
+/// Nobody listens on such a port, not even for the moment in which another test starts a program.
 #[test]
 fn ports_to_come_refuse_who_comes_early() {
     let over = AtomicBool::new(false);
@@ -195,7 +197,7 @@ fn ports_to_come_refuse_who_comes_early() {
         for _ in 0..4 {
             scope.spawn(|| {
                 while !over.load(Ordering::SeqCst) {
-                    // Prints a line and ends.
+                    // The program prints a line and ends.
                     let mut program = Command::new(env!("CARGO_BIN_EXE_tpserver"));
                     let version = program.arg("--version").stdout(Stdio::null());
                     assert!(version.status().unwrap().success());

@@ -44,7 +44,7 @@ fn serves_with_log(protection: Protection, redirection: &str) {
     }
 }
 
-/// On ports of its own, as the log need not tell them.
+/// Both programs after hundreds of visits, on ports that are known without the log.
 fn serve(launch: Launch) -> [Program; 2] {
     static HOSTS: AtomicUsize = AtomicUsize::new(1);
     let host = HOSTS.fetch_add(1, Ordering::Relaxed);
@@ -55,8 +55,8 @@ fn serve(launch: Launch) -> [Program; 2] {
     eventually("the server is up", || {
         std::net::TcpStream::connect(addresses[0]).is_ok()
     });
-    // As many visits, and as much time at a hundred lines a second of either kind, as it takes to
-    // fill all that holds lines.
+    // So many visits for so long, at a hundred lines a second of either kind, fill all that holds
+    // lines.
     let (start, mut visits) = (Instant::now(), 0);
     while visits < 300 || start.elapsed() < Duration::from_secs(3) {
         echo(&connect(addresses[0]));
@@ -115,7 +115,7 @@ fn lines_name_the_program_and_the_first_the_version(protection: Protection) {
     );
 }
 
-/// Also where the listener is one of IPv6.
+/// The listener is one of IPv6, to which an address of IPv4 is a longer one.
 fn lines_name_a_visitor_of_ipv4_by_its_address(protection: Protection) {
     let any = ["[::]:0", "127.0.0.1:0", "127.0.0.1:0"].map(|any| any.parse().unwrap());
     let launch = Launch::new(protection);

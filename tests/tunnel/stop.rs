@@ -15,8 +15,8 @@ use crate::support::load::under_load;
 use crate::support::peer::Peer;
 use crate::support::programs::{Both, Launch, Program};
 use crate::support::{
-    DEADLINE, Protection, RunningServer, Service, assert_echo, assert_ended, assert_reset, echo,
-    eventually, expect_pattern, plain_and_sealed, send_pattern, server_options,
+    DEADLINE, Protection, RunningServer, Service, assert_echo, assert_ended, assert_reset, connect,
+    echo, eventually, expect_pattern, plain_and_sealed, send_pattern, server_options,
 };
 
 plain_and_sealed! {
@@ -32,10 +32,10 @@ plain_and_sealed! {
     a_client_is_replaced_without_losing_a_visitor,
 }
 
-/// Nothing is waited for, but the machine may be busy.
+/// A program that waits for nothing ends within this time, even if the machine is busy.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// Each of both programs, asked by each of both signals.
+/// Runs the test for a server that is asked to end, and for a client, at the same time.
 fn each_asked_to_end(protection: Protection, options: &[&str], test: impl Fn(Both, &str) + Sync) {
     let service = Service::echo_or_bulk();
     thread::scope(|scope| {
@@ -53,34 +53,45 @@ fn program<'a>(both: &'a mut Both, name: &str) -> &'a mut Program {
     }
 }
 
-/// Within half a second, unless the machine is busy: then not each time.
+/// The median of several ends is asserted: a machine that is busy holds up some of them.
 fn a_signal_ends_idle_programs_at_once(protection: Protection) {
-    const TRIES: usize = 3;
+    const ENDS: usize = 5;
     let service = Service::echo();
-    for (asked, signal) in [
-        ("tpserver", Signal::TERM),
-        ("tpclient", Signal::TERM),
-        ("tpserver", Signal::INT),
-        ("tpclient", Signal::INT),
-        ("tpserver", Signal::HUP),
-        ("tpclient", Signal::HUP),
-    ] {
-        let took = (0..TRIES).map(|_| {
-            let mut both = Both::start(protection, service.addr, [&[], &[]]);
-            echo(&both.visit());
-            let program = program(&mut both, asked);
-            program.signal(signal);
-            let start = Instant::now();
-            assert!(program.wait_for_end().success());
-            start.elapsed()
-        });
-        let at_once = took.into_iter().any(|it| it < Duration::from_millis(500));
-        assert!(at_once, "{asked}, {signal:?}");
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        for asked in ["tpserver", "tpclient"] {
+            let mut took: Vec<_> = (0..ENDS)
+                .map(|_| time_to_end(protection, service.addr, asked, signal))
+                .collect();
+            took.sort();
+            let median = took[ENDS / 2];
+            assert!(
+                median < Duration::from_millis(500),
+                "{asked}, {signal:?}: {took:?}"
+            );
+        }
     }
 }
 
-/// Bulk both ways, of which most is still to come when the signal does; and a visitor that is silent
-/// for a while.
+/// How long one of the two programs takes to end after a signal, when it has served a visitor.
+fn time_to_end(protection: Protection, local: SocketAddr, asked: &str, signal: Signal) -> Duration {
+    let (server, addresses) = Program::server(protection, &[]);
+    let client = Program::client(protection, addresses, local, &[]);
+    echo(&connect(addresses[0]));
+    for program in [&server, &client] {
+        program.wait_for_line("bytes down");
+    }
+    let (mut program, _other) = match asked {
+        "tpserver" => (server, client),
+        _ => (client, server),
+    };
+    program.signal(signal);
+    let start = Instant::now();
+    assert!(program.wait_for_end().success());
+    start.elapsed()
+}
+
+/// There is bulk both ways, of which most comes after the signal, and a visitor that is silent for
+/// a while.
 fn a_signal_lets_transfers_finish(protection: Protection) {
     const SIZE: usize = 16 * 1024 * 1024;
     each_asked_to_end(protection, &[], |mut both, asked| {
@@ -94,7 +105,7 @@ fn a_signal_lets_transfers_finish(protection: Protection) {
             _ => &both.server,
         };
         let told = other.wait_for_line("it said bye, draining");
-        // Nothing is wrong.
+        // The line is no warning, as nothing is wrong.
         assert!(told.contains(" INFO "), "{told}");
         thread::scope(|scope| {
             scope.spawn(|| send_pattern(&transfer, 1, SIZE));
@@ -142,7 +153,7 @@ fn a_signal_that_comes_twice_ends_at_once(protection: Protection) {
     });
 }
 
-/// While the server waits for a port that another program has.
+/// The signal comes while the server waits for a port that another program has.
 fn a_signal_that_comes_early_is_obeyed(protection: Protection) {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap();
@@ -158,7 +169,7 @@ fn a_signal_that_comes_early_is_obeyed(protection: Protection) {
     assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
 }
 
-/// As under `nohup`, which ignores HUP before the program starts.
+/// `nohup` ignores HUP before the program starts.
 fn a_signal_to_hang_up_is_obeyed_unless_it_was_ignored_before(protection: Protection) {
     for (trap, obeyed) in [("", true), ("trap '' HUP;", false)] {
         let script = format!(r#"{trap} exec "$0" "$@""#);
@@ -186,7 +197,7 @@ fn visitors_that_wait_are_served_before_a_stop(protection: Protection) {
     let mut visitor = server.visit();
     assert_eq!(control.line_after_hi(), "new\n");
     server.handle().stop(DEADLINE);
-    // The client is told nothing yet, but asked again.
+    // The client is not told of the stop yet, but asked again.
     assert_eq!(control.line_after_hi(), "new\n");
     let mut tunnel = Peer::dial_tunnel(&server, &control);
     tunnel.write(format!("tunnel session={session}\n"));

@@ -51,7 +51,7 @@ struct Shared {
 
 struct State {
     fault: Fault,
-    /// How often one was set.
+    /// How often a fault was set.
     turn: u64,
     stopped: bool,
     relayed: Vec<Weak<Relayed>>,
@@ -101,7 +101,7 @@ impl FaultyRelay {
         }
     }
 
-    /// From now on.
+    /// Sets the fault from now on.
     pub fn set(&self, fault: Fault) {
         let mut state = self.shared.state.lock();
         state.fault = fault;
@@ -168,11 +168,11 @@ impl Shared {
         };
         let (client, server) = (&relayed.client, relayed.server.get_or_init(|| server));
         for socket in [client, server] {
-            // Else the slices would be put together again.
+            // Without this the kernel would put slices together again.
             let _ = socket.set_nodelay(true);
         }
         if relayed.truncated.load(Ordering::SeqCst) {
-            // Before this side was there.
+            // The end was shown to the client before this side was there.
             relayed.truncate();
         }
         thread::scope(|scope| {
@@ -229,7 +229,7 @@ impl Shared {
 }
 
 impl Relayed {
-    /// Passes a chunk on as the fault wants it. False if that is not possible.
+    /// Passes a chunk on as the fault wants it. Returns false if that is not possible.
     fn pass(&self, fault: Fault, count: &mut Count, mut chunk: &mut [u8], to: &TcpStream) -> bool {
         let before = count.bytes;
         count.bytes += chunk.len() as u64;
@@ -251,8 +251,8 @@ impl Relayed {
         written
     }
 
-    /// Is an end of input one? The kernel reports a reset once, and the other direction may have been
-    /// told. A connection that has ended both ways looks like one that was reset.
+    /// Whether an end of input is no reset. The kernel reports a reset once, and it may have told
+    /// the other direction. A connection that has ended both ways looks like one that was reset.
     fn is_end(&self, from: &TcpStream) -> bool {
         self.ended.load(Ordering::SeqCst) > 0 || from.peer_addr().is_ok()
     }
@@ -261,7 +261,7 @@ impl Relayed {
     fn end(&self, from: &TcpStream, to: &TcpStream) {
         self.ended.fetch_add(1, Ordering::SeqCst);
         let _ = to.shutdown(Shutdown::Write);
-        // What is reported in any case: a reset, or that the other direction has ended, too.
+        // The kernel reports this in any case: a reset, or that the other direction has ended, too.
         let mut hung_up = [PollFd::new(from, PollFlags::empty())];
         let _ = poll(&mut hung_up, None);
         if self.ended.load(Ordering::SeqCst) < 2 && !self.truncated.load(Ordering::SeqCst) {
@@ -276,7 +276,7 @@ impl Relayed {
     fn abort(&self) {
         for socket in self.sockets() {
             reset_on_close(socket);
-            // Sends RST right away, whoever is at work on the socket.
+            // This sends RST right away, whoever is at work on the socket.
             let _ = rustix::net::connect_unspec(socket);
         }
     }
@@ -289,7 +289,7 @@ impl Relayed {
     }
 }
 
-/// `seed` makes the sizes.
+/// Writes a chunk in slices. `seed` makes their sizes.
 fn write_sliced(
     mut chunk: &[u8],
     most: usize,

@@ -11,7 +11,7 @@ use super::{DEADLINE, assert_echo, assert_ended};
 /// How a visit of several messages went.
 enum Visit {
     Whole,
-    /// Before the first answer.
+    /// The visit ended before the first answer.
     Refused,
 }
 
@@ -34,8 +34,8 @@ fn visit(public: SocketAddr, messages: usize) -> Visit {
     Visit::Whole
 }
 
-/// Lets eight visitors come again and again while `meanwhile` goes on, each with a first message and
-/// so many more; how many visits were whole, and how many refused.
+/// Lets eight visitors come again and again while `meanwhile` goes on, each with a first message
+/// and so many more. Returns how many visits were whole, and how many refused.
 pub fn under_load(
     public: SocketAddr,
     messages: usize,
@@ -47,9 +47,9 @@ pub fn under_load(
         for number in 0..8 {
             let (over, counts) = (&over, &counts);
             scope.spawn(move || {
-                // Each is at another place of its visit, also where all visits take as long.
+                // Each visitor is at another place of its visit, even if all visits take as long.
                 thread::sleep(number * Duration::from_millis(100));
-                // Nor for ever if the test has failed.
+                // The visitors end, too, if the test has failed.
                 while !over.load(Ordering::SeqCst) && began.elapsed() < DEADLINE {
                     counts[visit(public, messages) as usize].fetch_add(1, Ordering::SeqCst);
                 }

@@ -92,7 +92,8 @@ pub(crate) use plain_and_sealed;
 
 /// Waits for the turn of a test that measures rates, or what a crowd takes. Such tests run one at a
 /// time: two of them would share the processors, and the memory that the kernel allows all sockets
-/// together, and measure each other.
+/// together, and measure each other. A turn ends when this is dropped, best before the test waits for
+/// what the programs give back.
 pub fn take_turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock()
@@ -165,7 +166,7 @@ pub fn open_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
     let source = SocketAddr::from((source, 0));
     socket.bind(&source.into()).unwrap();
     socket.set_nonblocking(true).unwrap();
-    // It is under way, or was refused: then a write says so.
+    // The connection is under way, or was refused: then a write says so.
     let _ = socket.connect(&to.into());
     socket.into()
 }
@@ -219,7 +220,7 @@ pub fn assert_reset(mut socket: &TcpStream, within: Duration) {
         match socket.read(&mut buffer) {
             Ok(0) => panic!("a proper end in the place of a reset"),
             Ok(_) => {}
-            // Where the machine was paused.
+            // A pause of the machine interrupts a read.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => break error,
         }
@@ -248,7 +249,8 @@ pub fn echo(visitor: &TcpStream) {
     assert_echo(visitor, "hello");
 }
 
-/// On any port. It can be dialled a thousand times before it takes the first connection.
+/// A listener on any port that can be dialled a thousand times before it takes the first
+/// connection.
 fn roomy_listener() -> TcpListener {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
@@ -286,7 +288,7 @@ impl Service {
         }
     }
 
-    /// Sends everything back, but from a `?` on says nothing more, and stays for a while.
+    /// Sends everything back until a `?` comes. Then it says nothing more, and stays for a while.
     pub fn echo_or_silent() -> Self {
         Self::start(|mut socket| {
             let mut buffer = [0; 1024];
@@ -313,7 +315,7 @@ impl Service {
         Self::start(|socket| send_back(&socket))
     }
 
-    /// Sends everything back; or, to who begins with `!`, bulk without end.
+    /// Sends everything back; to a visitor that begins with `!`, sends bulk without end.
     pub fn echo_or_bulk() -> Self {
         Self::start(|mut socket| {
             let mut first = [0];
@@ -326,7 +328,7 @@ impl Service {
     }
 }
 
-/// Until the visitor ends, or cuts the connection as it has seen enough.
+/// Ends when the visitor does, or when it cuts the connection as it has seen enough.
 fn send_back(mut socket: &TcpStream) {
     let mut buffer = [0; 16 * 1024];
     while let Ok(count @ 1..) = socket.read(&mut buffer) {
@@ -489,7 +491,7 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// To this local service, with that many idle tunnels.
+    /// Starts both for this local service, with that many idle tunnels.
     pub fn start(protection: Protection, local: SocketAddr, pool: usize) -> Self {
         let server = RunningServer::start(server_options(protection));
         let client = RunningClient::start(with!(client_options(&server, local);

@@ -13,7 +13,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{DEADLINE, Protection, connect, eventually};
 
-/// What a fault has taken must be given back after this long: three times what a thread stays parked.
+/// What a fault has taken must be given back after this time, which is three times as long as a
+/// thread stays parked.
 const RECOVERY: Duration = Duration::from_secs(15);
 
 /// How a program is started.
@@ -39,31 +40,33 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// By way of this command, which is to become the program: the program and its words follow.
+    /// Starts the program by way of this command, which is to become the program: the program and
+    /// its words follow.
     pub fn under(mut self, command: &'a [&'a str]) -> Self {
         self.under = command;
         self
     }
 
-    /// With `RUST_LOG` set.
+    /// Sets `RUST_LOG`.
     pub fn rust_log(mut self, value: Option<&'a str>) -> Self {
         self.rust_log = value;
         self
     }
 
-    /// A server's ports, in the place of any free ones.
+    /// Gives a server these ports in the place of any free ones.
     pub fn on(mut self, ports: [SocketAddr; 3]) -> Self {
         self.ports = Some(ports);
         self
     }
 
-    /// A client's server and local service by these names, in the place of their numbers.
+    /// Gives a client these names for its server and its local service, in the place of their
+    /// numbers.
     pub fn named(mut self, server: &'a str, local: &'a str) -> Self {
         self.names = Some([server, local]);
         self
     }
 
-    /// With a log that is [not read](Program::unread_log), and takes little.
+    /// Leaves the log [unread](Program::unread_log), in a pipe that holds little.
     pub fn unread(mut self) -> Self {
         self.unread = true;
         self
@@ -120,9 +123,9 @@ impl<'a> Launch<'a> {
 pub fn ports_of(host: &str) -> [SocketAddr; 3] {
     use socket2::{Domain, Socket, Type};
     let any = SocketAddr::new(host.parse().unwrap(), 0);
-    // Bound, but not listened on: a program that another test starts in this moment has all sockets
-    // of this process until it is itself, and who is in the queue of a listener that ends with that
-    // is reset.
+    // The sockets are bound, but do not listen: a program that another test starts in this moment
+    // has all sockets of this process for a while, and whoever is in the queue of a listener that
+    // ends then is reset.
     let sockets =
         [(); 3].map(|()| Socket::new(Domain::for_address(any), Type::STREAM, None).unwrap());
     sockets.each_ref().map(|socket| {
@@ -231,18 +234,18 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Ends it at once, as a lack of memory would.
+    /// Ends the program at once, as a lack of memory would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// How it ended, if it has.
+    /// How the program ended, if it has.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the program has ended by itself.
     pub fn wait_for_end(&mut self) -> ExitStatus {
         eventually("the program ends", || self.ended().is_some());
         self.child.wait().unwrap()
@@ -297,7 +300,7 @@ impl Program {
         value.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// The share of one processor that it takes during this time, in percent.
+    /// The share of one processor that the process takes during this time, in percent.
     pub fn processor_share(&self, time: Duration) -> f64 {
         let before = self.processor_ticks();
         thread::sleep(time);
@@ -308,7 +311,8 @@ impl Program {
     fn processor_ticks(&self) -> u64 {
         let path = format!("/proc/{}/stat", self.pid());
         let text = std::fs::read_to_string(path).unwrap();
-        // Behind the name, which may contain anything: user and system time are the 12th and 13th.
+        // The name may contain anything. User and system time are the 12th and 13th field behind
+        // it.
         let (_, fields) = text.rsplit_once(')').unwrap();
         let fields = fields.split_ascii_whitespace().skip(11).take(2);
         fields.map(|field| field.parse::<u64>().unwrap()).sum()
@@ -331,7 +335,7 @@ type Holdings = [(Option<usize>, usize); 2];
 
 #[cfg(target_os = "linux")]
 impl Both {
-    /// To this local service, with these options for the server and the client.
+    /// Starts both for this local service, with these options for the server and the client.
     pub fn start(protection: Protection, local: SocketAddr, options: [&[&str]; 2]) -> Self {
         let launch = Launch::new(protection);
         let server = launch.server(options[0]);

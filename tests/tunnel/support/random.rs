@@ -64,7 +64,7 @@ pub struct Random(u64);
 
 impl Random {
     pub fn new(seed: u64) -> Self {
-        // Zero would stay zero, and small seeds would begin alike.
+        // Without this, zero would stay zero, and small seeds would begin alike.
         Self((seed ^ 0x5851_f42d_4c95_7f2d).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
@@ -86,7 +86,7 @@ impl Random {
     }
 }
 
-/// Another one each time.
+/// A seed that is another one each time.
 pub fn fresh_seed() -> u64 {
     getrandom::u64().unwrap()
 }
