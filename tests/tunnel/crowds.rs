@@ -147,6 +147,7 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
         }
         over.store(true, Ordering::SeqCst);
     });
+    drop(turn);
     eprintln!(
         "{} quiet visits, {} attacked ones",
         quiet.len(),
