@@ -8,25 +8,26 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::programs::{Both, Program};
+use crate::support::programs::{Both, Program};
 use crate::support::{
     Protection, Service, assert_echo, assert_ended, connect, echo, eventually, expect_pattern,
-    open_from, plain_and_sealed, raise_descriptors, reset_on_close, send_pattern,
+    open_from, plain_and_sealed, raise_descriptors, reset_on_close, send_pattern, take_turn,
 };
 
 plain_and_sealed! {
-    connections_that_have_ended_leave_nothing,
-    a_visitor_that_never_reads_does_not_fill_the_memory,
-    bulk_that_pauses_holds_nothing,
+    connections_that_have_ended_leave_nothing (sealed as root),
+    a_visitor_that_never_reads_does_not_fill_the_memory (sealed as root),
+    bulk_that_pauses_holds_nothing (sealed as root),
     what_strangers_cause_is_logged_once_a_second,
     a_loud_stranger_hides_no_other_one,
-    silent_strangers_take_neither_time_nor_memory,
-    both_programs_together_idle_below_four_mib,
+    silent_strangers_take_neither_time_nor_memory (sealed as root),
+    both_programs_have_less_than_four_mib_besides_their_code (sealed as root),
     visits_leave_the_client_its_ports,
 }
 
-/// The kernel keeps the port of the side that closes a tunnel first for a minute. Not if the visitor
-/// of one without a key ends last: the client must have ended its half before.
+/// The side that closes a tunnel first keeps its port for a minute, in its kernel: this has to be
+/// the server's side. Without a key it is the client's if the visitor ends last, so that no visitor
+/// does here.
 fn visits_leave_the_client_its_ports(protection: Protection) {
     const VISITS: usize = 50;
     let service = Service::start(|mut socket| {
@@ -49,7 +50,7 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
             assert_ended(&visitor);
         }
     }
-    // With the last visit, all before it have ended.
+    // When the last visit has ended, all before it have.
     both.client.wait_for_lines("bytes down", VISITS);
     let port = format!(":{:04X}", both.addresses[1].port());
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -70,7 +71,7 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
 fn connections_that_have_ended_leave_nothing(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
-    let before = both.server.count("fd");
+    let before = both.server.descriptors();
     let visitors: Vec<_> = (0..100).map(|_| both.visit()).collect();
     for (number, visitor) in visitors.iter().enumerate() {
         assert_echo(visitor, &format!("visitor {number}"));
@@ -81,7 +82,7 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
             _ => {}
         }
     }
-    let during = both.server.count("fd");
+    let during = both.server.descriptors();
     assert!(during >= before + 100, "{during} after {before}");
     drop(visitors);
     both.assert_recovered(echo);
@@ -91,7 +92,7 @@ fn connections_that_have_ended_leave_nothing(protection: Protection) {
 /// two buffers of 448 KiB.
 fn bulk_that_pauses_holds_nothing(protection: Protection) {
     const SIZE: usize = 32 * 1024 * 1024;
-    // In KiB; half of it is there before.
+    // KiB of both programs; half of it is there before any bulk.
     const RESTED: usize = 3 * 1024;
     let service = Service::start(|mut socket| {
         for seed in 1..=2 {
@@ -122,8 +123,8 @@ fn bulk_that_pauses_holds_nothing(protection: Protection) {
     assert_ended(&visitor);
 }
 
-/// Memory is what both programs have besides their code, before and while the visitor does not
-/// read.
+/// The memory that both programs have besides their code is compared: before the visitor, and while
+/// it does not read.
 fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
     const GIB: usize = 1024 * 1024 * 1024;
     const PIECE: usize = 64 * 1024;
@@ -135,7 +136,7 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
         if &word == b"ping" {
             return socket.write_all(b"pong").unwrap();
         }
-        // Until the visitor has gone away, with most of it unread.
+        // This ends when the visitor has gone away, with most of it unread.
         let piece = vec![7; PIECE];
         while progress.load(Ordering::SeqCst) < GIB && socket.write_all(&piece).is_ok() {
             progress.fetch_add(PIECE, Ordering::SeqCst);
@@ -163,7 +164,7 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
         }
         now > 0 && since.elapsed() > Duration::from_secs(1)
     });
-    // What the kernel's buffers of three connections hold, and no more.
+    // The kernel's buffers of three connections hold less than that.
     assert!(last < GIB / 8, "{last} bytes were taken from the service");
     let grown = memory().saturating_sub(before);
     assert!(grown < 4 * 1024, "{grown} KiB more");
@@ -184,18 +185,19 @@ fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
     server.wait_for_line("after 1s: no client is connected");
     server.wait_for_line("refused control link");
     server.wait_for_line("refused tunnel");
-    // Three kinds of lines, one of each a second at the most, and the three of the start.
+    // There are three kinds of lines, with one of each a second at the most, and three lines at the
+    // start.
     let seconds = start.elapsed().as_secs() as usize + 1;
     let lines = server.lines_with("").len();
     assert!(lines <= 3 + 3 * seconds, "{lines} lines in {seconds} s");
-    // Later ones tell how many were left out.
+    // The first line of a later second tells how many lines were left out.
     eventually("the count of those left out", || {
         let _ = connect(addresses[2]).write_all(b"garbage\n");
         !server.lines_with("more like this before").is_empty()
     });
 }
 
-/// Who is probed by many must see each of them: what bans addresses reads the log.
+/// The log must name each of many strangers: programs that ban addresses read it.
 fn a_loud_stranger_hides_no_other_one(protection: Protection) {
     let (server, [_, tunnel, control]) = Program::server(protection, &[]);
     let probe = |host: u8, port| {
@@ -224,7 +226,7 @@ fn a_loud_stranger_hides_no_other_one(protection: Protection) {
     });
 }
 
-fn both_programs_together_idle_below_four_mib(protection: Protection) {
+fn both_programs_have_less_than_four_mib_besides_their_code(protection: Protection) {
     let service = Service::echo();
     let (server, addresses) = Program::server(protection, &[]);
     let client = Program::client(protection, addresses, service.addr, &[]);
@@ -232,17 +234,12 @@ fn both_programs_together_idle_below_four_mib(protection: Protection) {
     assert_echo(&visitor, "up");
     send_pattern(&visitor, 1, 1);
     drop(visitor);
-    // Code that is not optimised is larger than all the rest.
-    let kind = if cfg!(debug_assertions) {
-        "Pss_Anon"
-    } else {
-        "Pss"
-    };
-    let kib = server.memory(kind) + client.memory(kind);
+    let kib = server.memory("Pss_Anon") + client.memory("Pss_Anon");
     assert!(kib < 4 * 1024, "{kib} KiB");
 }
 
 fn silent_strangers_take_neither_time_nor_memory(protection: Protection) {
+    let _turn = take_turn();
     raise_descriptors();
     let service = Service::echo();
     let (server, [public, tunnel, control]) = Program::server(protection, &[]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tunnel_proxy::{Address, Error, Key, Server};
 
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{Protection, connect, server_options, with};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_tpserver");
@@ -222,7 +222,7 @@ fn a_key_that_is_none_is_named_and_not_shown() {
             let line = format!("--key-file {path}");
             assert_error(program, &line, 2, &["--key-file", path, why]);
         }
-        // Where it was looked for; a fresh key is not what is missing.
+        // The message says where the file was looked for, and does not advise to make a fresh key.
         let output = command(program, "-k no.key")
             .current_dir("/")
             .output()
@@ -247,7 +247,7 @@ fn a_key_with_something_beside_it_is_told_what() {
         let line = format!("--key-file {path}");
         let output = run(CLIENT, &line);
         assert_error_of(&output, CLIENT, &line, 2, &["--key-file", path, why]);
-        // Another key is not what is missing.
+        // The message does not advise to make another key.
         assert!(!text(&output.stderr).contains("--generate-key"), "{why}");
         assert!(!text(&output.stderr).contains(&key[..8]), "{why}");
     }
@@ -269,7 +269,7 @@ fn a_key_file_that_others_can_read_is_warned_about() {
     }
     assert_eq!(start(0o600).lines_with("other users"), [""; 0]);
 
-    // Of systemd's credentials the mode says nothing.
+    // The mode of systemd's credentials says nothing about who can read them.
     let permissions = std::fs::Permissions::from_mode(0o440);
     file.as_file().set_permissions(permissions).unwrap();
     for (folder, warned) in [
@@ -301,7 +301,7 @@ fn a_key_that_is_not_used_is_warned_about() {
 #[test]
 fn a_program_with_a_key_belongs_to_root_alone() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    // As a user who is not root; root's own programs show no difference.
+    // The program runs as a user who is not root: root's own programs show no difference.
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).unwrap();
     let program = folder.path().join("program").display().to_string();
@@ -342,7 +342,7 @@ fn a_program_with_a_key_leaves_no_core() {
             .spawn()
             .unwrap();
         let mut log = BufReader::new(running.stderr.take().unwrap()).lines();
-        // It runs: the key was read before.
+        // A program that logs has read its key.
         log.next().unwrap().unwrap();
         let pid = rustix::process::Pid::from_child(&running);
         rustix::process::kill_process(pid, rustix::process::Signal::ABORT).unwrap();
@@ -394,7 +394,7 @@ fn what_the_machine_refuses_is_exit_code_1() {
     let refused = |option: &str| {
         let keep = free.replace(&format!("{option} 127.0.0.1:0"), "");
         let cases = [
-            // Waited for a while.
+            // The server waits for this port for a while.
             (format!("{keep} {option} {taken}"), taken.as_str(), "in use"),
             (
                 format!("{keep} {option} 192.0.2.1:0 --insecure"),
@@ -408,7 +408,7 @@ fn what_the_machine_refuses_is_exit_code_1() {
             ),
         ];
         for (line, address, why) in cases {
-            // What comes before the error is said unless it is to be quiet.
+            // Without -q there would be lines before the error.
             assert_error(SERVER, &format!("-q {line}"), 1, &[option, address, why]);
         }
     };
@@ -430,7 +430,8 @@ fn the_level_follows_the_options_and_rust_log_rules() {
     };
     start(&["-v"], None).wait_for_line("DEBUG");
     start(&["-q"], Some("debug")).wait_for_line("DEBUG");
-    // Its last line is one of level info, and by then the one of level debug would be there.
+    // The last line that the server logs is one of level info: a line of level debug would have
+    // come before it.
     for (arguments, rust_log) in [(&["-v"][..], "info"), (&[], "myapp=debug"), (&[], "")] {
         let arguments = [arguments, &["--pair-timeout", "1"]].concat();
         let server = start(&arguments, Some(rust_log));
@@ -438,6 +439,6 @@ fn the_level_follows_the_options_and_rust_log_rules() {
         assert_eq!(server.lines_with("DEBUG"), Vec::<String>::new());
         assert_ne!(server.lines_with("INFO"), Vec::<String>::new());
     }
-    // What is said of another program is not said of this one.
+    // A level that is set for another program does not apply to this one.
     start(&["-v"], Some("myapp=error")).wait_for_line("DEBUG");
 }

@@ -12,26 +12,26 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::programs::{Both, Launch};
+use crate::support::programs::{Both, Launch};
 use crate::support::{
-    Protection, Service, connect, echo, eventually, plain_and_sealed, raise_descriptors,
+    Protection, Service, connect, echo, eventually, plain_and_sealed, raise_descriptors, take_turn,
     try_connect,
 };
 
 plain_and_sealed! {
-    too_few [
-        descriptors_for_the_servers_visitors,
-        descriptors_for_the_clients_visitors,
-        descriptors_for_the_servers_strangers,
-        threads_for_the_server,
-        threads_for_the_client,
-    ],
-    five_thousand_visitors_share_a_thousand_places,
+    too_few_descriptors_for_the_servers_visitors,
+    too_few_descriptors_for_the_clients_visitors,
+    too_few_descriptors_for_the_servers_strangers,
+    #[ignore = "needs root, prlimit and setpriv: cargo test -- --include-ignored"]
+    too_few_threads_for_the_server,
+    #[ignore = "needs root, prlimit and setpriv: cargo test -- --include-ignored"]
+    too_few_threads_for_the_client,
+    five_thousand_visitors_share_a_thousand_places (sealed as root),
 }
 
 const FEW_DESCRIPTORS: [&str; 3] = ["sh", "-c", r#"ulimit -n 64; exec "$0" "$@""#];
 
-/// Both programs, of which one is started by way of this command, or both.
+/// Both programs, each started by way of its command.
 fn limited(protection: Protection, local: std::net::SocketAddr, under: [&[&str]; 2]) -> Both {
     let server = Launch::new(protection).under(under[0]).server(&[]);
     let addresses = server.addresses();
@@ -40,29 +40,30 @@ fn limited(protection: Protection, local: std::net::SocketAddr, under: [&[&str];
     Both::at_rest(server, client, addresses)
 }
 
-fn descriptors_for_the_servers_visitors(protection: Protection) {
+fn too_few_descriptors_for_the_servers_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
 }
 
-fn descriptors_for_the_clients_visitors(protection: Protection) {
+fn too_few_descriptors_for_the_clients_visitors(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&[], &FEW_DESCRIPTORS]);
     outlasts_a_crowd(&both, || connect(both.addresses[0]));
-    // Visitors wait before that: who has got a tunnel is served.
+    // Visitors wait until a tunnel is free, and whoever has a tunnel is served.
     assert_eq!(both.client.lines_with("Too many open files"), [""; 0]);
 }
 
-/// Who never proves to be a client has a place for 5 s.
-fn descriptors_for_the_servers_strangers(protection: Protection) {
+/// A stranger that never proves to be a client has a place for 5 s.
+fn too_few_descriptors_for_the_servers_strangers(protection: Protection) {
     let service = Service::echo();
     let both = limited(protection, service.addr, [&FEW_DESCRIPTORS, &[]]);
     outlasts_a_crowd(&both, || connect(both.addresses[1]));
 }
 
-/// Two hundred come and stay for a while. Both programs live through it, quietly; when they have
-/// gone, and those that were still waiting have been seen to, all is well at once.
+/// Two hundred visitors or strangers come and stay for a while. Both programs live through that
+/// quietly. When the crowd has gone, and those of it that were still waiting have been seen to, the
+/// next visitor is served at once.
 fn outlasts_a_crowd(both: &Both, come: impl Fn() -> TcpStream) {
     let programs = [&both.server, &both.client];
     let lines = || programs.map(|program| program.lines_with("").len());
@@ -82,7 +83,7 @@ fn outlasts_a_crowd(both: &Both, come: impl Fn() -> TcpStream) {
     let seconds = start.elapsed().as_secs() as usize + 1;
     for (program, before) in programs.into_iter().zip(before) {
         let mut new = program.lines_with("").split_off(before);
-        // What tells of a visitor's life has a limit of its own.
+        // Lines about a visitor's life have a limit of their own.
         new.retain(|line| !line.contains(" bytes down "));
         assert!(
             new.len() <= seconds,
@@ -92,20 +93,23 @@ fn outlasts_a_crowd(both: &Both, come: impl Fn() -> TcpStream) {
     }
     drop(crowd);
     eventually("a visitor is served", || was_served(both));
-    assert!((0..3).any(|_| recovers(both, &come)), "not in time");
+    let mut late = [(); 3].map(|()| forgets_a_crowd(both, &come));
+    late.sort();
+    // The median: a machine with other work spoils one of them now and then.
+    assert!(late[1] < Duration::from_secs(1), "{late:?}");
     both.assert_recovered(echo);
 }
 
-/// Whether a crowd that has gone is forgotten within a second, and what a busy machine takes to see to
-/// those of it that still wait.
-fn recovers(both: &Both, come: impl Fn() -> TcpStream) -> bool {
+/// How long a visitor waits behind a crowd that has gone, besides what a busy machine takes to see to
+/// those of the crowd that still wait.
+fn forgets_a_crowd(both: &Both, come: impl Fn() -> TcpStream) -> Duration {
     let start = Instant::now();
     (0..100).for_each(|_| echo(&both.visit()));
     let busy = 5 * start.elapsed();
     drop((0..200).map(|_| come()).collect::<Vec<_>>());
     let start = Instant::now();
     eventually("a visitor is served", || was_served(both));
-    start.elapsed() < Duration::from_secs(1) + busy
+    start.elapsed().saturating_sub(busy)
 }
 
 fn was_served(both: &Both) -> bool {
@@ -118,14 +122,9 @@ fn was_served(both: &Both) -> bool {
 }
 
 /// A folder for a copy of a program, and what runs that copy as a user of its own who may have no
-/// more than 24 threads. None where this test's user may not become another one.
-fn few_threads() -> Option<(TempDir, String)> {
+/// more than 24 threads.
+fn few_threads() -> (TempDir, String) {
     static USERS: AtomicUsize = AtomicUsize::new(0);
-    if !rustix::process::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "not root");
-        eprintln!("left out: only root can run a program as another user");
-        return None;
-    }
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
     let number = std::process::id() as usize + 10_000 * USERS.fetch_add(1, Ordering::Relaxed);
@@ -135,30 +134,29 @@ fn few_threads() -> Option<(TempDir, String)> {
            exec prlimit --nproc=24 setpriv --reuid={user} --regid={user} --clear-groups \
            {path}/program "$@""#
     );
-    Some((folder, script))
+    (folder, script)
 }
 
-fn threads_for_the_server(protection: Protection) {
-    if let Some((_folder, script)) = few_threads() {
-        let service = Service::echo();
-        let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
-        outlasts_a_burst(&both, 100);
-        both.server.wait_for_line("no thread for");
-        both.assert_recovered(echo);
-    }
+fn too_few_threads_for_the_server(protection: Protection) {
+    let (_folder, script) = few_threads();
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
+    outlasts_a_burst(&both, 100);
+    both.server.wait_for_line("no thread for");
+    both.assert_recovered(echo);
 }
 
-fn threads_for_the_client(protection: Protection) {
-    if let Some((_folder, script)) = few_threads() {
-        let service = Service::echo();
-        let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);
-        outlasts_a_burst(&both, 100);
-        both.client.wait_for_line("no thread for");
-        both.assert_recovered(echo);
-    }
+fn too_few_threads_for_the_client(protection: Protection) {
+    let (_folder, script) = few_threads();
+    let service = Service::echo();
+    let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);
+    outlasts_a_burst(&both, 100);
+    both.client.wait_for_line("no thread for");
+    both.assert_recovered(echo);
 }
 
-/// So many visitors at a time: some are served, the others closed soon, and nobody waits for ever.
+/// Asserts that of so many visitors at a time some are served and the others closed soon: nobody
+/// waits for ever.
 fn outlasts_a_burst(both: &Both, size: usize) {
     let visitors: Vec<_> = (0..size)
         .filter_map(|_| try_connect(both.addresses[0]).ok())
@@ -176,9 +174,10 @@ fn outlasts_a_burst(both: &Both, size: usize) {
 fn five_thousand_visitors_share_a_thousand_places(protection: Protection) {
     const VISITORS: usize = 5000;
     const PLACES: usize = 1000;
-    // In KiB: 128 for each place, which is three times what a pair takes.
+    // KiB of each program: 128 for each place, which is three times what a pair takes.
     const MEMORY: usize = 128 * PLACES;
     raise_descriptors();
+    let turn = take_turn();
     let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let counts = (now.clone(), most.clone());
     let service = Service::start(move |mut socket| {
@@ -212,11 +211,12 @@ fn five_thousand_visitors_share_a_thousand_places(protection: Protection) {
         let mut text = [0; 5];
         (&visitor).read_exact(&mut text).unwrap();
         assert_eq!(&text, b"hello");
-        // Its place is the next one's.
+        // The next visitor gets the place of this one.
         drop(visitor);
     }
+    drop(turn);
     assert_eq!(most.load(Ordering::SeqCst), PLACES);
-    // It has been full thousands of times.
+    // All places were taken thousands of times, which is logged once.
     assert_eq!(both.server.lines_with(full).len(), 1);
     both.assert_recovered(echo);
 }

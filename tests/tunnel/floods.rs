@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::between::{Between, Place, Port, Verdict, Way};
+use crate::support::between::{Between, Place, Port, Verdict, Way};
 use crate::support::*;
 
 /// Visits are measured for this long before an attack, and after it.
 const PEACE: Duration = Duration::from_millis(500);
 
-/// Between two visits of a visitor.
+/// A visitor's pause between two visits.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// What the flooder does.
@@ -22,13 +22,13 @@ struct Flood {
     port: Port,
     /// Openings a second.
     rate: u32,
-    /// Says what the client said first; or nothing.
+    /// Whether the flooder says what the client said first, or nothing.
     recorded: bool,
-    /// Of the flooder. The client comes from 127.0.0.1.
+    /// The flooder's address. The client comes from 127.0.0.1.
     source: [u8; 4],
-    /// Between the two programs.
+    /// How long an answer takes between the two programs.
     round_trip: Duration,
-    /// Until the client comes anew: long enough for a queue of seconds.
+    /// How long the flood lasts before the client comes anew: long enough for a queue of seconds.
     lasts: Duration,
 }
 
@@ -106,14 +106,14 @@ fn flood(watched: &Watched, what: Flood, attack: &AtomicBool, over: &AtomicBool)
     while !over.load(Ordering::SeqCst) {
         let (openings, start) = (watched.openings(what.port), Instant::now());
         let mut count = 0;
-        // Soon there will be more to hear.
+        // The client's openings are looked up again soon: by then there may be more of them.
         while attack.load(Ordering::SeqCst) && start.elapsed() < Duration::from_millis(100) {
             if start.elapsed() < count * Duration::from_secs(1) / what.rate {
                 thread::sleep(Duration::from_micros(500));
                 continue;
             }
             let mut stranger = open_from(what.source, to);
-            // Nothing of it is left in the system.
+            // A reset leaves nothing of the connection in the system.
             reset_on_close(&stranger);
             if what.recorded {
                 let _ = stranger.write_all(&openings[count as usize % openings.len()]);
@@ -140,6 +140,7 @@ fn median(mut durations: Vec<Duration>) -> Duration {
 /// anew is let in.
 fn withstands(protection: Protection, what: Flood) {
     raise_descriptors();
+    let _turn = take_turn();
     let watched = Watched::start(protection, what.round_trip);
     let client = watched.client();
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -160,7 +161,8 @@ fn withstands(protection: Protection, what: Flood) {
     });
     let (quiet, attacked) = (median(quiet), median(attacked));
     eprintln!("{protection:?}, {what:?}: {attacked:?} in the place of {quiet:?}, back {back:?}");
-    // Not twice as long on a machine of its own; others may take both cores from the flood's own work.
+    // On a machine without other work it is less than twice as long. Here the flood's own work may
+    // take both cores from the visits.
     assert!(
         attacked < 5 * quiet + Duration::from_millis(10),
         "{what:?}: {attacked:?} in the place of {quiet:?}"
@@ -180,41 +182,46 @@ impl Drop for Over<'_> {
     }
 }
 
-/// What was recorded of the client's handshakes opens as often as it is said, but keeps nobody out.
 #[test]
-fn recorded_openings_lock_nobody_out() {
-    let floods = [(Port::Control, NEIGHBOUR), (Port::Tunnel, STRANGER)];
-    let flood = |(port, source)| Flood {
+fn recorded_openings_of_control_links_lock_nobody_out() {
+    withstands(Protection::Sealed, recorded(Port::Control, NEIGHBOUR));
+}
+
+#[test]
+fn recorded_openings_of_tunnels_lock_nobody_out() {
+    withstands(Protection::Sealed, recorded(Port::Tunnel, STRANGER));
+}
+
+#[test]
+fn thousands_of_control_links_a_second_hold_nobody_up() {
+    withstands(Protection::Plain, fast(Port::Control));
+}
+
+#[test]
+fn thousands_of_tunnels_a_second_hold_nobody_up() {
+    withstands(Protection::Sealed, fast(Port::Tunnel));
+}
+
+/// The flooder says what the client's handshakes began with, again and again.
+fn recorded(port: Port, source: [u8; 4]) -> Flood {
+    Flood {
         port,
         source,
         rate: 200,
         recorded: true,
         round_trip: Duration::from_millis(100),
         lasts: Duration::from_secs(5),
-    };
-    thread::scope(|scope| {
-        for which in floods {
-            scope.spawn(move || withstands(Protection::Sealed, flood(which)));
-        }
-    });
+    }
 }
 
-/// More than a backlog can hold for a second.
-#[test]
-fn thousands_of_openings_a_second_hold_nobody_up() {
-    let floods = [
-        (Protection::Plain, Port::Control),
-        (Protection::Sealed, Port::Tunnel),
-    ];
-    for (protection, port) in floods {
-        let flood = Flood {
-            port,
-            source: STRANGER,
-            rate: 5_000,
-            recorded: false,
-            round_trip: Duration::ZERO,
-            lasts: Duration::from_millis(1_500),
-        };
-        withstands(protection, flood);
+/// The flooder opens more connections in a second than a backlog holds.
+fn fast(port: Port) -> Flood {
+    Flood {
+        port,
+        source: STRANGER,
+        rate: 5_000,
+        recorded: false,
+        round_trip: Duration::ZERO,
+        lasts: Duration::from_millis(1_500),
     }
 }

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::programs::Program;
+use crate::support::programs::Program;
 use crate::support::{
     DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
     assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
@@ -27,15 +27,13 @@ plain_and_sealed! {
     a_stop_drains_first_and_cuts_what_is_left,
     a_client_that_stops_drains_as_well,
     a_killed_server_makes_no_visit_look_empty,
-    what_is_found_by_looking_now_and_then [
-        an_abort_by_the_end_that_half_closed_ends_the_pair,
-        an_abort_is_passed_on_to_an_end_that_does_not_read,
-        a_half_closed_pair_that_stands_still_is_aborted_at_linger,
-        the_clients_linger_holds_as_well,
-        linger_holds_while_a_stop_drains,
-        a_half_closed_stream_that_crawls_lives_on,
-        a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
-    ],
+    an_abort_by_the_end_that_half_closed_ends_the_pair,
+    an_abort_is_passed_on_to_an_end_that_does_not_read,
+    a_half_closed_pair_that_stands_still_is_aborted_at_linger,
+    the_clients_linger_holds_as_well,
+    linger_holds_while_a_stop_drains,
+    a_half_closed_stream_that_crawls_lives_on,
+    a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
 }
@@ -215,11 +213,11 @@ fn a_half_closed_pair_that_stands_still_is_aborted_at_linger(protection: Protect
     let visitor = server.visit();
     read_hello(&visitor);
     let mut served = sockets.recv_timeout(DEADLINE).unwrap();
-    // With both directions open, silence is no reason.
+    // A pair whose directions are both open may be silent for longer.
     thread::sleep(2 * LINGER);
     visitor.shutdown(Shutdown::Write).unwrap();
     assert_ended(&served);
-    // One that moves a byte now and then lives on.
+    // A half-closed pair that moves a byte now and then lives on.
     for _ in 0..4 {
         thread::sleep(LINGER / 2);
         served.write_all(b"hello").unwrap();
@@ -262,7 +260,8 @@ fn sending_once_asked(size: usize) -> Service {
     })
 }
 
-/// So slowly that a kernel's buffer has room again only after several times `--linger`.
+/// The visitor reads so slowly that a kernel's buffer has room again only after several times
+/// `--linger`.
 fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(2);
     const SIZE: usize = 12 * 1024 * 1024;
@@ -314,8 +313,8 @@ fn a_half_closed_stream_that_nobody_reads_is_aborted_at_linger(protection: Prote
     eventually("the visitor is reset", || visitor.peer_addr().is_err());
 }
 
-/// Of a service that answers and closes while most of what the visitor sends is unread: its kernel
-/// resets the connection behind the answer.
+/// The service answers and closes while most of what the visitor sends is unread: its kernel resets
+/// the connection behind the answer.
 fn an_early_answer_reaches_a_visitor_that_still_sends(protection: Protection) {
     const VISITORS: usize = 60;
     const AT_A_TIME: usize = 6;
@@ -323,7 +322,7 @@ fn an_early_answer_reaches_a_visitor_that_still_sends(protection: Protection) {
     let service = Service::start(|mut socket| {
         socket.read_exact(&mut [0; 1000]).unwrap();
         socket.write_all(ANSWER).unwrap();
-        // What is unread when it closes.
+        // This byte and what follows are unread when the service closes.
         socket.peek(&mut [0]).unwrap();
     });
     let tunnel = Tunnel::start(protection, service.addr, 8);
@@ -333,7 +332,7 @@ fn an_early_answer_reaches_a_visitor_that_still_sends(protection: Protection) {
             scope.spawn(|| {
                 for _ in 0..VISITORS / AT_A_TIME {
                     let mut visitor = tunnel.visit();
-                    // Until the reset, if that comes first.
+                    // The reset may come before all is written.
                     let _ = visitor.write_all(&vec![7; 2 * 1024 * 1024]);
                     let record = Record::of(&visitor);
                     answered.fetch_add(usize::from(record.bytes == ANSWER), Ordering::SeqCst);
@@ -344,7 +343,7 @@ fn an_early_answer_reaches_a_visitor_that_still_sends(protection: Protection) {
     assert_eq!(answered.into_inner(), VISITORS);
 }
 
-/// However often something else ends meanwhile.
+/// Other visitors end all the time meanwhile, which must not begin the wait anew.
 fn linger_holds_while_a_stop_drains(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(1);
     let service = Service::echo_or_silent();
@@ -381,7 +380,7 @@ fn a_stop_drains_first_and_cuts_what_is_left(protection: Protection) {
     assert_echo(&ends, "one");
     assert_echo(&stays, "other");
     tunnel.server.handle().stop(Duration::from_secs(3600));
-    // No new visitors, while those that are there go on.
+    // New visitors are refused, while those that are there go on.
     let refused = || TcpStream::connect(tunnel.server.public).is_err();
     eventually("the public port is closed", refused);
     assert_echo(&ends, "still one");
@@ -438,8 +437,8 @@ fn an_abort_is_passed_on_to_an_end_that_does_not_read(protection: Protection) {
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
-/// However far a visit has come when the server is killed: each has sent a byte, and nobody may take
-/// it for one that sent none.
+/// Each visit sends a byte, and however far it has come when the server is killed, the service may
+/// not take it for one that sent none.
 fn a_killed_server_makes_no_visit_look_empty(protection: Protection) {
     const KILLS: usize = 6;
     const VISITORS: usize = 8;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tunnel_proxy::Key;
 
-use crate::between::{Between, Place, Port, Verdict, Way};
+use crate::support::between::{Between, Place, Port, Verdict, Way};
 use crate::support::*;
 
 /// A server that takes clients with these keys.
@@ -102,7 +102,7 @@ fn attack(what: &str, judge: impl FnMut(usize, Vec<u8>) -> Verdict + Clone + Sen
         let [from, to] = &watched.visit_towards(way);
         let mut from = from;
         for piece in PIECES {
-            // One at a time, until the attack has been noticed.
+            // The pieces go one at a time, until the attack has been noticed.
             if from.write_all(piece).is_err() || !passed(&frames, from) {
                 break;
             }
@@ -128,7 +128,7 @@ fn passed(frames: &mpsc::Receiver<()>, from: &TcpStream) -> bool {
 
 #[test]
 fn no_bit_of_a_frame_can_be_changed() {
-    // 64 bytes on the wire: length, type, tag, and these.
+    // A frame of 64 bytes on the wire: length, type, tag, and these bytes.
     let text = [b'x'; 64 - 2 - 1 - 16];
     let mut bit = 0;
     let watched = Watched::start(8, move |place, mut message| {
@@ -138,7 +138,7 @@ fn no_bit_of_a_frame_can_be_changed() {
         assert_eq!(message.len(), 64);
         message[bit / 8] ^= 1 << (bit % 8);
         bit += 1;
-        // A longer frame would be waited for.
+        // The program would wait for the rest of a longer frame.
         Verdict::Cut(message)
     });
     for bit in 0..8 * 64 {
@@ -253,7 +253,7 @@ fn assert_replay_fails(port: SocketAddr, recorded: &[u8]) {
     let mut socket = connect(port);
     let _ = socket.write_all(recorded);
     let mut answer = Vec::new();
-    // That it was closed with something unread, and so with a reset, is as good.
+    // A reset is as good: the port was closed with something unread.
     let _ = socket.read_to_end(&mut answer);
     assert!(answer.len() <= 50, "{} bytes", answer.len());
 }
@@ -263,7 +263,7 @@ fn a_recorded_handshake_is_of_no_use() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();
     let server = server_with(&[&key]);
-    // Once it is closed, tunnels do not come through any more.
+    // Tunnels do not come through any more once this has been sent.
     let (close, closed) = mpsc::channel::<()>();
     let mut shut = false;
     let between = Between::start(&server, move |place, message| {
@@ -273,7 +273,7 @@ fn a_recorded_handshake_is_of_no_use() {
         }
         Verdict::Pass(message)
     });
-    // Without a pool, so that a visitor waits if none comes through.
+    // There is no pool, so that a visitor waits if no tunnel comes through.
     let mut client = RunningClient::start(with!(between.options(echo.addr, Some(&key));
             pool: 0,
     ));
@@ -370,13 +370,6 @@ fn assert_closed_at_deadline(port: SocketAddr, bytes: &[u8], drip: Option<Durati
 }
 
 #[test]
-fn a_handshake_may_take_its_time_but_no_more() {
-    thread::scope(|scope| {
-        scope.spawn(a_handshake_has_five_seconds_in_all);
-        scope.spawn(a_handshake_may_come_byte_by_byte);
-    });
-}
-
 fn a_handshake_has_five_seconds_in_all() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();
@@ -398,7 +391,7 @@ fn a_handshake_has_five_seconds_in_all() {
     let slow = Some(Duration::from_millis(100));
     thread::scope(|scope| {
         for port in [Port::Control, Port::Tunnel] {
-            // A whole first message: the answer comes, and the first line is still to come.
+            // A whole first message is answered, and then the first line is due.
             let openings = between.seen(port);
             let [first, slow_first] =
                 [0, 1].map(|conn: usize| openings[conn][Way::ToServer as usize].clone());
@@ -421,12 +414,17 @@ fn a_handshake_has_five_seconds_in_all() {
     assert_echo(&server.visit(), "undisturbed");
 }
 
+#[test]
 fn a_handshake_may_come_byte_by_byte() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();
-    let server = server_with(&[&key]);
+    // The visitor waits for two handshakes.
+    let server = RunningServer::start(with!(server_options(Protection::Plain);
+            keys: vec![key.clone()],
+            pair_timeout: DEADLINE,
+    ));
     let between = Between::start(&server, |_, message| {
-        Verdict::Drip(message, Duration::from_millis(10))
+        Verdict::Drip(message, Duration::from_millis(3))
     });
     let _client = RunningClient::start(between.options(echo.addr, Some(&key)));
     assert_echo(&server.visit(), "slowly");
@@ -482,7 +480,8 @@ fn a_far_client_is_not_pushed_out() {
                     if strangers.len() > 200 {
                         strangers.pop_front();
                     }
-                    // A thousand a second and port: the places are taken every 64 ms.
+                    // A thousand strangers a second come to each port, and take all its places
+                    // every 64 ms.
                     thread::sleep(Duration::from_millis(1));
                 }
             });
@@ -515,12 +514,13 @@ fn a_mebibyte_of_noise_disturbs_nobody() {
             Pattern::new(seed as u64).fill(&mut noise);
             noise[..opening.len()].copy_from_slice(opening);
             let mut socket = connect(port);
-            // It is closed before all of it has been taken.
+            // The port closes the connection before all of it has been taken.
             let _ = socket.write_all(&noise);
             let _ = socket.shutdown(Shutdown::Write);
             let mut answer = Vec::new();
             let _ = socket.read_to_end(&mut answer);
-            // What begins as a handshake is told that its key is wrong, unless it is reset before.
+            // Noise that begins like a handshake is told that its key is wrong, unless it is reset
+            // before.
             let told = port == server.control && !opening.is_empty();
             let wrong = &b"bye reason=wrong-key\n"[..];
             assert!(answer == b"" || (told && answer == wrong), "{answer:?}");
@@ -543,21 +543,21 @@ fn a_key_is_changed_without_a_lost_visitor() {
     let mut client = start(&old);
     assert_echo(&server.visit(), "with the old key");
     thread::scope(|scope| {
-        // For longer than the change takes.
+        // The visits go on for longer than the change takes.
         let visits = scope.spawn(|| {
             for _ in 0..300 {
                 assert_echo(&server.visit(), "meanwhile");
                 thread::sleep(Duration::from_millis(5));
             }
         });
-        // It lets those that it has finish; others wait for the next one.
+        // The old client lets its visitors finish, and others wait for the new one.
         client.handle().stop(DEADLINE);
         client.wait_for_end();
         client = start(&new);
         assert_echo(&server.visit(), "with the new key");
         assert!(!visits.is_finished(), "the change took too long");
     });
-    // A third key is none.
+    // A client with a third key gets no visitor.
     drop(client);
     let _stranger = start(&Key::generate().unwrap());
     let waiting = server.visit();

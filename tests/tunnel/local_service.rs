@@ -10,17 +10,15 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
-use crate::programs::Both;
+use crate::support::programs::Both;
 use crate::support::{
     DEADLINE, Protection, Service, accept, assert_reset, echo, plain_and_sealed, reset_on_close,
 };
 
 plain_and_sealed! {
-    what_takes_its_time [
-        a_service_that_lets_dials_hang,
-        a_service_that_says_nothing,
-        a_thousand_resets_and_ends_leave_nothing,
-    ],
+    a_service_that_lets_dials_hang_holds_up_nobody_else,
+    a_service_that_says_nothing_holds_up_nobody_else,
+    a_thousand_resets_and_ends_leave_nothing,
 }
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -42,14 +40,14 @@ impl Reluctant {
         Self { listener, addr }
     }
 
-    /// Lets nobody in any more: who dials now gets no answer at all.
+    /// Lets nobody in any more: a dial gets no answer at all from now on.
     fn fill(&self) -> Vec<TcpStream> {
         let dial = |_| TcpStream::connect_timeout(&self.addr, Duration::from_millis(500)).ok();
         (0..10).map_while(dial).collect()
     }
 }
 
-fn a_service_that_lets_dials_hang(protection: Protection) {
+fn a_service_that_lets_dials_hang_holds_up_nobody_else(protection: Protection) {
     const VISITORS: usize = 20;
     let service = Reluctant::new();
     let both = Both::start(protection, service.addr, [&[], &[]]);
@@ -81,7 +79,7 @@ fn a_service_that_lets_dials_hang(protection: Protection) {
     });
     let line = both.client.wait_for_line("cannot reach the local service");
     assert!(line.contains("timed out"), "{line}");
-    // It takes them again.
+    // The service takes dials again.
     for _ in 0..filling.len() {
         accept(&service.listener);
     }
@@ -93,7 +91,7 @@ fn a_service_that_lets_dials_hang(protection: Protection) {
     });
 }
 
-fn a_service_that_says_nothing(protection: Protection) {
+fn a_service_that_says_nothing_holds_up_nobody_else(protection: Protection) {
     let (sender, silent) = mpsc::channel();
     let service = Service::start(move |mut socket| {
         let mut first = [0; 1];
@@ -114,7 +112,7 @@ fn a_service_that_says_nothing(protection: Protection) {
         .map(|_| silent.recv_timeout(DEADLINE).unwrap())
         .collect();
     let start = Instant::now();
-    // Longer than anything but a session's silence, which is not theirs, is waited for.
+    // This is longer than any deadline of a handshake or a dial.
     while start.elapsed() < Duration::from_secs(7) {
         let before = Instant::now();
         echo(&both.visit());
@@ -162,7 +160,7 @@ fn end_somehow(round: usize, visitor: TcpStream, served: TcpStream) {
             reset(served);
             assert_reset(&visitor, AT_ONCE);
         }
-        // Whichever comes first, it is over soon.
+        // The service sees the end or the reset, whichever comes first.
         2 => {
             visitor.shutdown(Shutdown::Write).unwrap();
             reset(visitor);
@@ -189,8 +187,8 @@ fn reset(socket: TcpStream) {
     reset_on_close(&socket);
 }
 
-/// Asserts that nothing more comes, and that this is told soon: by what looks at all pairs every
-/// second, if by nobody else.
+/// Asserts that an end or a reset comes soon, and nothing before it. If nothing else tells the
+/// program, its look at all pairs every second does.
 fn assert_over(mut socket: &TcpStream) {
     let start = Instant::now();
     let end = socket.read(&mut [0]);

@@ -7,37 +7,31 @@ use std::time::{Duration, Instant};
 use rustix::io::ioctl_fionread;
 use rustix::process::Signal;
 
-use crate::programs::{Both, Launch, Program, ports_of};
+use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     Protection, Service, Tunnel, assert_echo, connect, echo, eventually, plain_and_sealed,
 };
 
 plain_and_sealed! {
-    a_log_that_nobody_takes [
-        as_stderr_is_closed,
-        as_the_disk_is_full,
-        as_its_reader_has_gone,
-        as_its_reader_has_stopped,
-    ],
-    its_lines [
-        name_the_program_and_the_first_the_version,
-        name_a_visitor_of_ipv4_by_its_address,
-    ],
-    a_status [
-        counts_what_goes_on,
-        is_logged_on_a_signal,
-    ],
+    both_programs_serve_with_stderr_closed,
+    both_programs_serve_when_the_logs_disk_is_full,
+    both_programs_serve_when_the_logs_reader_has_gone,
+    both_programs_serve_when_the_logs_reader_has_stopped,
+    lines_name_the_program_and_the_first_the_version,
+    lines_name_a_visitor_of_ipv4_by_its_address,
+    a_status_counts_what_goes_on,
+    a_status_is_logged_on_a_signal,
 }
 
-fn as_stderr_is_closed(protection: Protection) {
+fn both_programs_serve_with_stderr_closed(protection: Protection) {
     serves_with_log(protection, "2>&-");
 }
 
-fn as_the_disk_is_full(protection: Protection) {
+fn both_programs_serve_when_the_logs_disk_is_full(protection: Protection) {
     serves_with_log(protection, "2> /dev/full");
 }
 
-fn as_its_reader_has_gone(protection: Protection) {
+fn both_programs_serve_when_the_logs_reader_has_gone(protection: Protection) {
     serves_with_log(protection, "2> >(exec true)");
 }
 
@@ -50,7 +44,7 @@ fn serves_with_log(protection: Protection, redirection: &str) {
     }
 }
 
-/// On ports of its own, as the log need not tell them.
+/// Both programs after hundreds of visits, on ports that are known without the log.
 fn serve(launch: Launch) -> [Program; 2] {
     static HOSTS: AtomicUsize = AtomicUsize::new(1);
     let host = HOSTS.fetch_add(1, Ordering::Relaxed);
@@ -61,8 +55,8 @@ fn serve(launch: Launch) -> [Program; 2] {
     eventually("the server is up", || {
         std::net::TcpStream::connect(addresses[0]).is_ok()
     });
-    // As many visits, and as much time at a hundred lines a second of either kind, as it takes to
-    // fill all that holds lines.
+    // So many visits for so long, at a hundred lines a second of either kind, fill all that holds
+    // lines.
     let (start, mut visits) = (Instant::now(), 0);
     while visits < 300 || start.elapsed() < Duration::from_secs(3) {
         echo(&connect(addresses[0]));
@@ -76,7 +70,7 @@ fn end(program: &mut Program) {
     assert!(program.wait_for_end().success());
 }
 
-fn as_its_reader_has_stopped(protection: Protection) {
+fn both_programs_serve_when_the_logs_reader_has_stopped(protection: Protection) {
     let [mut client, mut server] = serve(Launch::new(protection).unread());
     for program in [&client, &server] {
         let held = ioctl_fionread(program.unread_log()).unwrap();
@@ -89,7 +83,7 @@ fn as_its_reader_has_stopped(protection: Protection) {
     server.wait_for_line("lines left out, as nobody read them: ");
 }
 
-fn name_the_program_and_the_first_the_version(protection: Protection) {
+fn lines_name_the_program_and_the_first_the_version(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let version = env!("CARGO_PKG_VERSION");
@@ -121,12 +115,9 @@ fn name_the_program_and_the_first_the_version(protection: Protection) {
     );
 }
 
-/// Also where the listener is one of IPv6.
-fn name_a_visitor_of_ipv4_by_its_address(protection: Protection) {
+/// The listener is one of IPv6, to which an address of IPv4 is a longer one.
+fn lines_name_a_visitor_of_ipv4_by_its_address(protection: Protection) {
     let any = ["[::]:0", "127.0.0.1:0", "127.0.0.1:0"].map(|any| any.parse().unwrap());
-    if std::net::TcpListener::bind(any[0]).is_err() {
-        return eprintln!("left out: no IPv6");
-    }
     let launch = Launch::new(protection);
     let server = launch.on(any).server(&["-v"]);
     let (service, addresses) = (Service::echo(), server.addresses());
@@ -142,7 +133,7 @@ fn name_a_visitor_of_ipv4_by_its_address(protection: Protection) {
     }
 }
 
-fn counts_what_goes_on(protection: Protection) {
+fn a_status_counts_what_goes_on(protection: Protection) {
     let service = Service::echo();
     let tunnel = Tunnel::start(protection, service.addr, 8);
     let statuses = || [tunnel.server.handle(), tunnel.client.handle()].map(|it| it.status());
@@ -175,7 +166,7 @@ fn counts_what_goes_on(protection: Protection) {
     });
 }
 
-fn is_logged_on_a_signal(protection: Protection) {
+fn a_status_is_logged_on_a_signal(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let visitor = both.visit();

@@ -16,32 +16,34 @@ use rustix::process::Signal;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tempfile::TempDir;
 
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{
     DEADLINE, Protection, Service, accept, assert_echo, connect, eventually, expect_pattern,
     plain_and_sealed, send_pattern,
 };
 
 plain_and_sealed! {
-    a_path_that_goes_silent [
-        both_ways,
-        on_the_way_to_the_server,
-        on_the_way_to_the_client,
-        with_its_link_at_the_server,
-        for_two_seconds_in_a_transfer,
-    ],
-    a_name [
-        that_is_unknown_at_first_and_then_moves,
-        whose_first_address_is_dead,
-    ],
-    a_host_without_home_disk_or_proc,
-    a_host_without_free_ports,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_path_that_goes_silent_both_ways_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_path_that_goes_silent_to_the_server_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_path_that_goes_silent_to_the_client_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_link_that_goes_down_at_the_server_is_survived,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    two_seconds_of_silence_in_a_transfer_lose_nothing,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_name_that_is_unknown_at_first_and_then_moves_is_followed,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_name_whose_first_address_is_dead_is_good_enough,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_host_without_home_disk_or_proc_is_good_enough,
+    #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
+    a_host_without_free_ports_is_told_apart,
 }
 
-fn a_host_without_free_ports(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_host_without_free_ports_is_told_apart(protection: Protection) {
     Host::new().enter();
     let service = Service::echo();
     let range = "/proc/sys/net/ipv4/ip_local_port_range";
@@ -51,7 +53,7 @@ fn a_host_without_free_ports(protection: Protection) {
     let server = server.server(&[]);
     let addresses = server.addresses();
     let client = Launch::new(protection).client(addresses, service.addr, &[]);
-    // More than there are ports, as the pool is to have eight.
+    // The pool is to have eight tunnels, which is more than there are ports.
     let line = client.wait_for_line("could not dial a tunnel");
     for text in [
         &addresses[1].to_string(),
@@ -60,24 +62,6 @@ fn a_host_without_free_ports(protection: Protection) {
     ] {
         assert!(line.contains(text), "{line}");
     }
-}
-
-/// Whether a test may have namespaces here. If not, it says why, and is left out; not in CI, where
-/// nobody would see that.
-fn allowed() -> bool {
-    // What a test needs at the most. It ends with the namespaces that it is in.
-    let probe = "ip link add one type veth peer name two && mount -t tmpfs tmpfs /mnt \
-                 && : > /proc/sys/net/ipv4/tcp_rmem";
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--net", "sh", "-c", probe]);
-    let why = match command.output() {
-        Ok(output) if output.status.success() => return true,
-        Ok(output) => String::from_utf8_lossy(output.stderr.trim_ascii()).into_owned(),
-        Err(error) => format!("unshare: {error}"),
-    };
-    assert!(std::env::var_os("CI").is_none(), "no namespaces: {why}");
-    eprintln!("left out, no namespaces: {why}");
-    false
 }
 
 /// A network namespace with a loopback address, and no way to anywhere else.
@@ -94,7 +78,7 @@ impl Host {
             .spawn()
             .unwrap();
         let (mut to, mut from) = (holder.stdin.take().unwrap(), holder.stdout.take().unwrap());
-        // What answers has its namespace already.
+        // A `cat` that answers has its namespace already.
         to.write_all(b"!").unwrap();
         from.read_exact(&mut [0]).unwrap();
         let link = File::open(format!("/proc/{}/ns/net", holder.id())).unwrap();
@@ -148,7 +132,7 @@ struct Hosts {
 }
 
 impl Hosts {
-    /// Afterwards this thread is on the client's host.
+    /// Makes the hosts and the path. Afterwards this thread is on the client's host.
     fn new() -> Self {
         let (server, client) = (Host::new(), Host::new());
         client.enter();
@@ -166,7 +150,7 @@ impl Hosts {
         hosts
     }
 
-    /// Where what is sent to the server comes to, and what is sent to the client.
+    /// Leads what is sent to the server to this end, and what is sent to the client to that one.
     fn lead(&self, to_server: &str, to_client: &str) {
         let lead = |from: &Host, address, end| {
             let words = format!("neighbour replace {address} lladdr {end} dev path nud permanent");
@@ -205,33 +189,33 @@ impl Hosts {
     }
 }
 
-/// The 6 s after which a silent link is dead, and some.
+/// A silent link is dead after 6 s; the rest is for a busy machine.
 const NOTICE: Duration = Duration::from_secs(8);
 
-/// A dial that the silence swallows takes 5 s, and the pause before the next one is short yet;
-/// twice that, as the machine may be busy.
+/// A dial that the silence swallows takes 5 s, and the pause before the next one is still short.
+/// This is twice that, as the machine may be busy.
 const RETURN: Duration = Duration::from_secs(12);
 
-fn both_ways(protection: Protection) {
+fn a_path_that_goes_silent_both_ways_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.lead(NOWHERE, NOWHERE);
     });
 }
 
-fn on_the_way_to_the_server(protection: Protection) {
+fn a_path_that_goes_silent_to_the_server_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.lead(NOWHERE, CLIENT_END);
     });
 }
 
-fn on_the_way_to_the_client(protection: Protection) {
+fn a_path_that_goes_silent_to_the_client_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.lead(SERVER_END, NOWHERE);
     });
 }
 
-/// The server's host knows, which is no error to a connection that it has.
-fn with_its_link_at_the_server(protection: Protection) {
+/// The server's host knows that the link is down, which is no error to its connections.
+fn a_link_that_goes_down_at_the_server_is_survived(protection: Protection) {
     lost_and_found(protection, |hosts| {
         hosts.server.inside(|| ip("link set path down"));
     });
@@ -239,9 +223,6 @@ fn with_its_link_at_the_server(protection: Protection) {
 
 /// Cuts the path, and mends it when a dial has been lost too.
 fn lost_and_found(protection: Protection, cut: impl FnOnce(&Hosts)) {
-    if !allowed() {
-        return;
-    }
     let hosts = Hosts::new();
     let service = Service::echo();
     let (server, client, public) = hosts.start(protection, service.addr);
@@ -260,7 +241,7 @@ fn lost_and_found(protection: Protection, cut: impl FnOnce(&Hosts)) {
     assert_echo(&fresh, "after");
     assert!(start.elapsed() < RETURN, "after {:?}", start.elapsed());
     assert_echo(&held, "who was joined before goes on");
-    // Once, although it has connected twice.
+    // The client warns once, although it has connected twice.
     let warned = client.lines_with("WARN  tpclient] no --key-file: ").len();
     assert_eq!(warned, usize::from(protection == Protection::Plain));
     assert_no_panic(&[&server, &client]);
@@ -271,10 +252,7 @@ fn assert_says(program: &Program, text: &str, start: Instant) {
     assert!(start.elapsed() < NOTICE, "{:?}: {line}", start.elapsed());
 }
 
-fn for_two_seconds_in_a_transfer(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn two_seconds_of_silence_in_a_transfer_lose_nothing(protection: Protection) {
     let hosts = Hosts::new();
     hosts.limit_buffers();
     let (sender, sockets) = mpsc::channel();
@@ -288,7 +266,7 @@ fn for_two_seconds_in_a_transfer(protection: Protection) {
     assert_no_panic(&[&server, &client]);
 }
 
-/// From each end to the other, more than all buffers between them hold.
+/// Sends from each end to the other, in each half more than all buffers between them hold.
 fn transfer_through_silence(hosts: &Hosts, [one, other]: [&TcpStream; 2]) {
     const HALF: usize = 32 * 1024 * 1024;
     let (halves, silent) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -308,7 +286,7 @@ fn transfer_through_silence(hosts: &Hosts, [one, other]: [&TcpStream; 2]) {
         eventually("half of it", || halves.load(Ordering::SeqCst) == 2);
         hosts.lead(NOWHERE, NOWHERE);
         silent.store(true, Ordering::SeqCst);
-        // How long the path is silent.
+        // The path is silent for this long.
         thread::sleep(Duration::from_secs(2));
         let mended = Instant::now();
         hosts.mend();
@@ -344,7 +322,7 @@ impl Names {
         names
     }
 
-    /// In place, as the program has the file and not its name.
+    /// Writes the file in its place, as the program has the file and not its name.
     fn set(&self, text: &str) {
         fs::write(self.0.path().join("hosts"), text).unwrap();
     }
@@ -355,10 +333,7 @@ impl Names {
     }
 }
 
-fn that_is_unknown_at_first_and_then_moves(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_name_that_is_unknown_at_first_and_then_moves_is_followed(protection: Protection) {
     Host::new().enter();
     let [here, there] = [1, 2].map(|number| SocketAddr::from(([127, 0, 78, number], 0)));
     let service = Service::echo();
@@ -393,14 +368,11 @@ fn assert_comes_to(client: &Program, sessions: usize, public: SocketAddr) {
     assert_echo(&connect(public), "served");
 }
 
-fn whose_first_address_is_dead(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_name_whose_first_address_is_dead_is_good_enough(protection: Protection) {
     Host::new().enter();
     let (one, other) = ("127.0.78.1", "127.0.78.2");
-    // Whether a resolver keeps the order of the file or has one of its own: in some of them it has
-    // the dead address first.
+    // A resolver may keep the order of the file or have one of its own. In some of these cases the
+    // dead address is the first one.
     for (dead, live) in [(one, other), (other, one), ("::1", one)] {
         for order in [[dead, live], [live, dead]] {
             reach_by_name(protection, order, live);
@@ -452,10 +424,7 @@ const BARE: &str = r#"
     exec /mnt/program "$@"
 "#;
 
-fn a_host_without_home_disk_or_proc(protection: Protection) {
-    if !allowed() {
-        return;
-    }
+fn a_host_without_home_disk_or_proc_is_good_enough(protection: Protection) {
     let launch = Launch::new(protection).under(&["unshare", "--mount", "sh", "-c", BARE]);
     let service = Service::echo();
     let server = launch.server(&[]);
@@ -481,7 +450,7 @@ fn a_host_without_home_disk_or_proc(protection: Protection) {
 
 const MIB: usize = 1024 * 1024;
 
-/// Asserts that a program is where nothing is.
+/// Asserts that the program can write nothing, and sees no `/proc`.
 fn assert_bare(program: &Program) {
     let path = |name: &str| format!("/proc/{}/{name}", program.pid());
     let mounts = fs::read_to_string(path("mountinfo")).unwrap();

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::peer::{HandMadeServer, Peer};
+use crate::support::peer::{HandMadeServer, Peer};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, closed_port,
     plain_and_sealed, server_options, with,
@@ -35,7 +35,7 @@ fn the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut(protecti
         let mut tunnel = server.tunnel();
         tunnel.write(&bytes[..cut]);
         if cut > 0 && cut < bytes.len() {
-            // So that the two pieces are two reads.
+            // The pause makes two reads of the two pieces.
             thread::sleep(Duration::from_millis(3));
         }
         tunnel.write(&bytes[cut..]);
@@ -66,7 +66,7 @@ fn a_client_keeps_its_pool_full_and_dials_one_more_on_new(protection: Protection
     let (mut one, _two) = (server.tunnel(), server.tunnel());
     server.control.write("new\nwhat=ever\nnew\n");
     let _beyond = (server.tunnel(), server.tunnel());
-    // Four are spare, two more than the pool: those that are taken are not replaced.
+    // Four tunnels are idle, two more than the pool: the client dials none for one that is taken.
     one.write("new visitor=192.0.2.1:1\nx");
     one.end();
     assert_eq!(records.recv_timeout(DEADLINE).unwrap(), Record::whole(b"x"));
@@ -125,7 +125,7 @@ fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed(protection:
         tunnel.write(format!("tunnel session={session}\n"));
         tunnel
     };
-    // The server grants two: of three, one is closed.
+    // The server grants two idle tunnels, and closes one of three.
     let mut three = [tunnel(), tunnel(), tunnel()];
     let closed = wait_for_a_closed_one(&mut three);
     let [mut lives, dead]: [Peer; 2] = three
@@ -140,7 +140,7 @@ fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed(protection:
     let visitor = server.visit();
     let from = visitor.local_addr().unwrap();
     assert_eq!(lives.line(), format!("new visitor={from}\n"));
-    // Now there is none left: the next visitor has to be asked for.
+    // No tunnel is left now: the server asks for one for the next visitor.
     let _next = server.visit();
     assert_eq!(client.line_after_hi(), "new\n");
 }
@@ -174,7 +174,7 @@ fn a_control_link_that_starts_with_anything_but_hello_is_closed(protection: Prot
         stranger.write(first);
         assert_eq!(stranger.read_until_closed(), b"", "{first:?}");
     }
-    // A hello that drips in too slowly is none.
+    // A hello that is not whole at the deadline is none.
     let start = Instant::now();
     let mut slow = Peer::dial_control(&server);
     slow.write("hello proto=1");
@@ -202,7 +202,7 @@ fn a_stopping_client_says_bye(protection: Protection) {
     assert_eq!(server.control.line(), "");
 }
 
-/// Its bye and the server's visitor cross on the way.
+/// The client's bye and the server's visitor cross on the way.
 fn a_stopping_client_serves_the_visitor_that_it_was_just_given(protection: Protection) {
     let (service, records) = Service::recording();
     let mut server = HandMadeServer::start(protection, service.addr, 1);

@@ -9,18 +9,16 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::programs::{Both, Launch, Program, ports_of};
+use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, assert_ended, assert_reset,
     client_options, connect, echo, eventually, plain_and_sealed, server_options, with,
 };
 
 plain_and_sealed! {
-    who_is_killed_or_stopped_is_missed_and_taken_back [
-        a_killed_client_makes_room_at_once,
-        a_stopped_client_is_dropped_and_comes_back,
-        a_stopped_server_is_left_and_found_again,
-    ],
+    a_killed_client_makes_room_at_once,
+    a_stopped_client_is_dropped_and_comes_back,
+    a_stopped_server_is_left_and_found_again,
     a_server_that_restarts_under_load_is_back_each_time,
     a_server_hands_over_to_the_next_one_without_losing_a_visitor,
     a_tunnel_that_is_lost_costs_no_visitor,
@@ -80,8 +78,8 @@ fn goes_on(both: &Both, stopped: &Program, patient: TcpStream) {
     both.assert_recovered(echo);
 }
 
-/// So long that the client dials more than once meanwhile, and the server finds all of that when it
-/// goes on.
+/// The server is stopped for so long that the client dials more than once. It finds all of that
+/// when it goes on.
 fn a_stopped_server_is_left_and_found_again(protection: Protection) {
     let service = Service::echo_or_bulk();
     let both = Both::start(protection, service.addr, [&[], &[]]);
@@ -95,8 +93,8 @@ fn a_stopped_server_is_left_and_found_again(protection: Protection) {
     goes_on(&both, &both.server, patient);
 }
 
-/// Killed and asked to end by turns. One that was asked still has visitors while the next one takes
-/// over its ports.
+/// The servers are killed and asked to end by turns. One that was asked still has visitors while
+/// the next one takes over its ports.
 fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
     const RESTARTS: usize = 20;
     const UP: Duration = Duration::from_secs(3);
@@ -115,7 +113,7 @@ fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                // Nor for ever if the test has failed.
+                // The visitors end, too, if the test has failed.
                 while !over.load(Ordering::SeqCst) && began.elapsed() < 3 * DEADLINE {
                     visits.fetch_add(usize::from(was_served(addresses[0])), Ordering::SeqCst);
                 }
@@ -146,7 +144,7 @@ fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
     both.assert_recovered(echo);
 }
 
-/// The next one waits for the ports when the first one is asked to end.
+/// The next server waits for the ports when the first one is asked to end.
 fn a_server_hands_over_to_the_next_one_without_losing_a_visitor(protection: Protection) {
     const HAND_OVERS: usize = 20;
     // A machine that is paused for some seconds is no reason to close a visitor.
@@ -186,7 +184,7 @@ fn a_server_hands_over_to_the_next_one_without_losing_a_visitor(protection: Prot
             next.wait_for_line(" came: session");
             let mut before = std::mem::replace(&mut both.server, next);
             if hand_over == 0 {
-                // It has a visitor still.
+                // The server before still has a visitor.
                 assert!(before.ended().is_none());
                 echo(&patient);
                 patient.shutdown(Shutdown::Both).unwrap();

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use tunnel_proxy::Key;
 
-use crate::peer::{
+use crate::support::peer::{
     CONTROL, DATA, END, FIRST_FRAME, HandMadeServer, MAX_FRAME, OVERHEAD, Peer, TUNNEL,
 };
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, accept, assert_echo,
     assert_reset, client_options, connect, server_options, with,
@@ -66,7 +66,7 @@ fn frames_may_be_cut_anywhere_on_the_wire() {
             break;
         }
         tunnel.socket.write_all(&wire[..cut]).unwrap();
-        // So that the two pieces are two reads.
+        // The pause makes two reads of the two pieces.
         thread::sleep(Duration::from_millis(3));
         tunnel.socket.write_all(&wire[cut..]).unwrap();
         let record = records.recv_timeout(DEADLINE).unwrap();
@@ -117,7 +117,7 @@ fn the_end_of_a_stream_leaves_the_connection_open() {
     tunnel.socket.set_read_timeout(Some(DEADLINE)).unwrap();
     tunnel.write("later");
     tunnel.end();
-    // Both directions have ended: now the connection does.
+    // The connection ends when both directions have.
     assert_eq!(tunnel.read_until_closed(), b"");
 }
 
@@ -141,7 +141,7 @@ fn the_first_frame_is_at_most_a_line_and_every_frame_of_a_known_kind() {
         stranger.socket.write_all(&frame).unwrap();
         assert_eq!(stranger.read_until_closed(), b"", "{kind} {payload:?}");
     }
-    // Shorter than any frame is.
+    // These lengths are shorter than any frame.
     for length in [0, 1, 16] {
         let mut stranger = Peer::dial_control(&server);
         stranger.socket.write_all(&[0, length]).unwrap();
@@ -166,7 +166,7 @@ fn only_who_has_the_key_becomes_the_client() {
     let mut plain = Peer::plain(connect(server.control));
     plain.write("hello proto=1 pool=8\n");
     assert_eq!(plain.read_until_closed(), b"bye reason=wants-key\n");
-    // They go on trying, while the one who has the key serves.
+    // Clients without the key go on trying, while the one that has it serves.
     let _others = [Some(other), None].map(|key| {
         let options = client_options(&server, service.addr);
         RunningClient::start(with!(options; key))
@@ -218,14 +218,14 @@ fn both_programs_say_when_they_have_two_keys() {
     let client = Program::client(Protection::Sealed, addresses, service.addr, &arguments);
     server.wait_for_line(": wrong key");
     client.wait_for_line("wrong key (--key-file): the server has another one; trying again");
-    // It goes on trying: for each wrong client, the server has a line a second at the most.
+    // The client goes on trying: for each wrong client, the server has a line a second at the most.
     server.wait_for_line("more like this before, not logged");
     for program in [&server, &client] {
         assert_eq!(program.lines_with(&other[..8]), [""; 0]);
     }
 }
 
-/// It must not take it for the original, and send everything in the clear.
+/// The client must not take the server for an original one, and send everything in the clear.
 #[test]
 fn a_client_with_a_key_leaves_a_server_without_one() {
     for first in ["hi\n", "hello proto=1 session=0 pool=8\n"] {
@@ -241,7 +241,7 @@ fn a_client_with_a_key_leaves_a_server_without_one() {
     }
 }
 
-/// The original has no key, so what says no hello behind a handshake is not the original.
+/// An original server has no key: one that says no hello behind a handshake is none.
 #[test]
 fn a_client_with_a_key_takes_no_server_for_the_original() {
     let service = Service::echo();
@@ -326,7 +326,7 @@ fn a_silent_server_is_left() {
     let _client = RunningClient::of(Protection::Sealed, &controls, &tunnels, service.addr, 8);
     let server = accept(&controls);
     let start = Instant::now();
-    // The client's half of a handshake.
+    // The client's half of a handshake comes, and then the end.
     assert_eq!(Record::of(&server).bytes.len(), 50);
     let bounds = Duration::from_millis(4500)..Duration::from_millis(7000);
     assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::peer::Peer;
+use crate::support::peer::Peer;
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
     client_options, closed_port, connect, plain_and_sealed, server_options, with,
@@ -14,17 +14,15 @@ use crate::support::{
 use tunnel_proxy::{Address, ClientOptions};
 
 plain_and_sealed! {
-    what_takes_its_time [
-        without_a_client_the_visitor_is_closed_at_the_pair_timeout,
-        a_client_that_comes_in_time_serves_the_visitors_that_wait,
-        a_client_dials_for_ever_even_if_the_first_dial_fails,
-        a_silent_client_is_dropped_and_the_next_one_taken,
-        a_silent_server_is_left_and_dialled_again,
-        a_client_that_only_sends_heartbeats_lives,
-        a_visitor_may_be_silent_for_longer_than_any_handshake,
-        the_dials_of_a_client_come_further_and_further_apart,
-        a_port_scanner_never_gets_a_visitor,
-    ],
+    without_a_client_the_visitor_is_closed_at_the_pair_timeout,
+    a_client_that_comes_in_time_serves_the_visitors_that_wait,
+    a_client_dials_for_ever_even_if_the_first_dial_fails,
+    a_silent_client_is_dropped_and_the_next_one_taken,
+    a_silent_server_is_left_and_dialled_again,
+    a_client_that_only_sends_heartbeats_lives,
+    a_visitor_may_be_silent_for_longer_than_any_handshake,
+    the_dials_of_a_client_come_further_and_further_apart,
+    a_port_scanner_never_gets_a_visitor,
     a_second_client_is_refused_and_the_first_is_undisturbed,
     a_session_outlives_a_thousand_refused_ones,
     a_server_that_restarts_on_its_ports_serves_within_three_seconds,
@@ -83,7 +81,7 @@ fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) 
     let options = client_options(&later, service.addr);
     drop(later);
     let _client = RunningClient::start(options);
-    // Several of its dials find nobody.
+    // Several dials of the client find nobody meanwhile.
     thread::sleep(Duration::from_millis(1200));
     let listener = TcpListener::bind(address).unwrap();
     let mut peer = Peer::accept_control(&listener, protection);
@@ -260,8 +258,8 @@ fn dials_come_further_apart(protection: Protection, answer: &str) {
         assert_eq!(peer.line(), "hello proto=1 pool=8\n");
         peer.write(answer);
     }
-    // 0.2 s doubled each time; each pause is between the half and the whole of it, but what is seen
-    // here may have been late.
+    // The pause is 0.2 s, doubled each time, and at least half of that. What is seen here may have
+    // been late.
     for (number, pair) in times.windows(2).enumerate() {
         let whole = Duration::from_millis(200 << number);
         let pause = pair[1] - pair[0];
@@ -308,10 +306,10 @@ fn scan_a_tunnel(protection: Protection, pool: usize) {
     let served = start.elapsed();
     assert!(served < Duration::from_secs(1), "{served:?}");
     for mut scanner in scanners {
-        // Closed, by an end or, where bytes of its own were left unread, by a reset.
+        // The scanner is closed by an end, or by a reset where its bytes were left unread.
         let mut got = Vec::new();
         let _ = scanner.read_to_end(&mut got);
-        // Who looks like a client without a key is told that one is needed.
+        // A scanner that looks like a client without a key is told that one is needed.
         assert!(got == b"" || got == b"bye reason=wants-key\n", "{got:?}");
     }
     let closed = start.elapsed();

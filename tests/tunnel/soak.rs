@@ -18,9 +18,16 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustix::process::Signal;
 
-use crate::faulty::{Fault, FaultyRelay, Random, fresh_seed, pattern};
-use crate::programs::{Both, Launch, Program, ports_of};
-use crate::support::{Protection, Service, eventually, reset_on_close};
+use crate::support::faulty_relay::{Fault, FaultyRelay};
+use crate::support::programs::{Both, Launch, Program, ports_of};
+use crate::support::random::{Random, fresh_seed};
+use crate::support::{
+    Protection, Service, eventually, pattern, plain_and_sealed, reset_on_close, take_turn,
+};
+
+plain_and_sealed! {
+    soak (sealed as root),
+}
 
 /// In seconds: what is worth it each time, and what is long enough for faults that take their time.
 const SHORT: u64 = 8;
@@ -33,8 +40,8 @@ const COMPANIONS: usize = 2;
 /// The most bytes of one direction.
 const MOST: usize = 300_000;
 
-/// No fault lasts that long, and few follow one another without a gap: who waits for longer has
-/// been forgotten.
+/// Whoever waits for longer has been forgotten: no fault lasts that long, and few follow one
+/// another without a gap.
 const FORGOTTEN: Duration = Duration::from_secs(40);
 
 /// When all faults are gone, so many visits in a row must go well within this time. A client that has
@@ -49,22 +56,15 @@ const MOST_MEMORY: usize = VISITORS as usize * (1 + COMPANIONS) * 2 * 1024;
 /// Whole visits of each tunnel, far below the seventy or more that two idle cores see to.
 const LEAST_A_SECOND: usize = 3;
 
-#[test]
-fn soak() {
+fn soak(protection: Protection) {
+    let host = match protection {
+        Protection::Plain => "127.0.78.61",
+        Protection::Sealed => "127.0.78.62",
+    };
     let seconds = from_environment("TP_SOAK_SECS").unwrap_or(SHORT);
     let seed = from_environment("TP_SOAK_SEED").unwrap_or_else(fresh_seed);
     eprintln!("soak: {seconds} s, seed {seed}");
-    thread::scope(|scope| {
-        for (protection, host) in [
-            (Protection::Plain, "127.0.78.61"),
-            (Protection::Sealed, "127.0.78.62"),
-        ] {
-            let name = format!("soak, {protection:?}");
-            let thread = thread::Builder::new().name(name);
-            let soak = move || soak_tunnel(protection, host, seconds, seed);
-            thread.spawn_scoped(scope, soak).unwrap();
-        }
-    });
+    soak_tunnel(protection, host, seconds, seed);
 }
 
 fn from_environment<T: FromStr<Err: Debug>>(name: &str) -> Option<T> {
@@ -81,6 +81,7 @@ fn soak_tunnel(protection: Protection, host: &str, seconds: u64, seed: u64) {
         serving.serve(&socket);
         serving.serving.fetch_sub(1, Ordering::SeqCst);
     });
+    let turn = take_turn();
     let mut chaos = Chaos::start(&soak, host, service.addr, seconds > LONG);
     let public = chaos.both.addresses[0];
     let end = Instant::now() + Duration::from_secs(seconds);
@@ -91,6 +92,7 @@ fn soak_tunnel(protection: Protection, host: &str, seconds: u64, seed: u64) {
         }
         chaos.reign(end);
     });
+    drop(turn);
     soak.assert_nothing_wrong();
     chaos.assert_recovered();
     soak.assert_all_ended(chaos.is_original());
@@ -134,10 +136,10 @@ struct Visit {
     kind: Kind,
     /// Makes the bytes of both directions.
     id: u64,
-    /// How many the visitor sends behind the header, and the service before a hash.
+    /// How many bytes the visitor sends behind the header, and the service before a hash.
     up: usize,
     down: usize,
-    /// After how many of them there is a reset, if there is one.
+    /// The number of bytes after which there is a reset, if there is one.
     cut: usize,
     /// Whether the visitor and the service take their time to read.
     slow: [bool; 2],
@@ -151,7 +153,7 @@ impl Visit {
     fn draw(random: &mut Random) -> Self {
         let kind = KINDS[random.below(KINDS.len())];
         let [up, down] = [(); 2].map(|()| {
-            // Small ones as often as large ones.
+            // Small sizes are as frequent as large ones.
             let most = 1 << random.below(20);
             random.below(most).min(MOST)
         });
@@ -175,7 +177,7 @@ impl Visit {
         header
     }
 
-    /// None of what is no header.
+    /// Returns None if this is no header.
     fn parse(header: &[u8; HEADER]) -> Option<Self> {
         let (head, numbers) = header.split_at(6);
         let (id, sizes) = numbers.split_first_chunk()?;
@@ -207,7 +209,7 @@ impl Visit {
     }
 }
 
-/// FNV-1a.
+/// Continues a hash (FNV-1a).
 fn hash_on(hash: u64, bytes: &[u8]) -> u64 {
     let add = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     bytes.iter().fold(hash, add)
@@ -249,7 +251,7 @@ fn send(mut to: &TcpStream, bytes: &[u8]) -> io::Result<()> {
     to.shutdown(Shutdown::Write)
 }
 
-/// The same while it reads, and what came of both.
+/// Sends and ends while it reads, and returns what came of both.
 fn exchange(socket: &TcpStream, bytes: &[u8], slow: bool) -> (io::Result<()>, Got) {
     thread::scope(|scope| {
         let sending = scope.spawn(|| send(socket, bytes));
@@ -269,8 +271,8 @@ enum Outcome {
     Nothing,
 }
 
-/// What one end has seen: legal, or what is wrong with it. `sent` is how sending went, as the kernel
-/// tells of a reset once.
+/// Returns what became of a visit by what one end has seen, or what is wrong with that. `sent` is
+/// how sending went: the kernel reports a reset once, to the sender or to the receiver.
 fn judge(sent: io::Result<()>, got: &Got, wanted: &[u8]) -> Result<Outcome, String> {
     let &Got { size, hash, error } = got;
     let whole = wanted.len();
@@ -309,16 +311,16 @@ struct Soak {
     wrong: Mutex<Vec<String>>,
     whole: Counter,
     cut: Counter,
-    /// Found nobody who listens.
+    /// Visits that found nobody who listens.
     refused: Counter,
-    /// Ended properly before the first byte: nobody must have served them.
+    /// Visits that ended properly before the first byte: nobody must have served them.
     unserved: Mutex<Vec<Visit>>,
     /// Resets that were meant.
     reset: Counter,
     silent: Counter,
     /// Visits that looked silent to the service.
     empty: Counter,
-    /// What the service does at the moment.
+    /// How many visits the service has at the moment.
     serving: AtomicUsize,
 }
 
@@ -351,8 +353,8 @@ impl Soak {
         assert!(wrong.is_empty(), "{wrong:#?}");
     }
 
-    /// What can be said only when all visits have ended. To one program that takes the other for an
-    /// original, the beginning of a visit is not marked, so that an empty one can come of nothing.
+    /// Asserts what can be said only when all visits have ended. A program that takes the other one
+    /// for an original marks no beginning of a visit, so that an empty visit can come of nothing.
     fn assert_all_ended(&self, original: bool) {
         let all = || self.serving.load(Ordering::SeqCst) == 0;
         eventually("all that were served have ended", all);
@@ -403,7 +405,7 @@ impl Soak {
     fn visit(&self, public: SocketAddr, visit: &Visit) -> bool {
         let Ok(socket) = TcpStream::connect(public) else {
             self.refused.add();
-            // The server is on its way: not to be tried without a pause.
+            // The next server is on its way. Trying without a pause would take its processor time.
             thread::sleep(Duration::from_millis(10));
             return false;
         };
@@ -489,7 +491,7 @@ impl Soak {
         }
     }
 
-    /// None if there is no more to be done.
+    /// Returns None if there is no more to be done.
     fn read_header(&self, mut socket: &TcpStream) -> Option<Visit> {
         let (mut header, mut filled) = ([0; HEADER], 0);
         while filled < HEADER {
@@ -511,7 +513,7 @@ impl Soak {
                 }
             }
             if header[0] != MAGIC[0] {
-                // A stranger's.
+                // The bytes are a stranger's.
                 return None;
             }
         }
@@ -570,7 +572,7 @@ impl Soak {
     }
 }
 
-/// Sets a deadline on reads and writes; and until it has ended well, a close looks like no end.
+/// Sets a deadline on reads and writes, and makes a close a reset until the visit has ended well.
 fn prepare(socket: &TcpStream) {
     socket.set_read_timeout(Some(FORGOTTEN)).unwrap();
     socket.set_write_timeout(Some(FORGOTTEN)).unwrap();
@@ -680,7 +682,7 @@ impl<'a> Chaos<'a> {
         }
     }
 
-    /// One trouble after another, and none at the end.
+    /// Causes one trouble after another, and none at the end.
     fn reign(&mut self, end: Instant) {
         let kinds = match self.soak.protection {
             Protection::Plain => TROUBLES.len() - 2,
@@ -739,7 +741,7 @@ impl<'a> Chaos<'a> {
             },
             Trouble::Flip => {
                 self.spoil(Fault::Flip(bytes), short);
-                // If it was a length, somebody waits for what never comes.
+                // If the changed byte was a length, somebody waits for what never comes.
                 self.control.reset_all();
                 self.tunnel.reset_all();
             }
@@ -796,7 +798,7 @@ impl<'a> Chaos<'a> {
         }
     }
 
-    /// Another one in the place of one that has ended.
+    /// Starts another program in the place of one that has ended.
     fn restart(&mut self, side: Side) {
         let launch = Launch::new(self.soak.protection);
         let ports @ [public, ..] = self.both.addresses;
@@ -824,7 +826,7 @@ impl<'a> Chaos<'a> {
         self.restart(side);
     }
 
-    /// To all three ports, from strangers of whom some stay.
+    /// Sends garbage to all three ports, from strangers of whom some stay.
     fn send_garbage(&mut self) {
         self.strangers.truncate(16);
         let [public, tunnel, control] = self.both.addresses;
@@ -838,7 +840,7 @@ impl<'a> Chaos<'a> {
             };
             let mut garbage = pattern(self.random.next(), 1 + self.random.below(500));
             if self.random.below(2) == 0 {
-                // As a handshake begins.
+                // A handshake begins like this.
                 garbage.splice(..0, [0, 48]);
             }
             if garbage[0] == MAGIC[0] {
@@ -851,7 +853,7 @@ impl<'a> Chaos<'a> {
         }
     }
 
-    /// All is as if nothing had been.
+    /// Asserts that all is as if nothing had happened.
     fn assert_recovered(&mut self) {
         let (soak, public, start) = (self.soak, self.both.addresses[0], Instant::now());
         let mut fresh = || Visit {

@@ -43,7 +43,7 @@ fn both_ways(protection: Protection, size: usize) {
             visitor.shutdown(Shutdown::Write).unwrap();
         });
         expect_pattern(&visitor, DOWN, size);
-        // Comes only if the service has found every byte of the other direction.
+        // This end comes only if the service has found every byte of the other direction.
         assert_ended(&visitor);
     });
 }
@@ -123,7 +123,7 @@ fn ipv6_and_names_work(protection: Protection) {
             control: Address::new("::1", 0),
     ));
     let _client = RunningClient::start(with!(client_options(&server, service.addr);
-            // Both addresses of the name are tried: the service has only one of them.
+            // The client tries both addresses of the name: the service has only one of them.
             local: Address::new("localhost", service.addr.port()),
     ));
     let port = server.public.port();

@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use crate::programs::{Launch, Program};
+use crate::support::programs::{Launch, Program};
 use crate::support::{Protection, Service, connect, echo, plain_and_sealed};
 
 plain_and_sealed! {
@@ -66,7 +66,7 @@ fn forward(one: &TcpStream, other: &TcpStream) {
 fn a_tunnel_at_the_control_port_is_told_so(protection: Protection) {
     let service = Service::echo();
     let (server, [public, _, control]) = Program::server(protection, &[]);
-    // By way of a forwarded port: tpclient itself refuses two equal ones.
+    // The tunnels go by way of a forwarded port: tpclient itself refuses two equal ones.
     let forwarded = Service::start(move |socket| forward(&socket, &connect(control)));
     let addresses = [public, forwarded.addr, control];
     let client = Program::client(protection, addresses, service.addr, &[]);
@@ -83,7 +83,7 @@ fn a_client_at_the_port_for_visitors_is_told_so(protection: Protection) {
     assert_no_word_of_the_key(&[&server, &client]);
 }
 
-/// Its hello gets to the local service, and whatever that makes of it comes back.
+/// The client's hello gets to the local service, and whatever that makes of it comes back.
 fn a_client_behind_the_port_for_visitors_finds_no_server(protection: Protection) {
     let service = Service::echo();
     let (server, addresses) = Program::server(protection, &[]);

@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use snow::{Builder, HandshakeState, TransportState};
 use tunnel_proxy::Key;
 
-use crate::support::{Protection, RunningClient, RunningServer, accept, connect};
+use super::{Protection, RunningClient, RunningServer, accept, connect};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 
@@ -37,7 +37,7 @@ const SESSION: &str = "00112233445566778899aabbccddeeff";
 pub struct Peer {
     pub socket: TcpStream,
     seal: Option<Seal>,
-    /// Has come, but nobody has asked for it yet.
+    /// Bytes that have come, and that nobody has asked for yet.
     unread: Vec<u8>,
 }
 
@@ -47,7 +47,7 @@ enum Came {
     Bytes(Vec<u8>),
     /// The stream is complete.
     End,
-    /// Sealed: the connection ended before the stream did.
+    /// The connection ended before the stream did: only a sealed one shows that.
     Cut,
 }
 
@@ -113,7 +113,7 @@ impl Peer {
         }
     }
 
-    /// What the handshakes of the tunnels begin with that belong to this sealed control link.
+    /// The prologue of the handshakes of those tunnels that belong to this sealed control link.
     pub fn prologue_of_tunnels(&self) -> Vec<u8> {
         [TUNNEL, &self.seal.as_ref().unwrap().hash].concat()
     }
@@ -131,7 +131,7 @@ impl Peer {
         }
     }
 
-    /// A frame as it goes on the wire, where it has to come next. Only for those that are sealed.
+    /// A frame as it goes on the wire, where it has to come next. Only a sealed peer has frames.
     pub fn frame(&mut self, kind: u8, payload: &[u8]) -> Vec<u8> {
         self.seal.as_mut().unwrap().frame(kind, payload)
     }
@@ -209,8 +209,8 @@ impl Peer {
         assert!(start.elapsed() < within, "after {:?}", start.elapsed());
     }
 
-    /// Reads until the connection is closed, and be it by a reset: that is how it looks where
-    /// bytes of this peer were left unread. What came before is the answer.
+    /// Reads until the connection is closed, and returns what came before. A reset counts as a
+    /// close: it comes if bytes of this peer were left unread.
     pub fn read_until_closed(&mut self) -> Vec<u8> {
         let mut bytes = self.rest();
         loop {
@@ -284,7 +284,7 @@ impl HandMadeServer {
 struct Seal {
     key: Key,
     transport: TransportState,
-    /// Of the handshake: no two have the same.
+    /// The handshake's hash: no two handshakes have the same.
     hash: Vec<u8>,
     /// How long the next frame may be that goes out, and that comes in.
     longest_out: usize,

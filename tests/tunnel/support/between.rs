@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tunnel_proxy::{ClientOptions, Key};
 
-use crate::support::{DEADLINE, RunningServer, Service, connect, with};
+use super::{DEADLINE, RunningServer, Service, connect, with};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
@@ -148,7 +148,7 @@ impl Shared {
 }
 
 impl Verdict {
-    /// False if the connection is to end, or has ended.
+    /// Returns false if the connection is to end, or has ended.
     fn carry_out(self, mut from: &TcpStream, mut to: &TcpStream) -> bool {
         match self {
             Verdict::Pass(bytes) => to.write_all(&bytes).is_ok(),
@@ -171,12 +171,12 @@ impl Verdict {
     }
 }
 
-/// A message with its length; of a plain connection, whatever there is. None at the end.
+/// Returns a message with its length, or what there is of a plain connection; None at the end.
 fn read_message(mut from: &TcpStream) -> Option<Vec<u8>> {
     let mut message = vec![0; 2];
     from.read_exact(&mut message).ok()?;
     if message.is_ascii() && message[0] >= b' ' {
-        // The beginning of a line: no frame of a test is that long.
+        // This is the beginning of a line: as a length it would be longer than any frame of a test.
         message.resize(64 * 1024, 0);
         let count = from.read(&mut message[2..]).ok()?;
         message.truncate(2 + count);

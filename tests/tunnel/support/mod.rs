@@ -8,7 +8,17 @@ use std::sync::{Arc, LazyLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use tunnel_proxy::{Address, Client, ClientOptions, Handle, Key, Server, ServerOptions};
+
+pub mod between;
+pub mod faulty_relay;
+pub mod load;
+pub mod peer;
+pub mod programs;
+pub mod random;
+
+pub use random::{Pattern, expect_pattern, pattern, send_pattern};
 
 /// How long a test waits before it fails: generous, as both cores may be busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -44,44 +54,49 @@ macro_rules! with {
 }
 pub(crate) use with;
 
-/// Makes a test of each of these functions, or of a group of them in brackets. They run at the same
-/// time without a key and with one, as most of what takes time is to wait.
+/// Makes two tests of each of these functions, in a module of its name: `plain` without a key, and
+/// `sealed` with one. A function behind which stands `(sealed as root)` looks into `/proc` at what a
+/// program with a key shows to nobody but root.
 macro_rules! plain_and_sealed {
-    ($($(#[$attribute:meta])* $name:ident $([$($case:ident),+ $(,)?])?,)*) => {
-        mod plain_and_sealed {
-            $(
+    ($($(#[$attribute:meta])* $name:ident $(($($sealed:ident)+))?,)*) => {
+        $(
+            mod $name {
                 $(#[$attribute])*
                 #[test]
-                fn $name() {
-                    $crate::support::plain_and_sealed!(@run $name $($($case)+)?);
+                fn plain() {
+                    super::$name($crate::support::Protection::Plain);
                 }
-            )*
+
+                $crate::support::plain_and_sealed! {
+                    @sealed $name $(($($sealed)+))? $(#[$attribute])*
+                }
+            }
+        )*
+    };
+    (@sealed $name:ident (sealed as root) $(#[$attribute:meta])*) => {
+        $crate::support::plain_and_sealed! {
+            @sealed $name
+            $(#[$attribute])*
+            #[ignore = "needs root, as the programs have a key: cargo test -- --include-ignored"]
         }
     };
-    (@run $name:ident) => {
-        $crate::support::at_once(&[(stringify!($name), super::$name)]);
-    };
-    (@run $name:ident $($case:ident)+) => {
-        $crate::support::at_once(&[$((stringify!($case), super::$case)),+]);
+    (@sealed $name:ident $(#[$attribute:meta])*) => {
+        $(#[$attribute])*
+        #[test]
+        fn sealed() {
+            super::$name($crate::support::Protection::Sealed);
+        }
     };
 }
 pub(crate) use plain_and_sealed;
 
-/// A name, and what it does.
-type Case<'a> = (&'a str, fn(Protection));
-
-/// Runs each of these without a key and with one, on threads that bear their names.
-pub fn at_once(cases: &[Case]) {
-    thread::scope(|scope| {
-        for (name, case) in cases {
-            for protection in [Protection::Plain, Protection::Sealed] {
-                let thread = thread::Builder::new().name(format!("{name}, {protection:?}"));
-                thread
-                    .spawn_scoped(scope, move || case(protection))
-                    .unwrap();
-            }
-        }
-    });
+/// Waits for the turn of a test that measures rates, or what a crowd takes. Such tests run one at a
+/// time: two of them would share the processors, and the memory that the kernel allows all sockets
+/// together, and measure each other. A turn ends when this is dropped, best before the test waits for
+/// what the programs give back.
+pub fn take_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock()
 }
 
 /// Any free port on the loopback address.
@@ -151,7 +166,7 @@ pub fn open_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
     let source = SocketAddr::from((source, 0));
     socket.bind(&source.into()).unwrap();
     socket.set_nonblocking(true).unwrap();
-    // It is under way, or was refused: then a write says so.
+    // The connection is under way, or was refused: then a write says so.
     let _ = socket.connect(&to.into());
     socket.into()
 }
@@ -205,7 +220,7 @@ pub fn assert_reset(mut socket: &TcpStream, within: Duration) {
         match socket.read(&mut buffer) {
             Ok(0) => panic!("a proper end in the place of a reset"),
             Ok(_) => {}
-            // Where the machine was paused.
+            // A pause of the machine interrupts a read.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => break error,
         }
@@ -234,55 +249,8 @@ pub fn echo(visitor: &TcpStream) {
     assert_echo(visitor, "hello");
 }
 
-/// Bytes that differ from those of every other seed, and from place to place.
-pub struct Pattern(u64);
-
-impl Pattern {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn fill(&mut self, buffer: &mut [u8]) {
-        for chunk in buffer.chunks_mut(8) {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
-
-/// Writes the first `size` bytes of a pattern.
-pub fn send_pattern(mut to: &TcpStream, seed: u64, size: usize) {
-    let mut pattern = Pattern::new(seed);
-    let mut buffer = vec![0; 64 * 1024];
-    let mut left = size;
-    while left > 0 {
-        let piece = left.min(buffer.len());
-        pattern.fill(&mut buffer[..piece]);
-        to.write_all(&buffer[..piece]).unwrap();
-        left -= piece;
-    }
-}
-
-/// Reads the first `size` bytes of a pattern, and compares each.
-pub fn expect_pattern(mut from: &TcpStream, seed: u64, size: usize) {
-    let mut pattern = Pattern::new(seed);
-    let (mut got, mut wanted) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
-    let mut left = size;
-    while left > 0 {
-        let piece = left.min(got.len());
-        from.read_exact(&mut got[..piece]).unwrap();
-        pattern.fill(&mut wanted[..piece]);
-        assert!(
-            got[..piece] == wanted[..piece],
-            "changed bytes, {left} before the end"
-        );
-        left -= piece;
-    }
-}
-
-/// On any port. It can be dialled a thousand times before it takes the first connection.
+/// A listener on any port that can be dialled a thousand times before it takes the first
+/// connection.
 fn roomy_listener() -> TcpListener {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
@@ -320,7 +288,7 @@ impl Service {
         }
     }
 
-    /// Sends everything back, but from a `?` on says nothing more, and stays for a while.
+    /// Sends everything back until a `?` comes. Then it says nothing more, and stays for a while.
     pub fn echo_or_silent() -> Self {
         Self::start(|mut socket| {
             let mut buffer = [0; 1024];
@@ -347,7 +315,7 @@ impl Service {
         Self::start(|socket| send_back(&socket))
     }
 
-    /// Sends everything back; or, to who begins with `!`, bulk without end.
+    /// Sends everything back; to a visitor that begins with `!`, sends bulk without end.
     pub fn echo_or_bulk() -> Self {
         Self::start(|mut socket| {
             let mut first = [0];
@@ -360,7 +328,7 @@ impl Service {
     }
 }
 
-/// Until the visitor ends, or cuts the connection as it has seen enough.
+/// Ends when the visitor does, or when it cuts the connection as it has seen enough.
 fn send_back(mut socket: &TcpStream) {
     let mut buffer = [0; 16 * 1024];
     while let Ok(count @ 1..) = socket.read(&mut buffer) {
@@ -523,7 +491,7 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// To this local service, with that many idle tunnels.
+    /// Starts both for this local service, with that many idle tunnels.
     pub fn start(protection: Protection, local: SocketAddr, pool: usize) -> Self {
         let server = RunningServer::start(server_options(protection));
         let client = RunningClient::start(with!(client_options(&server, local);

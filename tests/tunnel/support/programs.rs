@@ -1,6 +1,6 @@
 //! The two programs in processes of their own, alone or together.
 
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -11,9 +11,10 @@ use parking_lot::{Condvar, Mutex};
 #[cfg(unix)]
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{DEADLINE, Protection, connect, eventually};
+use super::{DEADLINE, Protection, connect, eventually};
 
-/// What a fault has taken must be given back after this long: three times what a thread stays parked.
+/// What a fault has taken must be given back after this time, which is three times as long as a
+/// thread stays parked.
 const RECOVERY: Duration = Duration::from_secs(15);
 
 /// How a program is started.
@@ -39,31 +40,33 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// By way of this command, which is to become the program: the program and its words follow.
+    /// Starts the program by way of this command, which is to become the program: the program and
+    /// its words follow.
     pub fn under(mut self, command: &'a [&'a str]) -> Self {
         self.under = command;
         self
     }
 
-    /// With `RUST_LOG` set.
+    /// Sets `RUST_LOG`.
     pub fn rust_log(mut self, value: Option<&'a str>) -> Self {
         self.rust_log = value;
         self
     }
 
-    /// A server's ports, in the place of any free ones.
+    /// Gives a server these ports in the place of any free ones.
     pub fn on(mut self, ports: [SocketAddr; 3]) -> Self {
         self.ports = Some(ports);
         self
     }
 
-    /// A client's server and local service by these names, in the place of their numbers.
+    /// Gives a client these names for its server and its local service, in the place of their
+    /// numbers.
     pub fn named(mut self, server: &'a str, local: &'a str) -> Self {
         self.names = Some([server, local]);
         self
     }
 
-    /// With a log that is [not read](Program::unread_log), and takes little.
+    /// Leaves the log [unread](Program::unread_log), in a pipe that holds little.
     pub fn unread(mut self) -> Self {
         self.unread = true;
         self
@@ -120,9 +123,9 @@ impl<'a> Launch<'a> {
 pub fn ports_of(host: &str) -> [SocketAddr; 3] {
     use socket2::{Domain, Socket, Type};
     let any = SocketAddr::new(host.parse().unwrap(), 0);
-    // Bound, but not listened on: a program that another test starts in this moment has all sockets
-    // of this process until it is itself, and who is in the queue of a listener that ends with that
-    // is reset.
+    // The sockets are bound, but do not listen: a program that another test starts in this moment
+    // has all sockets of this process for a while, and whoever is in the queue of a listener that
+    // ends then is reset.
     let sockets =
         [(); 3].map(|()| Socket::new(Domain::for_address(any), Type::STREAM, None).unwrap());
     sockets.each_ref().map(|socket| {
@@ -231,18 +234,18 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Ends it at once, as a lack of memory would.
+    /// Ends the program at once, as a lack of memory would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// How it ended, if it has.
+    /// How the program ended, if it has.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the program has ended by itself.
     pub fn wait_for_end(&mut self) -> ExitStatus {
         eventually("the program ends", || self.ended().is_some());
         self.child.wait().unwrap()
@@ -252,24 +255,21 @@ impl Program {
 /// What `/proc` tells about a program.
 #[cfg(target_os = "linux")]
 impl Program {
-    /// How many entries a folder of the process in `/proc` has: `fd` or `task`.
-    pub fn count(&self, folder: &str) -> usize {
-        let path = format!("/proc/{}/{folder}", self.pid());
-        self.visible(std::fs::read_dir(path))
-            .map_or(0, Iterator::count)
+    /// How many descriptors the process has.
+    pub fn descriptors(&self) -> usize {
+        self.visible_descriptors().unwrap()
     }
 
-    /// None, and a word about it, where a program with a key shows something to root only, which this
-    /// test's user is not.
-    fn visible<T>(&self, read: std::io::Result<T>) -> Option<T> {
-        match read {
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                assert!(std::env::var_os("CI").is_none(), "not root: {error}");
-                eprintln!("left out, not root: {error}");
-                None
-            }
-            read => Some(read.unwrap()),
-        }
+    /// The same; an error where a program with a key shows them to root only.
+    fn visible_descriptors(&self) -> std::io::Result<usize> {
+        let path = format!("/proc/{}/fd", self.pid());
+        std::fs::read_dir(path).map(Iterator::count)
+    }
+
+    /// How many threads the process has.
+    fn threads(&self) -> usize {
+        let path = format!("/proc/{}/task", self.pid());
+        std::fs::read_dir(path).unwrap().count()
     }
 
     /// How many of its threads have something to do, or wait for it at a certain place.
@@ -283,8 +283,7 @@ impl Program {
     /// How many of the process's descriptors are ends of pipes.
     pub fn pipe_ends(&self) -> usize {
         let path = format!("/proc/{}/fd", self.pid());
-        let files = self.visible(std::fs::read_dir(path));
-        let files = files.into_iter().flatten().flatten();
+        let files = std::fs::read_dir(path).unwrap().flatten();
         let targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
         targets
             .filter(|it| it.to_string_lossy().starts_with("pipe:"))
@@ -295,15 +294,13 @@ impl Program {
     /// its code, whose share depends on how often the program runs just now.
     pub fn memory(&self, kind: &str) -> usize {
         let path = format!("/proc/{}/smaps_rollup", self.pid());
-        let Some(text) = self.visible(std::fs::read_to_string(path)) else {
-            return 0;
-        };
+        let text = std::fs::read_to_string(path).unwrap();
         let mut lines = text.lines().filter_map(|line| line.split_once(':'));
         let (_, value) = lines.find(|(name, _)| *name == kind).unwrap();
         value.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// The share of one processor that it takes during this time, in percent.
+    /// The share of one processor that the process takes during this time, in percent.
     pub fn processor_share(&self, time: Duration) -> f64 {
         let before = self.processor_ticks();
         thread::sleep(time);
@@ -314,7 +311,8 @@ impl Program {
     fn processor_ticks(&self) -> u64 {
         let path = format!("/proc/{}/stat", self.pid());
         let text = std::fs::read_to_string(path).unwrap();
-        // Behind the name, which may contain anything: user and system time are the 12th and 13th.
+        // The name may contain anything. User and system time are the 12th and 13th field behind
+        // it.
         let (_, fields) = text.rsplit_once(')').unwrap();
         let fields = fields.split_ascii_whitespace().skip(11).take(2);
         fields.map(|field| field.parse::<u64>().unwrap()).sum()
@@ -327,12 +325,17 @@ pub struct Both {
     pub server: Program,
     pub client: Program,
     pub addresses: [SocketAddr; 3],
-    at_rest: [usize; 4],
+    at_rest: Holdings,
 }
+
+/// Descriptors and threads of the server, and of the client. Of a program with a key, only root sees
+/// the descriptors: to others they are none, before a test as well as after it.
+#[cfg(target_os = "linux")]
+type Holdings = [(Option<usize>, usize); 2];
 
 #[cfg(target_os = "linux")]
 impl Both {
-    /// To this local service, with these options for the server and the client.
+    /// Starts both for this local service, with these options for the server and the client.
     pub fn start(protection: Protection, local: SocketAddr, options: [&[&str]; 2]) -> Self {
         let launch = Launch::new(protection);
         let server = launch.server(options[0]);
@@ -348,7 +351,7 @@ impl Both {
             server,
             client,
             addresses,
-            at_rest: [0; 4],
+            at_rest: Holdings::default(),
         };
         let mut since = Instant::now();
         eventually("the programs are at rest", || {
@@ -370,12 +373,12 @@ impl Both {
     /// threads are what they were, nobody panicked, and nothing goes on.
     pub fn assert_recovered(&self, fresh: impl FnOnce(&TcpStream)) {
         fresh(&self.visit());
-        let (start, mut now) = (Instant::now(), [0; 4]);
+        let (start, mut now) = (Instant::now(), Holdings::default());
         while now != self.at_rest {
             let late = start.elapsed() > RECOVERY;
             assert!(!late, "{now:?}, but at rest {:?}", self.at_rest);
             thread::sleep(Duration::from_millis(50));
-            now = self.holdings(|program| program.count("task"));
+            now = self.holdings(Program::threads);
         }
         for program in [&self.server, &self.client] {
             assert_eq!(program.lines_with("panicked"), [""; 0]);
@@ -384,10 +387,8 @@ impl Both {
         }
     }
 
-    /// Descriptors and threads of the server, and of the client.
-    fn holdings(&self, threads: impl Fn(&Program) -> usize) -> [usize; 4] {
-        let [server, client] = [&self.server, &self.client].map(|it| (it.count("fd"), threads(it)));
-        [server.0, server.1, client.0, client.1]
+    fn holdings(&self, threads: impl Fn(&Program) -> usize) -> Holdings {
+        [&self.server, &self.client].map(|it| (it.visible_descriptors().ok(), threads(it)))
     }
 }
 
@@ -405,29 +406,4 @@ fn read_log(stderr: ChildStderr, log: &(Mutex<Vec<String>>, Condvar)) {
         log.0.lock().push(line);
         log.1.notify_all();
     }
-}
-
-/// Not even for a moment, while other tests start programs.
-#[test]
-fn ports_to_come_refuse_who_comes_early() {
-    let over = std::sync::atomic::AtomicBool::new(false);
-    thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                while !over.load(std::sync::atomic::Ordering::SeqCst) {
-                    // Prints a line and ends.
-                    let mut program = Command::new(env!("CARGO_BIN_EXE_tpserver"));
-                    let version = program.arg("--version").stdout(Stdio::null());
-                    assert!(version.status().unwrap().success());
-                }
-            });
-        }
-        let early = (0..1000).filter(|_| {
-            let [public, ..] = ports_of("127.0.80.1");
-            TcpStream::connect(public).is_ok()
-        });
-        let early = early.count();
-        over.store(true, std::sync::atomic::Ordering::SeqCst);
-        assert_eq!(early, 0);
-    });
 }
