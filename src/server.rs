@@ -63,6 +63,8 @@ struct State {
     /// The session with the client that is live.
     cache: Option<Arc<Session>>,
     conn_list_map: ConnList<Accept, Tunnel>,
+    /// Every visitor that will ever come to this server has come, and is in the list or was.
+    all_came: bool,
 }
 
 impl Server {
@@ -169,8 +171,7 @@ impl Shared {
                 slot,
             });
         }
-        self.public.take();
-        self.update();
+        self.take_no_more();
     }
 
     /// Puts a visitor into the list, and asks for a tunnel if no idle one is there.

@@ -32,6 +32,8 @@ struct State {
     phase: Phase,
     /// When visitors that are still there are cut off, once there was a call to stop.
     end_by: Option<Instant>,
+    /// How often something else than the phase has changed.
+    notified: u64,
 }
 
 impl Stop {
@@ -41,6 +43,7 @@ impl Stop {
             state: Mutex::new(State {
                 phase: Phase::Serving,
                 end_by: None,
+                notified: 0,
             }),
             changed: Condvar::new(),
         })
@@ -95,7 +98,7 @@ impl Stop {
 
     /// Wakes those who [wait](Self::wait_for) for something else than a phase.
     pub fn notify(&self) {
-        let _state = self.state.lock();
+        self.state.lock().notified += 1;
         self.changed.notify_all();
     }
 
@@ -103,19 +106,74 @@ impl Stop {
     pub fn wait_for(&self, time: Duration, is_true: impl Fn() -> bool) -> bool {
         let deadline = Instant::now().checked_add(time);
         loop {
-            // Before the look, so that no change between the look and the wait is missed.
-            let mut state = self.state.lock();
+            // The look takes a lock under which others ask for the phase, and so must not be taken
+            // under this one. No change between the look and the wait is missed: it is counted.
+            let notified = self.state.lock().notified;
             if is_true() {
                 return true;
             }
-            let late = deadline.is_some_and(|deadline| deadline <= Instant::now());
+            let mut state = self.state.lock();
+            let same =
+                |state: &mut State| state.notified == notified && state.phase < Phase::Leaving;
+            let late = match deadline {
+                Some(at) => self.changed.wait_while_until(&mut state, same, at).timed_out(),
+                None => {
+                    self.changed.wait_while(&mut state, same);
+                    false
+                }
+            };
             if late || state.phase >= Phase::Leaving {
                 return false;
             }
-            match deadline {
-                Some(deadline) => _ = self.changed.wait_until(&mut state, deadline),
-                None => self.changed.wait(&mut state),
-            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::bounded;
+    use std::thread;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    /// A server asks for the phase under the same lock under which somebody who waits for a session
+    /// looks for one.
+    #[test]
+    fn the_phase_can_be_asked_for_while_somebody_looks() {
+        let (stop, found) = (Stop::new(), Mutex::new(false));
+        let ((looks, looking), (tell, told)) = (bounded(1), bounded(1));
+        thread::scope(|scope| {
+            let mut under_lock = found.lock();
+            let waiting = scope.spawn(|| {
+                stop.wait_for(DEADLINE, || {
+                    let _ = looks.try_send(());
+                    *found.lock()
+                })
+            });
+            looking.recv_timeout(DEADLINE).unwrap();
+            scope.spawn(|| tell.send(stop.reached(Phase::Leaving)));
+            let reached = told.recv_timeout(DEADLINE);
+            *under_lock = true;
+            drop(under_lock);
+            stop.notify();
+            assert!(waiting.join().unwrap());
+            assert_eq!(reached, Ok(false), "both wait for each other");
+        });
+    }
+
+    #[test]
+    fn who_waits_is_told_of_a_change_and_of_the_end() {
+        let (stop, found) = (Stop::new(), Mutex::new(false));
+        assert!(!stop.wait_for(Duration::ZERO, || *found.lock()));
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| stop.wait_for(Duration::MAX, || *found.lock()));
+            *found.lock() = true;
+            stop.notify();
+            assert!(waiting.join().unwrap());
+            let waiting = scope.spawn(|| stop.wait_for(Duration::MAX, || false));
+            stop.advance(Phase::Leaving);
+            assert!(!waiting.join().unwrap());
+        });
     }
 }

@@ -76,6 +76,7 @@ impl Shared {
             state: Mutex::new(State {
                 cache: None,
                 conn_list_map: ConnList::new(),
+                all_came: false,
             }),
             conn_list_map_update,
             workers: Workers::new(journal::panicked),
@@ -300,12 +301,21 @@ impl Shared {
         let _ = self.conn_list_map_update.try_send(());
     }
 
+    /// The visitor that was put into the list last is the last one.
+    pub(super) fn take_no_more(&self) {
+        self.public.take();
+        self.state.lock().all_came = true;
+        self.update();
+    }
+
     /// True once nobody waits for a tunnel any more, or may wait, in a server that was told to stop.
+    /// A public port that is closed already, or handed over, does not say so: the last visitor may
+    /// have been accepted, and not be in the list yet.
     pub(super) fn is_finished(&self) -> bool {
-        let all_came = self.public.socket().is_none();
-        self.stop.reached(Phase::Leaving)
-            || self.stop.is_over()
-            || (all_came && self.state.lock().conn_list_map.waiting() == 0)
+        let state = self.state.lock();
+        let all_served = state.all_came && state.conn_list_map.waiting() == 0;
+        drop(state);
+        all_served || self.stop.reached(Phase::Leaving) || self.stop.is_over()
     }
 }
 
@@ -389,5 +399,24 @@ impl Shared {
             session.send(Line::Bye { reason });
             session.end();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::Address;
+
+    #[test]
+    fn a_visitor_that_is_accepted_and_not_in_the_list_yet_is_waited_for() {
+        let any = Address::new("127.0.0.1", 0);
+        let mut options = ServerOptions::new();
+        (options.public, options.tunnel, options.control) = (any.clone(), any.clone(), any);
+        let (server, _updates) = Shared::bind(options).unwrap();
+        // As when another server takes over.
+        server.public.take();
+        assert!(!server.is_finished());
+        server.take_no_more();
+        assert!(server.is_finished());
     }
 }
