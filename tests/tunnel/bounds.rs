@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::programs::{Both, Program};
+use crate::support::programs::{Both, Launch, Program};
 use crate::support::{
     Protection, Service, assert_echo, assert_ended, connect, echo, eventually, expect_pattern,
     open_from, plain_and_sealed, raise_descriptors, reset_on_close, send_pattern, take_turn,
@@ -38,7 +38,16 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
             assert_ended(&socket);
         }
     });
-    let both = Both::start(protection, service.addr, [&[], &[]]);
+    // A host of its own: ports that other tests have used are kept as well.
+    let host = match protection {
+        Protection::Plain => [127, 0, 81, 1],
+        Protection::Sealed => [127, 0, 81, 2],
+    };
+    let launch = Launch::new(protection).on([(host, 0).into(); 3]);
+    let server = launch.server(&[]);
+    let addresses = server.addresses();
+    let client = launch.client(addresses, service.addr, &[]);
+    let both = Both::at_rest(server, client, addresses);
     for number in 0..VISITS {
         let mut visitor = both.visit();
         let visitor_first = protection == Protection::Plain || number % 2 == 0;
@@ -52,13 +61,17 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
     }
     // When the last visit has ended, all before it have.
     both.client.wait_for_lines("bytes down", VISITS);
-    let port = format!(":{:04X}", both.addresses[1].port());
+    let tunnels = format!(
+        "{:08X}:{:04X}",
+        u32::from_le_bytes(host),
+        addresses[1].port()
+    );
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let kept = |column: usize| {
         let lines = table
             .lines()
             .map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let kept = lines.filter(|line| line[3] == "06" && line[column].ends_with(&port));
+        let kept = lines.filter(|line| line[3] == "06" && line[column] == tunnels);
         kept.count()
     };
     let (server, client) = (kept(1), kept(2));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::programs::Both;
 use crate::support::{
-    DEADLINE, Pattern, Protection, Service, assert_echo, connect, echo, eventually,
+    DEADLINE, Pattern, Protection, Service, SetOnDrop, assert_echo, connect, echo, eventually,
     plain_and_sealed, take_turn,
 };
 
@@ -74,6 +74,7 @@ fn slow_visitors_take_little_from_others(protection: Protection) {
     let dripping: Vec<_> = (0..EACH).map(|_| crowded.visit()).collect();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _over = SetOnDrop(&over);
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
                 for visitor in &dripping {
@@ -83,7 +84,6 @@ fn slow_visitors_take_little_from_others(protection: Protection) {
             }
         });
         let kept = rate_kept(&crowded, &quiet);
-        over.store(true, Ordering::SeqCst);
         assert!(kept >= 0.8, "others keep {kept:.2} of their rate");
     });
     let grown = memory().saturating_sub(before) / (3 * EACH);
@@ -133,6 +133,7 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let (mut quiet, mut attacked) = (Vec::new(), Vec::new());
     thread::scope(|scope| {
+        let _over = SetOnDrop(&over);
         for address in both.addresses {
             let (attack, over) = (&attack, &over);
             scope.spawn(move || send_garbage(address, attack, over));
@@ -145,7 +146,6 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
             attacked.extend(visits(&both));
             attack.store(false, Ordering::SeqCst);
         }
-        over.store(true, Ordering::SeqCst);
     });
     drop(turn);
     eprintln!(

@@ -146,7 +146,7 @@ fn withstands(protection: Protection, what: Flood) {
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let mut quiet = watched.visits(PEACE);
     let (attacked, back) = thread::scope(|scope| {
-        let _over = Over(&over);
+        let _over = SetOnDrop(&over);
         scope.spawn(|| flood(&watched, what, &attack, &over));
         attack.store(true, Ordering::SeqCst);
         let mut attacked = watched.visits(what.lasts);
@@ -161,25 +161,16 @@ fn withstands(protection: Protection, what: Flood) {
     });
     let (quiet, attacked) = (median(quiet), median(attacked));
     eprintln!("{protection:?}, {what:?}: {attacked:?} in the place of {quiet:?}, back {back:?}");
-    // On a machine without other work it is less than twice as long. Here the flood's own work may
-    // take both cores from the visits.
+    // On a machine without other work it is less than twice as long. Here the flood's own work and other
+    // tests may take both cores from the visits. A visit that a flood keeps out takes seconds.
     assert!(
-        attacked < 5 * quiet + Duration::from_millis(10),
+        attacked < 5 * quiet + Duration::from_millis(50),
         "{what:?}: {attacked:?} in the place of {quiet:?}"
     );
     assert!(
         back < Duration::from_secs(2),
         "{what:?}: back after {back:?}"
     );
-}
-
-/// Ends the flood however a test ends.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 #[test]

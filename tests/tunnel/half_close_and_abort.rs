@@ -11,7 +11,8 @@ use crate::support::programs::Program;
 use crate::support::{
     DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
     assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
-    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options, with,
+    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options, share_turn,
+    with,
 };
 
 plain_and_sealed! {
@@ -266,6 +267,7 @@ fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(2);
     const SIZE: usize = 12 * 1024 * 1024;
     const STEP: usize = 8 * 1024;
+    let _turn = share_turn();
     let service = sending_once_asked(SIZE);
     let server = RunningServer::start(with!(server_options(protection);
             linger: LINGER,

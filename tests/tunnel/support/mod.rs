@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tunnel_proxy::{Address, Client, ClientOptions, Handle, Key, Server, ServerOptions};
 
 pub mod between;
@@ -94,10 +94,18 @@ pub(crate) use plain_and_sealed;
 /// time: two of them would share the processors, and the memory that the kernel allows all sockets
 /// together, and measure each other. A turn ends when this is dropped, best before the test waits for
 /// what the programs give back.
-pub fn take_turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock()
+pub fn take_turn() -> RwLockWriteGuard<'static, ()> {
+    TURN.write()
 }
+
+/// Waits until no test has a turn, and lets none have one until dropped: for a test that counts on the
+/// buffers that the kernel gives a connection, which are small beside a crowd. Several such tests
+/// run at a time.
+pub fn share_turn() -> RwLockReadGuard<'static, ()> {
+    TURN.read()
+}
+
+static TURN: RwLock<()> = RwLock::new(());
 
 /// Any free port on the loopback address.
 pub fn any() -> Address {
@@ -203,6 +211,15 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(start.elapsed() < DEADLINE, "not in time: {what}");
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sets a flag when dropped: what goes on until then ends however the test does.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
