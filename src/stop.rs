@@ -116,7 +116,10 @@ impl Stop {
             let same =
                 |state: &mut State| state.notified == notified && state.phase < Phase::Leaving;
             let late = match deadline {
-                Some(at) => self.changed.wait_while_until(&mut state, same, at).timed_out(),
+                Some(at) => self
+                    .changed
+                    .wait_while_until(&mut state, same, at)
+                    .timed_out(),
                 None => {
                     self.changed.wait_while(&mut state, same);
                     false

@@ -153,7 +153,8 @@ fn open_ports(
     let public = open("--public", &options.public, true, Phase::Draining)?;
     let control = open("--control", &options.control, anywhere, Phase::Leaving)?;
     let tunnel = open("--tunnel", &options.tunnel, anywhere, Phase::Leaving)?;
-    if !inherited.wait(patience) {
+    // Nobody else takes visitors now: the old server gets the whole time for those that wait there.
+    if !inherited.wait(Instant::now() + options.port_patience.min(longest)) {
         let error = io::ErrorKind::AddrInUse.into();
         return Err(Error::Listen(control.option, control.addr, error));
     }

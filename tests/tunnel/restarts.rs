@@ -21,6 +21,7 @@ plain_and_sealed! {
     a_stopped_server_is_left_and_found_again,
     a_server_that_restarts_under_load_is_back_each_time,
     a_server_hands_over_to_the_next_one_without_losing_a_visitor,
+    a_server_that_takes_over_late_waits_for_those_before_it,
     a_tunnel_that_is_lost_costs_no_visitor,
 }
 
@@ -194,6 +195,31 @@ fn a_server_hands_over_to_the_next_one_without_losing_a_visitor(protection: Prot
         over.store(true, Ordering::SeqCst);
     });
     both.assert_recovered(echo);
+}
+
+/// A visitor without a client keeps the old server longer than the new one has waited for its ports
+/// until then.
+fn a_server_that_takes_over_late_waits_for_those_before_it(protection: Protection) {
+    // A server waits for its ports for a second more.
+    const TIMEOUT: &[&str] = &["--pair-timeout", "2"];
+    let host = match protection {
+        Protection::Plain => "127.0.78.5",
+        Protection::Sealed => "127.0.78.6",
+    };
+    let service = Service::echo();
+    let launch = Launch::new(protection).on(ports_of(host));
+    let mut before = launch.server(TIMEOUT);
+    let addresses = before.addresses();
+    let next = launch.server(TIMEOUT);
+    next.wait_for_line("is in use, waiting for it");
+    thread::sleep(Duration::from_secs(2));
+    let waiting = connect(addresses[0]);
+    before.signal(Signal::TERM);
+    assert_ended(&waiting);
+    assert!(before.wait_for_end().success());
+    let client = launch.client(addresses, service.addr, &[]);
+    let both = Both::at_rest(next, client, addresses);
+    echo(&both.visit());
 }
 
 /// Every third connection to the tunnel port ends at once, and no tunnel is idle.
