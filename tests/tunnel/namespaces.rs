@@ -40,10 +40,10 @@ plain_and_sealed! {
     #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
     a_host_without_home_disk_or_proc_is_good_enough,
     #[ignore = "needs root, ip and unshare: cargo test -- --include-ignored"]
-    a_host_without_free_ports_is_told_apart,
+    a_host_without_free_ports_is_told_what_to_change,
 }
 
-fn a_host_without_free_ports_is_told_apart(protection: Protection) {
+fn a_host_without_free_ports_is_told_what_to_change(protection: Protection) {
     Host::new().enter();
     let service = Service::echo();
     let range = "/proc/sys/net/ipv4/ip_local_port_range";

@@ -233,14 +233,13 @@ fn visitors_that_nobody_can_serve_do_not_keep_a_stop(protection: Protection) {
 
 fn a_signal_under_load_cuts_nobody_who_was_joined(protection: Protection) {
     each_asked_to_end(protection, &[], |mut both, asked| {
-        let served = under_load(both.addresses[0], 20, |whole| {
+        under_load(both.addresses[0], 20, |whole| {
             eventually("some visits", || whole.load(Ordering::SeqCst) > 50);
             match asked {
                 "tpserver" => both.server.signal(Signal::TERM),
                 _ => both.client.signal(Signal::TERM),
             }
         });
-        assert!(served[0] > 50);
         assert!(program(&mut both, asked).wait_for_end().success());
         let cut = program(&mut both, asked).lines_with("aborted");
         assert_eq!(cut, [""; 0]);
