@@ -121,12 +121,18 @@ impl Shared {
     pub(super) fn end_session(&self, session: &Arc<Session>, ended: Ended) -> (Ended, bool) {
         let useful = session.began.elapsed() >= HEARTBEAT || session.has_served();
         session.end();
-        // The server, if it is there, closes idle tunnels when it has read or said bye. One that it
-        // gave a visitor before is still served, however far away the server is.
-        session.cut_idle_after(match self.stop.reached(Phase::Leaving) {
-            true => SILENCE,
-            false => LAST_WORDS,
-        });
+        // After a bye of either side the server closes idle tunnels. One that it gave a visitor before
+        // is still served, however far away the server is; meanwhile the next session may begin.
+        let limit = match ended {
+            Ended::Bye(_) => SILENCE,
+            _ if self.stop.reached(Phase::Leaving) => SILENCE,
+            _ => LAST_WORDS,
+        };
+        let owned = session.clone();
+        let cut = move || owned.cut_idle_after(limit);
+        if self.workers.start("cut_idle", cut).is_err() {
+            session.cut_idle_after(LAST_WORDS);
+        }
         (ended, useful)
     }
 

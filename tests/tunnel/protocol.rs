@@ -22,6 +22,7 @@ plain_and_sealed! {
     a_stopping_server_says_bye,
     a_stopping_client_says_bye,
     a_stopping_client_serves_the_visitor_that_it_was_just_given,
+    a_server_that_says_bye_may_have_given_a_visitor_before,
     visitors_beyond_max_conns_wait_their_turn,
 }
 
@@ -214,6 +215,23 @@ fn a_stopping_client_serves_the_visitor_that_it_was_just_given(protection: Prote
     assert_eq!(record, Record::whole(b"first"));
     tunnel.assert_ended();
     server.client.wait_for_end();
+}
+
+/// What the server said to the tunnel comes later than the bye that it said on the control link
+/// after that, as when a packet was lost; and the client has found the next server by then.
+fn a_server_that_says_bye_may_have_given_a_visitor_before(protection: Protection) {
+    let (service, records) = Service::recording();
+    let mut server = HandMadeServer::start(protection, service.addr, 1);
+    let mut tunnel = server.tunnel();
+    server.control.write("bye reason=draining\n");
+    server.control.end();
+    let _next = Peer::accept_control(&server.controls, protection);
+    thread::sleep(Duration::from_secs(1));
+    tunnel.write("new visitor=192.0.2.1:50000\nfirst");
+    tunnel.end();
+    let record = records.recv_timeout(DEADLINE).unwrap();
+    assert_eq!(record, Record::whole(b"first"));
+    tunnel.assert_ended();
 }
 
 fn visitors_beyond_max_conns_wait_their_turn(protection: Protection) {

@@ -252,6 +252,7 @@ impl Peer {
 
 /// A server made by hand, with a client that has said hello to it.
 pub struct HandMadeServer {
+    pub controls: TcpListener,
     pub tunnels: TcpListener,
     pub control: Peer,
     pub client: RunningClient,
@@ -266,6 +267,7 @@ impl HandMadeServer {
         assert_eq!(control.line(), format!("hello proto=1 pool={pool}\n"));
         control.write(format!("hello proto=1 session={SESSION} pool={pool}\n"));
         Self {
+            controls,
             tunnels,
             control,
             client,
