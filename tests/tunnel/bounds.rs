@@ -267,8 +267,9 @@ fn silent_strangers_take_neither_time_nor_memory(protection: Protection) {
     let more_strangers = crowd(tunnel);
     let start = Instant::now();
     assert_echo(&connect(public), "through the second");
+    // A stranger that is waited for has 5 s.
     for served in [first, start.elapsed()] {
-        assert!(served < Duration::from_secs(1), "after {served:?}");
+        assert!(served < Duration::from_secs(3), "after {served:?}");
     }
     let grown = server.memory("Pss_Anon").saturating_sub(before);
     assert!(grown < 4 * 1024, "{grown} KiB more");

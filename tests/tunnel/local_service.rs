@@ -23,6 +23,10 @@ plain_and_sealed! {
 
 const AT_ONCE: Duration = Duration::from_secs(1);
 
+/// A visitor takes no longer beside others that wait, even on a busy machine. Those others wait for
+/// 5 s or more.
+const BESIDE: Duration = Duration::from_secs(3);
+
 /// A service that takes connections only when told to, and no more than one before that.
 struct Reluctant {
     listener: TcpListener,
@@ -62,7 +66,7 @@ fn a_service_that_lets_dials_hang_holds_up_nobody_else(protection: Protection) {
             while !over.load(Ordering::SeqCst) && start.elapsed() < DEADLINE {
                 let before = Instant::now();
                 assert_passes(&joined, &served);
-                assert!(before.elapsed() < AT_ONCE, "others wait");
+                assert!(before.elapsed() < BESIDE, "others wait");
                 thread::sleep(Duration::from_millis(10));
             }
         });
@@ -116,7 +120,7 @@ fn a_service_that_says_nothing_holds_up_nobody_else(protection: Protection) {
     while start.elapsed() < Duration::from_secs(7) {
         let before = Instant::now();
         echo(&both.visit());
-        assert!(before.elapsed() < AT_ONCE, "others wait");
+        assert!(before.elapsed() < BESIDE, "others wait");
         thread::sleep(Duration::from_millis(100));
     }
     for mut socket in &silent {

@@ -53,7 +53,8 @@ fn program<'a>(both: &'a mut Both, name: &str) -> &'a mut Program {
     }
 }
 
-/// The median of several ends is asserted: a machine that is busy holds up some of them.
+/// A machine that is busy holds up some of several ends, but neither the fastest of them nor most of
+/// them for long.
 fn a_signal_ends_idle_programs_at_once(protection: Protection) {
     const ENDS: usize = 5;
     let service = Service::echo();
@@ -63,9 +64,9 @@ fn a_signal_ends_idle_programs_at_once(protection: Protection) {
                 .map(|_| time_to_end(protection, service.addr, asked, signal))
                 .collect();
             took.sort();
-            let median = took[ENDS / 2];
+            let (fastest, median) = (took[0], took[ENDS / 2]);
             assert!(
-                median < Duration::from_millis(500),
+                fastest < Duration::from_millis(500) && median < AT_ONCE,
                 "{asked}, {signal:?}: {took:?}"
             );
         }
