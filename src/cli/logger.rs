@@ -16,8 +16,12 @@ use crate::error::Error;
 /// Lines that wait to be written: a second of the busiest log that the limits allow.
 const QUEUE: usize = 256;
 
-/// What a reader has to take the last lines before a program ends without him.
-const LAST_LINES: Duration = Duration::from_millis(100);
+/// What a reader, and on a busy host the thread that writes, have to take the last lines before a
+/// program ends without them.
+const LAST_LINES: Duration = Duration::from_millis(250);
+
+/// After a write that found no room: the reader has paused.
+const WRITE_PAUSE: Duration = Duration::from_millis(100);
 
 static LINES: OnceLock<Sender<Entry>> = OnceLock::new();
 
@@ -94,7 +98,7 @@ fn write(line: &[u8]) {
         match io::stderr().write(rest) {
             Ok(count @ 1..) => rest = &rest[count..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(LAST_LINES),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(WRITE_PAUSE),
             _ => return,
         }
     }
