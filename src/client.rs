@@ -121,7 +121,8 @@ impl Shared {
     }
 
     /// One tunnel: dialled, idle until its visitor comes, then joined with the local service until
-    /// that visitor has gone. False if none came.
+    /// that visitor has gone. False if none came. The tunnel comes first, so that a visitor finds it
+    /// ready; the local service is dialled only then, as one that speaks first speaks to its visitor.
     fn combine(self: &Arc<Self>, spare: Spare) -> bool {
         let session = spare.session.clone();
         let (visitor, remote, expected) = match self.connect_remote(spare) {
@@ -137,7 +138,7 @@ impl Shared {
             Ok((local, own_dial)) => {
                 let closing = self.join_conn(&session, local, remote, visitor);
                 drop(own_dial);
-                // A stop need not wait for the rest.
+                // The visit is over, and a stop need not wait for what is left: the tunnel's close.
                 drop(expected);
                 if let Some(closing) = closing {
                     closing.wait();
@@ -225,6 +226,8 @@ impl Shared {
             }
             Ok(remote)
         })?;
+        // Once the tunnel has named its session, the server may give it a visitor, whom a client that
+        // stops must not forget.
         let expected = session.expect_visitor(&self.pairs)?;
         if let Proto::Tp1 { id, .. } = session.proto {
             let named = send(&mut remote.writer, &Line::Tunnel { session: id });

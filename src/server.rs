@@ -30,9 +30,11 @@ use crate::wire::conn::Conn;
 use crate::wire::line::{Line, MAX_POOL, NEW, SessionId};
 use ends::{Accept, Tunnel};
 
-/// A visitor that has waited for a second, many round trips, has lost its tunnel on the way. At most
-/// so many are asked for again at a time: if all are lost, more would not help.
-const ASK_AGAIN: (Duration, usize) = (Duration::from_secs(1), MAX_POOL);
+/// A visitor that has waited this long, many round trips, has lost its tunnel on the way.
+const LOST_AFTER: Duration = Duration::from_secs(1);
+
+/// So many lost tunnels are asked for again at a time: if all are lost, more would not help.
+const MOST_ASKED_AGAIN: usize = MAX_POOL;
 
 /// The half of the tunnel that runs on the host with the public address.
 pub struct Server {
@@ -60,7 +62,7 @@ struct Shared {
 }
 
 struct State {
-    /// The session with the client that is live.
+    /// The session with the client that is live; the original keeps its connection under this name.
     cache: Option<Arc<Session>>,
     conn_list_map: ConnList<Accept, Tunnel>,
     /// Every visitor that will ever come to this server has come, and is in the list or was.
@@ -133,6 +135,7 @@ impl Shared {
     /// among the rest.
     fn control(self: &Arc<Self>, place: Place) {
         let from = place.from;
+        // The live session only matters for telling a tunnel that it has come to the wrong port.
         let mut link = match self.door.admit_link(place, self.live_bond().as_ref()) {
             Ok(link) => link,
             Err(refusal) => return self.journal.refused_link(from, &refusal),
@@ -158,7 +161,8 @@ impl Shared {
         self.end_session(&session, &ended);
     }
 
-    /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog.
+    /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog:
+    /// a place comes first, as a visitor that was accepted without one would be in nobody's hands.
     fn make_accept(self: &Arc<Self>) {
         while let Some(slot) = self.slots.take(|| self.journal.full()) {
             let Some((socket, visitor)) = self.accept(&self.public) else {
@@ -254,6 +258,7 @@ impl Shared {
             if self.is_finished() {
                 return self.finish();
             }
+            // Whatever wakes the matcher, it looks again.
             let _ = match self.stop.end_by() {
                 Some(end_by) => conn_list_map_update.recv_deadline(end_by).is_ok(),
                 None => conn_list_map_update.recv().is_ok(),
@@ -294,12 +299,13 @@ impl Shared {
             let now = Instant::now();
             let mut state = self.state.lock();
             let expired = state.conn_list_map.take_expired(now, timeout);
-            let (since, most) = ASK_AGAIN;
-            let lost = state.conn_list_map.waiting_since(now, since).min(most);
+            let lost = state.conn_list_map.waiting_since(now, LOST_AFTER);
             let oldest = state.conn_list_map.oldest_waiting();
             let client = state.cache.as_ref().map(|live| live.client);
             drop(state);
-            (0..lost).for_each(|_| self.send_message(NEW));
+            for _ in 0..lost.min(MOST_ASKED_AGAIN) {
+                self.send_message(NEW);
+            }
             for accept in &expired {
                 match accept.is_client() {
                     true => self.journal.client_at_public_port(accept.visitor),

@@ -65,7 +65,7 @@ impl Stop {
     }
 
     /// True once visitors that are still there are to be cut off.
-    pub fn is_over(&self) -> bool {
+    pub fn time_is_up(&self) -> bool {
         self.end_by().is_some_and(|end_by| end_by <= Instant::now())
     }
 

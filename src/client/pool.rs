@@ -106,7 +106,9 @@ impl Shared {
         let own_dials = self.own_dials.lock();
         own_dials.contains(&from)
             || (session.seen_as == Some(from.ip())
-                && own_dials.iter().any(|own| own.port() == from.port()))
+                && own_dials
+                    .iter()
+                    .any(|own| own.port() == from.port() && !own.ip().is_loopback()))
     }
 
     /// Remembers where a connection to the local service comes from, if it may lead back here.

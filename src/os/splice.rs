@@ -8,6 +8,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::pipe::{SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, splice};
 
 use crate::os::limits::Slot;
+use crate::os::net::paused;
 
 /// What a pipe is enlarged to: the most that an ordinary user may have (`fs.pipe-max-size`).
 const PIPE_SIZE: usize = 1024 * 1024;
@@ -40,8 +41,8 @@ impl Pipe {
         })
     }
 
-    /// Moves into the empty pipe what is there to be read, after waiting if need be. The answer is
-    /// how much that is, 0 at the end. After an error the pipe is still empty.
+    /// Moves into the empty pipe what is there to be read, after waiting if need be. Returns how much
+    /// that is, 0 at the end. After an error the pipe is still empty.
     pub fn fill(&mut self, from: impl AsFd) -> io::Result<usize> {
         self.filled = step(from, &self.input, self.size)?;
         Ok(self.filled)
@@ -72,7 +73,17 @@ impl Pipe {
     fn copy(&mut self, to: &mut impl Write) -> io::Result<usize> {
         let mut buffer = vec![0; self.filled];
         self.output.read_exact(&mut buffer)?;
-        to.write_all(&buffer)?;
+        let mut left = &buffer[..];
+        while !left.is_empty() {
+            match to.write(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => left = &left[written..],
+                // The bytes are in no pipe any more: they wait for room here.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if paused(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(buffer.len())
     }
 }

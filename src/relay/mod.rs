@@ -142,7 +142,7 @@ impl Pairs {
         )
     }
 
-    /// Lets [`wait`](Self::wait) wait for a pair that is not joined yet, as long as the answer lives.
+    /// Lets [`wait`](Self::wait) wait for a pair that is not joined yet, as long as what it returns lives.
     pub fn expect(self: &Arc<Self>) -> Expected {
         self.state.lock().expected += 1;
         Expected(self.clone())
@@ -166,7 +166,7 @@ impl Pairs {
             }
             let mut state = self.state.lock();
             let done = state.joined.is_empty() && state.expected == 0;
-            if done || self.stop.is_over() {
+            if done || self.stop.time_is_up() {
                 self.stop.advance(Phase::Done);
                 break;
             }

@@ -162,7 +162,7 @@ fn open_ports(
 }
 
 /// Ends the server when one of the threads that it consists of panics: without one of them it would
-/// only look alive. What ended is started anew by whoever looks after it.
+/// only look alive. The program then ends, and a service manager starts it again.
 struct AllOrNone<'a>(&'a Arc<Shared>);
 
 impl Drop for AllOrNone<'_> {
@@ -316,7 +316,7 @@ impl Shared {
         let state = self.state.lock();
         let all_served = state.all_came && state.conn_list_map.waiting() == 0;
         drop(state);
-        all_served || self.stop.reached(Phase::Leaving) || self.stop.is_over()
+        all_served || self.stop.reached(Phase::Leaving) || self.stop.time_is_up()
     }
 }
 
@@ -372,8 +372,8 @@ impl Shared {
         self.slots.close();
     }
 
-    /// Nobody waits any more, and those that are joined need no client: the ports are closed, and the
-    /// session ends.
+    /// Nobody waits any more, and those that are joined need no client: the ports are closed, matches
+    /// that were complete before are joined, and the session ends.
     pub(super) fn finish(self: &Arc<Self>) {
         self.stop.advance(Phase::Leaving);
         for listener in [&self.public, &self.tunnel, &self.control] {

@@ -136,8 +136,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads into a [`batch`](Writer::batch), as much as the socket gives at once. The answer is
-    /// how many bytes that is, 0 at the end.
+    /// Reads into a [`batch`](Writer::batch), as much as the socket gives at once. Returns how
+    /// many bytes that is, 0 at the end.
     pub fn read_batch(&mut self, batch: &mut [u8]) -> io::Result<usize> {
         let mut source = Source(&self.socket, self.deadline);
         let space = 1..batch.len() - TAG;

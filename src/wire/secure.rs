@@ -363,7 +363,7 @@ impl Sealer {
         self.frames = Vec::new();
     }
 
-    /// Adds a frame with this content behind those that are there; the answer is where it ends.
+    /// Adds a frame with this content behind those that are there, and returns where it ends.
     fn frame(&mut self, content: &[u8], start: usize) -> io::Result<usize> {
         let (body, size) = (start + LENGTH, content.len() + TAG);
         if self.frames.len() < body + size {
@@ -406,7 +406,7 @@ impl Opener {
     }
 
     /// Opens as many frames as are there and fit, after reading if need be, and puts what they
-    /// carry into `batch[1..]`; the byte in front is lost. The answer is how much that is, 0 at the
+    /// carry into `batch[1..]`; the byte in front is lost. Returns how much that is, 0 at the
     /// end of the stream. None if not even one frame fits: [`open_one`](Self::open_one) takes it.
     ///
     /// # Errors
@@ -442,7 +442,7 @@ impl Opener {
         Ok(Some(at - 1))
     }
 
-    /// Opens one frame, after reading if need be, whatever its size. The answer is what it carries:
+    /// Opens one frame, after reading if need be, whatever its size. Returns what it carries:
     /// nothing at the end of the stream.
     ///
     /// # Errors
@@ -475,7 +475,7 @@ impl Opener {
     }
 
     /// Opens the next frame, of this size, into a space that is as large. The type byte comes first
-    /// there; the answer is how many bytes are behind it.
+    /// there. Returns how many bytes are behind it.
     fn open(&mut self, size: usize, space: &mut [u8]) -> io::Result<usize> {
         let body = self.start + LENGTH;
         let content = self.cipher.open(&mut self.sealed[body..body + size])?;
