@@ -6,7 +6,7 @@ use std::panic;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use log::{LevelFilter, error};
@@ -16,9 +16,9 @@ use crate::error::Error;
 /// Lines that wait to be written: a second of the busiest log that the limits allow.
 const QUEUE: usize = 256;
 
-/// What a reader, and on a busy host the thread that writes, have to take the last lines before a
-/// program ends without them.
-const LAST_LINES: Duration = Duration::from_millis(250);
+/// What a reader, and on a busy host the thread that writes, have in all for the last lines before a
+/// program ends without them. The error that ends a program is among them.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// After a write that found no room: the reader has paused.
 const WRITE_PAUSE: Duration = Duration::from_millis(100);
@@ -68,18 +68,19 @@ pub fn end(last: Option<String>) {
     let Some(lines) = LINES.get() else {
         return last.map_or((), |line| drop(io::stderr().write_all(&line)));
     };
+    let deadline = Instant::now() + LAST_LINES;
     // First the queue, so that there is room for what was left out of it.
-    flush(lines);
+    flush(lines, deadline);
     for line in take_left_out().into_iter().chain(last) {
-        let _ = lines.send_timeout(Entry::Line(line), LAST_LINES);
+        let _ = lines.send_deadline(Entry::Line(line), deadline);
     }
-    flush(lines);
+    flush(lines, deadline);
 }
 
-fn flush(lines: &Sender<Entry>) {
+fn flush(lines: &Sender<Entry>, deadline: Instant) {
     let (sender, written) = bounded(0);
-    let _ = lines.send_timeout(Entry::Flush(sender), LAST_LINES);
-    let _ = written.recv_timeout(LAST_LINES);
+    let _ = lines.send_deadline(Entry::Flush(sender), deadline);
+    let _ = written.recv_deadline(deadline);
 }
 
 fn write_lines(lines: &Receiver<Entry>) {
