@@ -1,274 +1,164 @@
-//! What is measured: the rows of the table, each with one or two figures.
+//! What is measured: the rows of the table, each with one or more figures.
 
 use std::time::Duration;
 
-use crate::load::{self, Crowd, Tally, bulk, hold, median, ping, visit};
-use crate::service::Work;
-use crate::stop::{check, rest};
-use crate::systems::{Fallible, Link, Programs, System};
-use crate::tunnel::Tunnel;
+use crate::load::{CPU_EACH, MEDIAN, Message, P99, PER_SEC, bulk, crowd, first_byte, hold};
+use crate::run::{Fallible, rest};
+use crate::service::{BOTH, DOWN, UP};
+use crate::systems::{Programs, System, Tunnel};
 
-const PING_SIZE: usize = 1024;
-const VISIT_SIZE: usize = 64;
+/// One small packet, and next to nothing where connect and close are what is measured.
+const PINGS: Message = (1024, false);
+const VISITS: Message = (64, true);
 
-/// Silent connections: enough to tell the memory of one, and about as many as a server takes by
-/// default.
+/// Silent connections: enough to tell the memory of one, and about as many as a server takes.
 const HELD: usize = 500;
 const GROWN: usize = 4000;
-
-/// Descriptors of this process that the most connections need: the visitor's end and the
-/// service's of each, and some for everything else.
-pub const DESCRIPTORS: u64 = 2 * GROWN as u64 + 500;
 
 /// How long processes take to come to rest after a start, or after the last connection.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// Half of a far round trip, such as from Europe to the east of America.
-const DELAY: Duration = Duration::from_millis(50);
-
-/// Visitors of the delayed tunnel, and the pause in which its pool has to fill up again: some round
-/// trips.
+/// Enough for a median: the delay leaves little room for anything else.
 pub const FAR_VISITORS: usize = 10;
+
+/// The pause before each far visitor, some round trips, in which the pool fills up again.
 const FAR_PAUSE: Duration = Duration::from_millis(500);
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Better {
-    Higher,
-    Lower,
-}
+/// What it is, its unit, and whether more (↑) or less (↓) is better.
+pub type Figure = (&'static str, &'static str);
 
-pub struct Figure {
-    pub what: &'static str,
-    pub unit: &'static str,
-    pub better: Better,
-}
+/// Values for the figures of a row, as far as a system has them.
+pub type Sample = Vec<Option<f64>>;
 
-const fn figure(what: &'static str, unit: &'static str, better: Better) -> Figure {
-    Figure { what, unit, better }
-}
+/// The name of each figure of processor time.
+pub const CPU: &str = "processor time";
 
-type Measure = fn(&Programs, System, Duration) -> Fallible<Sample>;
+const BULK: &[Figure] = &[("throughput", "Gbit/s ↑"), (CPU, "s/GB ↓")];
+const PING_1: &[Figure] = &[("round trip, median", "µs ↓")];
+const PING_32: &[Figure] = &[("round trips", "/s ↑")];
+const CLOSE_1: &[Figure] = &[("visit, median", "µs ↓")];
+const CLOSE_16: &[Figure] = &[
+    ("visits", "/s ↑"),
+    ("visit, 99th percentile", "µs ↓"),
+    (CPU, "µs a visit ↓"),
+];
+const MEMORY: &[Figure] = &[
+    ("memory, idle", "KiB ↓"),
+    ("memory, each held connection", "KiB ↓"),
+];
+const GROWTH: &[Figure] = &[("ping-1 beside 4,000 held, to beside 1", "× ↓")];
+const FIRST_BYTE: &[Figure] = &[
+    ("first byte, 50 ms each way", "ms ↓"),
+    ("the same, `--pool 0`", "ms ↓"),
+];
+
+const RATE_P99_CPU: &[usize] = &[PER_SEC, P99, CPU_EACH];
+
+enum Load {
+    /// Work, and connections at a time.
+    Bulk(u8, usize),
+    /// Visitors at a time, their messages, and which of the tally are the figures.
+    Crowd(usize, Message, &'static [usize]),
+    /// Memory while connections are held.
+    Held,
+    /// The round trip while connections are held.
+    Growth,
+    /// The first byte between hosts that are far from each other.
+    Wan,
+}
 
 pub struct Row {
     pub name: &'static str,
     pub figures: &'static [Figure],
-    pub systems: &'static [System],
-    /// In the first round only: it takes long, and varies little.
-    pub once: bool,
-    /// How long it takes: seconds, and times `--secs` besides.
-    pub nominal: (f64, f64),
-    pub measure: Measure,
+    load: Load,
 }
 
-/// One measurement: a value for each figure, if the system has one.
-pub struct Sample {
-    pub values: Vec<Option<f64>>,
-    pub lost: u64,
-    pub no_port: u64,
-}
-
-impl Sample {
-    fn of(values: impl Into<Vec<Option<f64>>>) -> Self {
-        Self {
-            values: values.into(),
-            lost: 0,
-            no_port: 0,
-        }
-    }
-
-    fn with(values: impl IntoIterator<Item = f64>, tally: &Tally) -> Self {
-        Self {
-            values: values.into_iter().map(Some).collect(),
-            lost: tally.lost,
-            no_port: tally.no_port,
-        }
-    }
-}
-
-const SPEED: Figure = figure("throughput", "Gbit/s", Better::Higher);
-pub const COST: Figure = figure("processor time", "s/GB", Better::Lower);
-
-/// All that have processes to look at.
-const TUNNELS: &[System] = &[
-    System::Plain,
-    System::Key,
-    System::Rathole,
-    System::RatholeNoise,
-    System::Bore,
-];
-
-pub const ROWS: &[Row] = &[
-    load_row("bulk-down", &[SPEED, COST], |programs, system, span| {
-        measure_bulk(programs, system, Work::Source, 1, span)
-    }),
-    load_row("bulk-up", &[SPEED, COST], |programs, system, span| {
-        measure_bulk(programs, system, Work::Sink, 1, span)
-    }),
-    load_row("bulk-8", &[SPEED, COST], |programs, system, span| {
-        measure_bulk(programs, system, Work::Both, 8, span)
-    }),
-    load_row(
-        "ping-1",
-        &[figure("round trip, median", "µs", Better::Lower)],
-        |programs, system, span| {
-            let tunnel = programs.start(system)?;
-            let mut tally = ping(tunnel.public, PING_SIZE, span)?;
-            Ok(Sample::with([tally.percentile(50.0)], &tally))
-        },
-    ),
-    load_row(
-        "ping-32",
-        &[figure("round trips", "/s", Better::Higher)],
-        |programs, system, span| {
-            let tunnel = programs.start(system)?;
-            let tally = PINGS.run(tunnel.public, span)?;
-            Ok(Sample::with([rate(&tally, span)], &tally))
-        },
-    ),
-    load_row(
-        "close-1",
-        &[figure("visit, median", "µs", Better::Lower)],
-        |programs, system, span| {
-            let tunnel = programs.start(system)?;
-            let mut tally = visit(tunnel.public, VISIT_SIZE, span)?;
-            Ok(Sample::with([tally.percentile(50.0)], &tally))
-        },
-    ),
-    load_row(
-        "close-16",
-        &[
-            figure("visits", "/s", Better::Higher),
-            figure("visit, 99th percentile", "µs", Better::Lower),
-        ],
-        |programs, system, span| {
-            let tunnel = programs.start(system)?;
-            let mut tally = VISITS.run(tunnel.public, span)?;
-            let values = [rate(&tally, span), tally.percentile(99.0)];
-            Ok(Sample::with(values, &tally))
-        },
-    ),
-    Row {
-        name: "held",
-        figures: &[
-            figure("memory, idle", "KiB", Better::Lower),
-            figure("memory, each held connection", "KiB", Better::Lower),
-        ],
-        systems: TUNNELS,
-        once: false,
-        nominal: (1.2, 0.0),
-        measure: |programs, system, _| measure_held(programs, system),
-    },
-    Row {
-        name: "growth",
-        figures: &[figure(
-            "ping-1 beside 4,000 held, to beside 1",
-            "×",
-            Better::Lower,
-        )],
-        systems: TUNNELS,
-        once: false,
-        nominal: (2.0, 2.0),
-        measure: measure_growth,
-    },
-    Row {
-        name: "wan",
-        figures: &[
-            figure("first byte, 50 ms each way", "ms", Better::Lower),
-            figure("the same, `--pool 0`", "ms", Better::Lower),
-        ],
-        systems: &[System::Plain, System::Key],
-        once: true,
-        nominal: (15.0, 0.0),
-        measure: |programs, system, _| measure_far(programs, system),
-    },
-];
-
-/// A row that every system is measured in, in every round, under one load.
-const fn load_row(name: &'static str, figures: &'static [Figure], measure: Measure) -> Row {
+const fn row(name: &'static str, figures: &'static [Figure], load: Load) -> Row {
     Row {
         name,
         figures,
-        systems: &System::ALL,
-        once: false,
-        // Its warm-up, a start and an end besides.
-        nominal: (0.4, 1.0),
-        measure,
+        load,
     }
 }
 
-fn rate(tally: &Tally, span: Duration) -> f64 {
-    tally.micros.len() as f64 / span.as_secs_f64()
+pub const ROWS: &[Row] = &[
+    row("bulk-down", BULK, Load::Bulk(DOWN, 1)),
+    row("bulk-up", BULK, Load::Bulk(UP, 1)),
+    row("bulk-8", BULK, Load::Bulk(BOTH, 8)),
+    row("ping-1", PING_1, Load::Crowd(1, PINGS, &[MEDIAN])),
+    row("ping-32", PING_32, Load::Crowd(32, PINGS, &[PER_SEC])),
+    row("close-1", CLOSE_1, Load::Crowd(1, VISITS, &[MEDIAN])),
+    row("close-16", CLOSE_16, Load::Crowd(16, VISITS, RATE_P99_CPU)),
+    row("held", MEMORY, Load::Held),
+    row("growth", GROWTH, Load::Growth),
+    row("wan", FIRST_BYTE, Load::Wan),
+];
+
+impl Row {
+    pub fn systems(&self) -> &'static [System] {
+        match self.load {
+            Load::Bulk(..) | Load::Crowd(..) => System::ALL,
+            Load::Held | Load::Growth => System::TUNNELS,
+            Load::Wan => System::OWN,
+        }
+    }
+
+    /// True if the first round is enough: it takes long, and varies little.
+    pub fn is_once(&self) -> bool {
+        matches!(self.load, Load::Wan)
+    }
+
+    pub fn measure(&self, programs: &Programs, system: System, span: Duration) -> Fallible<Sample> {
+        let tunnel = || programs.start(system, None);
+        match self.load {
+            Load::Bulk(work, visitors) => bulk(&tunnel()?, work, visitors, span),
+            Load::Crowd(visitors, message, figures) => {
+                let tally = crowd(&tunnel()?, visitors, message, span)?;
+                Ok(figures.iter().map(|figure| tally[*figure]).collect())
+            }
+            Load::Held => measure_held(&tunnel()?),
+            Load::Growth => measure_growth(&tunnel()?, span),
+            Load::Wan => measure_wan(programs, system),
+        }
+    }
 }
 
-const PINGS: Crowd = Crowd {
-    connections: 32,
-    size: PING_SIZE,
-    close: false,
-};
-
-pub const VISITS: Crowd = Crowd {
-    connections: 16,
-    size: VISIT_SIZE,
-    close: true,
-};
-
-fn measure_bulk(
-    programs: &Programs,
-    system: System,
-    work: Work,
-    connections: usize,
-    span: Duration,
-) -> Fallible<Sample> {
-    let tunnel = programs.start(system)?;
-    let bulk = bulk(&tunnel, work, connections, span)?;
-    let speed = bulk.bytes * 8.0 / 1e9 / bulk.secs;
-    let cost = bulk.cpu.map(|secs| secs / (bulk.bytes / 1e9));
-    Ok(Sample::of([Some(speed), cost]))
-}
-
-fn measure_held(programs: &Programs, system: System) -> Fallible<Sample> {
-    let tunnel = programs.start(system)?;
-    let settled = |tunnel: &Tunnel| {
-        rest(SETTLE)?;
-        tunnel.pss_kib()
-    };
-    let idle = settled(&tunnel)?;
-    let _held = hold(&tunnel, HELD)?;
-    let each = settled(&tunnel)?
-        .zip(idle)
-        .map(|(held, idle)| (held - idle) / HELD as f64);
-    Ok(Sample::of([idle, each]))
-}
-
-fn measure_growth(programs: &Programs, system: System, span: Duration) -> Fallible<Sample> {
-    let tunnel = programs.start(system)?;
-    let p50 = || ping(tunnel.public, PING_SIZE, span).map(|mut tally| tally.percentile(50.0));
-    let _one = hold(&tunnel, 1)?;
-    let few = p50()?;
-    let _rest = hold(&tunnel, GROWN - 1)?;
+fn measure_held(tunnel: &Tunnel) -> Fallible<Sample> {
     rest(SETTLE)?;
-    Ok(Sample::of([Some(p50()? / few)]))
+    let idle = tunnel.pss_kib()?;
+    let _held = hold(tunnel, HELD)?;
+    rest(SETTLE)?;
+    let held = tunnel.pss_kib()?.zip(idle);
+    let each = held.map(|(held, idle)| (held - idle) / HELD as f64);
+    Ok(vec![idle, each])
 }
 
-fn measure_far(programs: &Programs, system: System) -> Fallible<Sample> {
-    let delay = Some(DELAY);
-    let medians: Result<Vec<_>, _> = [None, Some("0")]
-        .map(|pool| far_first_byte(programs, system, &Link { delay, pool }))
-        .into_iter()
-        .map(|median| median.map(Some))
-        .collect();
-    Ok(Sample::of(medians?))
+fn measure_growth(tunnel: &Tunnel, span: Duration) -> Fallible<Sample> {
+    let _one = hold(tunnel, 1)?;
+    let few = crowd(tunnel, 1, PINGS, span)?[MEDIAN];
+    let _others = hold(tunnel, GROWN - 1)?;
+    rest(SETTLE)?;
+    let many = crowd(tunnel, 1, PINGS, span)?[MEDIAN];
+    Ok(vec![many.zip(few).map(|(many, few)| many / few)])
 }
 
-/// The median of some visitors, in milliseconds.
-fn far_first_byte(programs: &Programs, system: System, link: &Link) -> Fallible<f64> {
-    let tunnel = programs.start_with(system, link)?;
-    let mut millis = Vec::with_capacity(FAR_VISITORS);
-    for _ in 0..FAR_VISITORS {
-        rest(FAR_PAUSE)?;
-        let took = load::first_byte(tunnel.public, VISIT_SIZE)?;
-        millis.push(took.as_secs_f64() * 1e3);
-        check()?;
+fn measure_wan(programs: &Programs, system: System) -> Fallible<Sample> {
+    let mut values = Vec::new();
+    for client_words in ["", "--pool 0"] {
+        let tunnel = programs.start(system, Some(client_words))?;
+        let mut millis = Vec::with_capacity(FAR_VISITORS);
+        for _ in 0..FAR_VISITORS {
+            rest(FAR_PAUSE)?;
+            millis.push(first_byte(tunnel.public)?.as_secs_f64() * 1e3);
+        }
+        values.push(middle(&mut millis));
     }
-    Ok(median(&mut millis))
+    Ok(values)
+}
+
+/// Returns the median: the middle one, or the mean of the two that are. None has none.
+pub fn middle(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let last = values.len().checked_sub(1)?;
+    Some(f64::midpoint(values[last / 2], values[last.div_ceil(2)]))
 }

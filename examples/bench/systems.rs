@@ -1,18 +1,22 @@
 //! The systems that are compared, each started as processes of its own, the way a user would.
 
-use std::error::Error;
+use std::collections::BTreeMap;
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{self, Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use System::{Bore, Direct, Key, Plain, Rathole, RatholeNoise};
 use tempfile::TempDir;
 
-use crate::tunnel::Tunnel;
-
-pub type Fallible<T> = Result<T, Box<dyn Error + Send + Sync>>;
+use crate::load::first_byte;
+use crate::run::{Fallible, rest};
+use crate::service::{self, Counts};
 
 /// Where the search for free ports begins: below those that Linux gives to outgoing connections,
 /// which a run makes by the ten thousand.
@@ -21,15 +25,22 @@ const FIRST_PORT: u16 = 20_000;
 /// The one port that bore's server takes clients on; it has no option for another.
 const BORE_CONTROL: u16 = 7835;
 
-const KEY_FILE: &str = "tp.key";
+/// How long a system may take until a visitor is served, and how often one tries.
+const START_DEADLINE: Duration = Duration::from_secs(10);
+const START_PAUSE: Duration = Duration::from_millis(20);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What `/proc/PID/stat` counts processor time in: 1/100 s, whatever the kernel itself uses.
+const TICKS_PER_SEC: f64 = 100.0;
+
+/// Half of a far round trip, such as from Europe to the east of America.
+const FAR_DELAY: Duration = Duration::from_millis(50);
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum System {
     /// No tunnel: visitors go straight to the service.
     Direct,
-    /// Our programs without a key.
+    /// Our programs, without a key and with one.
     Plain,
-    /// Our programs with one.
     Key,
     Rathole,
     RatholeNoise,
@@ -37,229 +48,271 @@ pub enum System {
 }
 
 impl System {
-    pub const ALL: [Self; 6] = [
-        Self::Direct,
-        Self::Plain,
-        Self::Key,
-        Self::Rathole,
-        Self::RatholeNoise,
-        Self::Bore,
-    ];
+    pub const ALL: &[Self] = &[Direct, Plain, Key, Rathole, RatholeNoise, Bore];
+    pub const TUNNELS: &[Self] = &[Plain, Key, Rathole, RatholeNoise, Bore];
+    pub const OWN: &[Self] = &[Plain, Key];
+    const RATHOLE: &[Self] = &[Rathole, RatholeNoise];
 
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Direct => "direct",
-            Self::Plain => "plain",
-            Self::Key => "key",
-            Self::Rathole => "rathole",
-            Self::RatholeNoise => "rathole+noise",
-            Self::Bore => "bore",
-        }
+        ["direct", "plain", "key", "rathole", "rathole+noise", "bore"][self as usize]
     }
 }
 
-/// Another tunnel's program.
-struct Peer {
-    path: PathBuf,
-    version: String,
-}
-
-/// What lies between our two programs.
-#[derive(Default)]
-pub struct Link {
-    /// Each way, on the control link and on tunnels.
-    pub delay: Option<Duration>,
-    /// The client's `--pool`, if not the default.
-    pub pool: Option<&'static str>,
-}
-
-/// What the systems are started from.
+/// What the systems are started from, and the service that all of them lead to.
 pub struct Programs {
-    tpserver: PathBuf,
-    tpclient: PathBuf,
-    pub version: String,
-    /// In place of a peer, why it is missing.
-    rathole: Result<Peer, String>,
-    bore: Result<Peer, String>,
-    /// The key, and the peers' configurations.
+    /// The server and the client of each system that is here.
+    programs: BTreeMap<System, [PathBuf; 2]>,
+    /// The version of each program, or why a peer is left out.
+    pub notes: Vec<String>,
+    /// Where they run: in here are the key, and the peers' configurations.
     folder: TempDir,
+    local: SocketAddr,
+    counts: Arc<Counts>,
 }
 
 impl Programs {
     /// Our programs in this folder, and the peers under these names or paths.
     pub fn find(bins: &Path, rathole: &str, bore: &str) -> Fallible<Self> {
-        let (tpserver, tpclient) = (bins.join("tpserver"), bins.join("tpclient"));
-        let key = output(&tpserver, &["--generate-key"])?;
-        let folder = tempfile::tempdir()?;
-        fs::write(folder.path().join(KEY_FILE), key)?;
-        let mut bore = peer(bore, "bore-cli ");
-        if let Err(error) = TcpListener::bind(("127.0.0.1", BORE_CONTROL)) {
-            bore = bore.and(Err(format!(
-                "its only control port, {BORE_CONTROL}: {error}"
-            )));
+        let bins = path::absolute(bins)?;
+        let own = [bins.join("tpserver"), bins.join("tpclient")];
+        let (folder, (local, counts)) = (tempfile::tempdir()?, service::start()?);
+        let key = output(&own[0], "--generate-key")?;
+        fs::write(folder.path().join("tp.key"), key)?;
+        let mut notes = vec![output(&own[0], "--version")?.trim().to_owned()];
+        let mut programs = BTreeMap::from([(Plain, own.clone()), (Key, own)]);
+        for (name, path, before, systems) in [
+            ("rathole", rathole, "Build Version:", System::RATHOLE),
+            ("bore", bore, "bore-cli ", &[Bore]),
+        ] {
+            let mut path = PathBuf::from(path);
+            if path.components().count() > 1 {
+                path = path::absolute(path)?;
+            }
+            match output(&path, "--version") {
+                Ok(said) => {
+                    let version = said.lines().find_map(|line| line.strip_prefix(before));
+                    notes.push(format!("{name} {}", version.unwrap_or_default().trim()));
+                    programs.extend(systems.iter().map(|it| (*it, [path.clone(), path.clone()])));
+                }
+                Err(error) => notes.push(format!("without {name}: {error}")),
+            }
         }
         Ok(Self {
-            version: output(&tpserver, &["--version"])?.trim().to_owned(),
-            tpserver,
-            tpclient,
-            rathole: peer(rathole, "Build Version:"),
-            bore,
+            programs,
+            notes,
             folder,
-        })
-    }
-
-    /// The other tunnels: the version of each, or why it is missing.
-    pub fn peers(&self) -> [(&str, Result<&str, &str>); 2] {
-        [("rathole", &self.rathole), ("bore", &self.bore)].map(|(name, peer)| {
-            let version = peer.as_ref().map(|it| &*it.version);
-            (name, version.map_err(|why| &**why))
+            local,
+            counts,
         })
     }
 
     pub fn has(&self, system: System) -> bool {
-        match system {
-            System::Direct | System::Plain | System::Key => true,
-            System::Rathole | System::RatholeNoise => self.rathole.is_ok(),
-            System::Bore => self.bore.is_ok(),
+        system == Direct || self.programs.contains_key(&system)
+    }
+
+    /// Fresh processes, ready for visitors. With words for our client, our two programs are far from
+    /// each other.
+    pub fn start(&self, system: System, far: Option<&str>) -> Fallible<Tunnel> {
+        let (local, mut control, tunnel) = (self.local, free_port()?, free_port()?);
+        let mut public = free_port()?;
+        if system == Direct {
+            public = local;
         }
-    }
-
-    /// Fresh processes, and a service of their own, ready for visitors.
-    pub fn start(&self, system: System) -> Fallible<Tunnel> {
-        self.start_with(system, &Link::default())
-    }
-
-    /// The same, with another link between our two programs; the peers' is as it is.
-    pub fn start_with(&self, system: System, link: &Link) -> Fallible<Tunnel> {
-        let mut tunnel = Tunnel::new(free_port()?)?;
-        let key = ["--key-file", &self.file(KEY_FILE)];
-        match system {
-            System::Direct => tunnel.public = tunnel.service.addr,
-            System::Plain => self.start_own(&mut tunnel, link, &[])?,
-            System::Key => self.start_own(&mut tunnel, link, &key)?,
-            System::Rathole => self.start_rathole(&mut tunnel, ["", ""])?,
-            System::RatholeNoise => {
-                let [server, client] = self.noise()?;
-                self.start_rathole(&mut tunnel, [&server, &client])?;
+        let [server, client] = match system {
+            Direct => Default::default(),
+            Plain | Key => {
+                let key = ["", "--key-file tp.key"][usize::from(system == Key)];
+                let ends = match far {
+                    Some(_) => [delaying_relay(control)?, delaying_relay(tunnel)?],
+                    None => [control, tunnel],
+                };
+                let ([c, t], far) = (ends.map(|addr| addr.port()), far.unwrap_or_default());
+                [
+                    format!("--public {public} --control {control} --tunnel {tunnel} {key}"),
+                    format!("--control-port {c} --tunnel-port {t} --local {local} {key} {far}"),
+                ]
             }
-            System::Bore => self.start_bore(&mut tunnel)?,
+            Rathole | RatholeNoise => {
+                self.configure_rathole([public, control], system == RatholeNoise)?;
+                ["server", "client"].map(|side| format!("--{side} {side}.toml"))
+            }
+            Bore => {
+                control.set_port(BORE_CONTROL);
+                let (host, from, to) = ("127.0.0.1", local.port(), public.port());
+                let client = format!("local {from} --local-host {host} --to {host} --port {to}");
+                [format!("server --bind-addr {host}"), client]
+            }
+        };
+        let (processes, counts) = (Vec::new(), self.counts.clone());
+        let mut tunnel = Tunnel {
+            processes,
+            public,
+            counts,
+        };
+        if let Some([server_program, client_program]) = self.programs.get(&system) {
+            tunnel.run(server_program, &server, self.folder.path())?;
+            tunnel.wait(|| TcpStream::connect(control).map(drop))?;
+            tunnel.run(client_program, &client, self.folder.path())?;
         }
-        tunnel.wait_until_it_serves()?;
+        tunnel.wait(|| first_byte(public).map(drop))?;
         Ok(tunnel)
     }
 
-    /// With these words for both programs besides.
-    fn start_own(&self, tunnel: &mut Tunnel, link: &Link, both: &[&str]) -> Fallible<()> {
-        let [public, mut control, mut tunnels] = [tunnel.public, free_port()?, free_port()?];
-        let [p, c, t] = [public, control, tunnels].map(|it| it.to_string());
-        let words = ["--public", &p, "--control", &c, "--tunnel", &t];
-        tunnel.run(&self.tpserver, &[&words, both].concat())?;
-        tunnel.wait_for_listener(control)?;
-        if let Some(delay) = link.delay {
-            for addr in [&mut control, &mut tunnels] {
-                tunnel.delay(addr, delay)?;
-            }
-        }
-        let [c, t] = [control, tunnels].map(|it| it.port().to_string());
-        let local = tunnel.service.addr.to_string();
-        let words = ["--control-port", &c, "--tunnel-port", &t];
-        let pool = link.pool.map(|pool| ["--pool", pool]);
-        let pool = pool.as_ref().map_or(&[][..], |words| words);
-        let words = [&words[..], &["--local", &local], pool, both].concat();
-        tunnel.run(&self.tpclient, &words)
-    }
-
-    /// With these additions to the configurations of its server and its client.
-    fn start_rathole(&self, tunnel: &mut Tunnel, transports: [&str; 2]) -> Fallible<()> {
-        let program = &self.rathole.as_ref().map_err(String::as_str)?.path;
-        let (control, public, local) = (free_port()?, tunnel.public, tunnel.service.addr);
-        let [server_transport, client_transport] = transports;
-        let server = format!(
-            "[server]\nbind_addr = '{control}'\ndefault_token = 'bench'\n\
-             [server.services.bench]\nbind_addr = '{public}'\n{server_transport}"
-        );
-        let client = format!(
-            "[client]\nremote_addr = '{control}'\ndefault_token = 'bench'\n\
-             [client.services.bench]\nlocal_addr = '{local}'\n{client_transport}"
-        );
-        let (server_file, client_file) = (self.file("server.toml"), self.file("client.toml"));
-        fs::write(&server_file, server)?;
-        fs::write(&client_file, client)?;
-        tunnel.run(program, &["--server", &server_file])?;
-        tunnel.wait_for_listener(control)?;
-        tunnel.run(program, &["--client", &client_file])
-    }
-
-    /// A fresh key pair, as the transports of rathole's server and client.
-    fn noise(&self) -> Fallible<[String; 2]> {
-        let program = &self.rathole.as_ref().map_err(String::as_str)?.path;
+    fn configure_rathole(&self, [public, control]: [SocketAddr; 2], noise: bool) -> Fallible<()> {
         // "Private Key:", a line with it, "", "Public Key:", a line with it.
-        let keys = output(program, &["--genkey"])?;
+        let keys = output(&self.programs[&Rathole][0], "--genkey")?;
         let keys: Vec<_> = keys.lines().collect();
-        let [_, private, .., public] = keys[..] else {
-            return Err(format!("{} --genkey said {keys:?}", program.display()).into());
-        };
-        let transport = |side: &str, key: &str| {
-            format!("[{side}.transport]\ntype = 'noise'\n[{side}.transport.noise]\n{key}\n")
-        };
-        Ok([
-            transport("server", &format!("local_private_key = '{private}'")),
-            transport("client", &format!("remote_public_key = '{public}'")),
-        ])
-    }
-
-    fn start_bore(&self, tunnel: &mut Tunnel) -> Fallible<()> {
-        let program = &self.bore.as_ref().map_err(String::as_str)?.path;
-        tunnel.run(program, &["server", "--bind-addr", "127.0.0.1"])?;
-        tunnel.wait_for_listener(([127, 0, 0, 1], BORE_CONTROL).into())?;
-        let local = tunnel.service.addr.port().to_string();
-        let public = tunnel.public.port().to_string();
-        let host = "127.0.0.1";
-        let words = ["local", &local, "--local-host", host];
-        let words = [&words[..], &["--to", host, "--port", &public]].concat();
-        tunnel.run(program, &words)
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.folder.path().join(name).to_string_lossy().into_owned()
+        let own_key = format!("local_private_key = '{}'", keys.get(1).unwrap_or(&""));
+        let its_key = format!("remote_public_key = '{}'", keys.last().unwrap_or(&""));
+        for (side, control_name, name, addr, key) in [
+            ("server", "bind_addr", "bind_addr", public, own_key),
+            ("client", "remote_addr", "local_addr", self.local, its_key),
+        ] {
+            let mut text = format!(
+                "[{side}]\ndefault_token = 'bench'\n{control_name} = '{control}'\n\
+                 [{side}.services.bench]\n{name} = '{addr}'\n"
+            );
+            if noise {
+                text += &format!("[{side}.transport]\ntype = 'noise'\n");
+                text += &format!("[{side}.transport.noise]\n{key}\n");
+            }
+            fs::write(self.folder.path().join(format!("{side}.toml")), text)?;
+        }
+        Ok(())
     }
 }
 
-/// What a program prints.
-fn output(program: &Path, words: &[&str]) -> Fallible<String> {
-    let command = || format!("{} {}", program.display(), words.join(" "));
-    let output = Command::new(program)
-        .args(words)
-        .output()
-        .map_err(|error| format!("{}: {error}", command()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{}: {} {}", command(), output.status, said.trim()).into());
+/// Returns what a program prints.
+fn output(program: &Path, word: &str) -> Fallible<String> {
+    let output = Command::new(program).arg(word).output();
+    let output = output.map_err(|error| format!("{}: {error}", program.display()))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(format!("{} {word}: {}", program.display(), output.status).into()),
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Asks a program for its version, which stands behind these words.
-fn peer(path: &str, before: &str) -> Result<Peer, String> {
-    let path = PathBuf::from(path);
-    let said = output(&path, &["--version"]).map_err(|error| error.to_string())?;
-    let version = said.lines().find_map(|line| line.strip_prefix(before));
-    Ok(Peer {
-        version: version.unwrap_or("of unknown version").trim().to_owned(),
-        path,
-    })
-}
-
-/// A port of the loopback address that nobody listens on; each call tells another one.
+/// Returns a loopback address that nobody listens on, and another one at each call.
 fn free_port() -> Fallible<SocketAddr> {
     static NEXT: AtomicU16 = AtomicU16::new(FIRST_PORT);
-    loop {
-        let port = NEXT.fetch_add(1, Ordering::SeqCst);
-        if port < FIRST_PORT {
-            return Err("no free port".into());
+    let ports = (FIRST_PORT..u16::MAX).map(|_| NEXT.fetch_add(1, Ordering::SeqCst));
+    let mut listeners = ports.flat_map(|port| TcpListener::bind(("127.0.0.1", port)));
+    Ok(listeners.next().ok_or("no free port")?.local_addr()?)
+}
+
+/// A system that runs, until it is dropped.
+pub struct Tunnel {
+    processes: Vec<Child>,
+    /// Where visitors go to.
+    pub public: SocketAddr,
+    /// What has got through.
+    pub counts: Arc<Counts>,
+}
+
+impl Tunnel {
+    /// Seconds of processor time so far of both processes together; none if there are none.
+    pub fn cpu(&self) -> Fallible<Option<f64>> {
+        self.sum("stat", |stat| {
+            // Behind the name, which may hold spaces and parentheses: state, then 10 more, then
+            // user and system time.
+            let fields = stat.rsplit(") ").next()?.split(' ');
+            let ticks = fields.skip(11).take(2).map(str::parse::<f64>);
+            Some(ticks.sum::<Result<f64, _>>().ok()? / TICKS_PER_SEC)
+        })
+    }
+
+    /// KiB of memory of both processes together; none if there are none.
+    pub fn pss_kib(&self) -> Fallible<Option<f64>> {
+        self.sum("smaps_rollup", |text| {
+            let pss = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+            pss.trim().strip_suffix(" kB")?.parse().ok()
+        })
+    }
+
+    /// What a file of `/proc` tells about all processes together; none if there are none.
+    fn sum(&self, file: &str, value: impl Fn(&str) -> Option<f64>) -> Fallible<Option<f64>> {
+        let mut sum = None;
+        for process in &self.processes {
+            let path = format!("/proc/{}/{file}", process.id());
+            let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+            let value = value(&text).ok_or_else(|| format!("{path} is not as expected"))?;
+            sum = Some(sum.unwrap_or(0.0) + value);
         }
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
-            return Ok(listener.local_addr()?);
+        Ok(sum)
+    }
+
+    /// Starts one more. Why it ends, if it does, stands between the lines of progress; its log
+    /// would tell of each end of a row.
+    fn run(&mut self, program: &Path, words: &str, folder: &Path) -> Fallible<()> {
+        let mut command = Command::new(program);
+        command.current_dir(folder).args(words.split_whitespace());
+        command.env_remove("TP_KEY").env("RUST_LOG", "off");
+        let child = command.stdin(Stdio::null()).stdout(io::stderr()).spawn();
+        let child = child.map_err(|error| format!("{}: {error}", program.display()))?;
+        self.processes.push(child);
+        Ok(())
+    }
+
+    /// Tries until it works, all processes being alive.
+    fn wait(&mut self, attempt: impl Fn() -> io::Result<()>) -> Fallible<()> {
+        let start = Instant::now();
+        while let Err(error) = attempt() {
+            for process in &mut self.processes {
+                if let Some(status) = process.try_wait()? {
+                    return Err(format!("a program ended: {status}").into());
+                }
+            }
+            if start.elapsed() > START_DEADLINE {
+                return Err(format!("not ready in {START_DEADLINE:?}: {error}").into());
+            }
+            rest(START_PAUSE)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            // What cannot be killed has ended already.
+            let _ = process.kill().and_then(|()| process.wait());
         }
     }
+}
+
+/// Returns an address from where connections go on to `target`, delayed each way as between two
+/// hosts far from each other. It listens until the process ends: a run has eight of them.
+fn delaying_relay(target: SocketAddr) -> io::Result<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let addr = listener.local_addr()?;
+    thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            // If the target cannot be reached, the near end sees a close.
+            let _ = TcpStream::connect(target).and_then(|far| {
+                carry(near.try_clone()?, far.try_clone()?)?;
+                carry(far, near)
+            });
+        }
+    });
+    Ok(addr)
+}
+
+/// Starts one direction. One thread reads, the other one writes each piece when it is due.
+fn carry(mut from: TcpStream, mut to: TcpStream) -> io::Result<()> {
+    to.set_nodelay(true)?;
+    let (queue, pieces) = mpsc::channel();
+    thread::spawn(move || {
+        let mut buffer = vec![0; 64 * 1024];
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            let _ = queue.send((Instant::now() + FAR_DELAY, buffer[..count].to_vec()));
+        }
+    });
+    thread::spawn(move || {
+        for (due, piece) in pieces {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let _ = to.write_all(&piece);
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    });
+    Ok(())
 }
