@@ -23,8 +23,8 @@ pub type Fallible<T> = Result<T, Box<dyn Error + Send + Sync>>;
 /// Five rounds give a median that one disturbed round does not move.
 const USAGE: &str = "\
 Usage: cargo run --release --example bench -- [OPTION]...
-    --rounds N            rounds to take medians of (5)
-    --secs S              seconds of each load (0.8)
+    --rounds N            rounds to take medians of, 1 or more (5)
+    --secs S              seconds of each load, 0.1 to 3600 (0.8)
     --only ROW[,ROW]...   only these rows of: bulk-down, bulk-up, bulk-8, ping-1, ping-32,
                           close-1, close-16, held, growth, wan
     --svg FILE            draw the ratios to rathole into this file
@@ -56,7 +56,7 @@ pub fn bench() -> Fallible<()> {
     }
     let counts_match = only.is_empty() || only.len() == rows.len();
     if rounds == 0 || !SECS_RANGE.contains(&secs) || !counts_match || !given.free.is_empty() {
-        return Err("these options make no sense: see --help".into());
+        return Err("a value out of range, an unknown row or a stray word: see --help".into());
     }
     if cfg!(debug_assertions) {
         return Err("a load without optimisation measures itself: run it with --release".into());
