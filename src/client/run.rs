@@ -35,7 +35,7 @@ impl Shared {
         Self {
             options,
             workers: Workers::new(journal::panicked),
-            pairs: Pairs::new(stop.clone(), journal.clone()),
+            pairs: Pairs::new(stop.clone(), journal.tells_of_visits()),
             slots: Slots::new(affordable),
             session: Mutex::new(None),
             own_dials: Mutex::new(HashSet::new()),

@@ -3,8 +3,8 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use log::{Level, debug, error, info, log, warn};
@@ -14,7 +14,7 @@ use crate::address::Address;
 use crate::door::{NoSession, Refusal};
 use crate::options::ServerOptions;
 use crate::os::listener::Opening;
-use crate::relay::{Aborted, Pairs, Visitor};
+use crate::relay::{Pairs, Visit, Visitor};
 use crate::session::of_client::{LocalError, NoVisitor};
 use crate::session::{Ended, Proto};
 use crate::wire::line::{Failure, Reason};
@@ -130,17 +130,18 @@ impl Journal {
         limit.say(|more| warn!("closed a connection, no thread for {job}: {error}{more}"));
     }
 
-    /// A pair has ended, well or for this reason.
-    pub fn visitor_left(
-        &self,
-        visitor: &Visitor,
-        [up, down]: [u64; 2],
-        time: Duration,
-        aborted: Option<&Aborted>,
-    ) {
-        let seconds = time.as_secs_f64();
+    /// What the [pairs](Pairs::new) call.
+    pub fn tells_of_visits(self: &Arc<Self>) -> impl Fn(&Visitor, Visit) + Send + Sync + 'static {
+        let journal = self.clone();
+        move |visitor, visit| journal.visitor_left(visitor, &visit)
+    }
+
+    /// A pair has ended.
+    pub fn visitor_left(&self, visitor: &Visitor, visit: &Visit) {
+        let ([up, down], seconds) = (visit.moved, visit.time.as_secs_f64());
         self.limits.visitor_left.say(|more| {
-            let why = aborted.map_or(String::new(), |why| format!(", aborted: {why}"));
+            let why = visit.aborted;
+            let why = why.map_or(String::new(), |why| format!(", aborted: {why}"));
             info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{why}{more}");
         });
     }

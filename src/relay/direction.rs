@@ -1,7 +1,5 @@
 //! One direction of a pair: what its copy thread does.
 
-use std::io::Read;
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,7 +9,7 @@ use crate::os::net;
 #[cfg(target_os = "linux")]
 use crate::os::splice::{Pipe, refused};
 use crate::relay::Aborted;
-use crate::relay::pair::Pair;
+use crate::relay::pair::{Closing, Failure, Pair, Way};
 use crate::wire::conn::{Reader, Writer};
 
 /// A direction begins with the first buffer: most connections never fill it, and to touch memory for
@@ -29,10 +27,6 @@ pub const BULK: usize = BUFFERS.len() - 1;
 /// A direction that pauses for longer gives back all but the first.
 const BULK_PAUSE: Duration = Duration::from_secs(1);
 
-/// The server closes a tunnel within a round trip of the client's last byte, if its visitor takes
-/// what is left at once. One that takes longer is not worth a thread.
-const CLOSING: Duration = Duration::from_secs(1);
-
 /// A direction of a pair. However it goes away, the pair is told that it has ended, so that the
 /// other direction does not wait for this one for ever.
 pub struct Direction {
@@ -45,50 +39,6 @@ pub struct Direction {
     pub(super) room: Option<Slot>,
     /// Behind the sockets: they are closed before the pair is forgotten.
     pub(super) pair: Arc<Pair>,
-}
-
-#[derive(Clone, Copy)]
-pub enum Way {
-    /// From the visitor to the local service.
-    Up,
-    /// From the local service to the visitor.
-    Down,
-}
-
-/// Why a direction has not ended well.
-pub struct Failure {
-    pub why: Aborted,
-    /// The side that it wrote to failed.
-    pub writing: bool,
-}
-
-impl Failure {
-    pub fn reading(why: Aborted) -> Self {
-        let writing = false;
-        Self { why, writing }
-    }
-
-    pub fn writing(why: Aborted) -> Self {
-        let writing = true;
-        Self { why, writing }
-    }
-}
-
-/// A connection to the other program that carries nothing any more. Who waits for that one to close
-/// it first is spared the minute for which the kernel keeps the port of the side that was first
-/// (`TIME_WAIT`).
-pub struct Closing {
-    pub(super) socket: Arc<TcpStream>,
-    pub(super) _slot: Option<Slot>,
-}
-
-impl Closing {
-    /// Waits until the other program has closed it, but not for long.
-    pub fn wait(self) {
-        if self.socket.set_read_timeout(Some(CLOSING)).is_ok() {
-            let _ = (&*self.socket).read(&mut [0]);
-        }
-    }
 }
 
 impl Direction {

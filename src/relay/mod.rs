@@ -18,14 +18,14 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::journal::Journal;
 use crate::os::limits::{Slot, Slots, affordable_pipes};
 use crate::os::net;
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
-use direction::{BULK, Failure, Way};
-pub use direction::{Closing, Direction};
-use pair::{Joined, Pair, Progress, Side};
+use direction::BULK;
+pub use direction::Direction;
+pub use pair::Closing;
+use pair::{Failure, Joined, Pair, Progress, Side, Way};
 
 /// How many directions of a server's or a client's visitors may have the second buffer, and the third.
 /// Others stay with what they have: anyone can make a thousand downloads and stop reading, and what is
@@ -43,6 +43,19 @@ const LONGEST_WRITE: Duration = Duration::from_secs(10);
 /// And at the most this often.
 const SHORTEST_WRITE: Duration = Duration::from_millis(100);
 
+/// What a pair has done when it ends.
+pub struct Visit<'a> {
+    /// Bytes up and down.
+    pub moved: [u64; 2],
+    /// How long it was joined.
+    pub time: Duration,
+    /// None if it ended well.
+    pub aborted: Option<&'a Aborted>,
+}
+
+/// Who is told of a pair that has ended.
+type Told = dyn Fn(&Visitor, Visit) + Send + Sync;
+
 /// The pairs that are joined now.
 pub struct Pairs {
     state: Mutex<PairsState>,
@@ -52,7 +65,7 @@ pub struct Pairs {
     /// Who may have the second buffer, and the third.
     roomy: [Arc<Slots>; BULK],
     stop: Arc<Stop>,
-    journal: Arc<Journal>,
+    told: Box<Told>,
 }
 
 struct PairsState {
@@ -66,8 +79,11 @@ struct PairsState {
 }
 
 impl Pairs {
-    /// None yet.
-    pub fn new(stop: Arc<Stop>, journal: Arc<Journal>) -> Arc<Self> {
+    /// None yet. `told` is told of each pair that has ended.
+    pub fn new(
+        stop: Arc<Stop>,
+        told: impl Fn(&Visitor, Visit) + Send + Sync + 'static,
+    ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(PairsState {
                 joined: HashMap::new(),
@@ -79,7 +95,7 @@ impl Pairs {
             pipes: Slots::new(affordable_pipes()),
             roomy: ROOMY.map(Slots::new),
             stop,
-            journal,
+            told: Box::new(told),
         })
     }
 
@@ -348,7 +364,7 @@ fn add(sum: &mut [u64; 2], more: [u64; 2]) {
 mod tests {
     use super::*;
     use crate::door::openings::Openings;
-    use crate::journal;
+    use crate::journal::{self, Journal};
     use crate::key::Key;
     use crate::os::workers::Workers;
     use crate::wire::secure::Purpose;
@@ -358,7 +374,10 @@ mod tests {
     use std::thread;
 
     fn new_pairs() -> Arc<Pairs> {
-        Pairs::new(Stop::new(), Arc::new(Journal::new(1, false)))
+        let journal = Journal::new(1, false);
+        Pairs::new(Stop::new(), move |visitor, visit| {
+            journal.visitor_left(visitor, &visit);
+        })
     }
 
     /// A connection's two ends.

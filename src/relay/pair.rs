@@ -1,6 +1,6 @@
 //! Two joined connections, and how they end: what both of their directions share.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,11 +10,58 @@ use parking_lot::Mutex;
 
 use crate::os::limits::Slot;
 use crate::os::net;
-use crate::relay::direction::{Closing, Failure, Way};
-use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visitor, add};
+use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visit, Visitor, add};
 
 /// What a direction that has failed has written before gets this long to leave, before the reset.
 const LAST_BYTES: Duration = Duration::from_secs(1);
+
+/// The server closes a tunnel within a round trip of the client's last byte, if its visitor takes
+/// what is left at once. One that takes longer is not worth a thread.
+const CLOSING: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy)]
+pub enum Way {
+    /// From the visitor to the local service.
+    Up,
+    /// From the local service to the visitor.
+    Down,
+}
+
+/// Why a direction has not ended well.
+pub struct Failure {
+    pub why: Aborted,
+    /// The side that it wrote to failed.
+    pub writing: bool,
+}
+
+impl Failure {
+    pub fn reading(why: Aborted) -> Self {
+        let writing = false;
+        Self { why, writing }
+    }
+
+    pub fn writing(why: Aborted) -> Self {
+        let writing = true;
+        Self { why, writing }
+    }
+}
+
+/// A connection to the other program that carries nothing any more. Who waits for that one to close
+/// it first is spared the minute for which the kernel keeps the port of the side that was first
+/// (`TIME_WAIT`).
+pub struct Closing {
+    pub(super) socket: Arc<TcpStream>,
+    pub(super) _slot: Option<Slot>,
+}
+
+impl Closing {
+    /// Waits until the other program has closed it, but not for long.
+    pub fn wait(self) {
+        if self.socket.set_read_timeout(Some(CLOSING)).is_ok() {
+            let _ = (&*self.socket).read(&mut [0]);
+        }
+    }
+}
 
 /// Two joined sockets, closed when the last thread lets go of them.
 pub struct Pair {
@@ -206,9 +253,12 @@ impl Pair {
     }
 
     pub fn report(&self, aborted: Option<&Aborted>) {
-        let (moved, time) = (self.joined.moved(), self.started.elapsed());
-        let journal = &self.joined.pairs.journal;
-        journal.visitor_left(&self.visitor, moved, time, aborted);
+        let visit = Visit {
+            moved: self.joined.moved(),
+            time: self.started.elapsed(),
+            aborted,
+        };
+        (self.joined.pairs.told)(&self.visitor, visit);
     }
 }
 

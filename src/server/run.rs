@@ -68,7 +68,7 @@ impl Shared {
         let shared = Self {
             slots: Slots::new(options.max_conns),
             door: Door::new(options.keys.clone(), options.original),
-            pairs: Pairs::new(stop.clone(), journal.clone()),
+            pairs: Pairs::new(stop.clone(), journal.tells_of_visits()),
             options,
             public,
             tunnel,
