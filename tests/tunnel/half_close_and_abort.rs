@@ -1,7 +1,7 @@
 //! How connections end: a proper end passes through as one, and nothing else does.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -275,22 +275,32 @@ fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
     let _client = RunningClient::start(with!(client_options(&server, service.addr);
             linger: LINGER,
     ));
-    let visitor = server.visit();
+    let visitor = connect_with_little_room(server.public);
     visitor.shutdown(Shutdown::Write).unwrap();
     let (start, mut crawled) = (Instant::now(), vec![0; SIZE]);
     let mut got = 0;
-    while start.elapsed() < 4 * LINGER {
-        (&visitor)
-            .read_exact(&mut crawled[got..got + STEP])
-            .unwrap();
+    for step in 1..=160 {
+        let piece = &mut crawled[got..got + STEP];
+        (&visitor).read_exact(piece).unwrap();
         got += STEP;
-        thread::sleep(Duration::from_millis(50));
+        // What a busy machine holds up is made up for.
+        let due = start + step * Duration::from_millis(50);
+        thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     (&visitor).read_exact(&mut crawled[got..]).unwrap();
     assert_ended(&visitor);
     let mut sent = vec![0; SIZE];
     Pattern::new(1).fill(&mut sent);
     assert!(crawled == sent, "changed bytes");
+}
+
+/// A system with a large buffer says that there is room only once a sixteenth of it is free.
+fn connect_with_little_room(address: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(64 * 1024).unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    socket.connect(&address.into()).unwrap();
+    socket.into()
 }
 
 fn a_half_closed_stream_that_nobody_reads_is_aborted_at_linger(protection: Protection) {
