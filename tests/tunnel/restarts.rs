@@ -135,6 +135,8 @@ fn a_server_that_restarts_under_load_is_back_each_time(protection: Protection) {
             let start = Instant::now();
             eventually("it is up and serves", || was_served(addresses[0]));
             assert!(start.elapsed() < UP, "{restart}: {:?}", start.elapsed());
+            // A server that was asked to end serves for a moment more: this may have been that one.
+            server.wait_for_line("listening on");
             draining.push(std::mem::replace(&mut both.server, server));
         }
         over.store(true, Ordering::SeqCst);
