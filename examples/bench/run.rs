@@ -124,13 +124,9 @@ fn measure(rows: &[&Row], rounds: u32, secs: f64, programs: &Programs) -> Fallib
     }
     let (start, mut results) = (Instant::now(), Results::default());
     for (done, (round, row, system)) in steps.iter().enumerate() {
-        // A guess before the first is done: its load, and a start and an end besides.
-        let past = start.elapsed().as_secs_f64();
-        let pace = if done == 0 {
-            secs + 0.7
-        } else {
-            past / done as f64
-        };
+        // As if one more were done, so that there is a guess before the first.
+        let past = start.elapsed().as_secs_f64() + secs + 0.7;
+        let pace = past / (done + 1) as f64;
         let left = ((steps.len() - done) as f64 * pace) as u64;
         let step = format!("round {round} of {rounds}, {}, {}", row.name, system.name());
         show(&format!("{step}, {}:{:02} left", left / 60, left % 60));
