@@ -1,6 +1,7 @@
 //! Threads that are reused: to start one costs tens of microseconds, most of the price of a short
 //! connection.
 
+use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -12,6 +13,10 @@ use parking_lot::{Condvar, Mutex};
 /// A parked thread ends after this long: long enough to serve one burst after another, short
 /// enough that a quiet program is a small one.
 const PARK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A thread that has been parked for this long is named so. Most get their next job sooner, and often
+/// one of the same name: to name a thread is a system call.
+const PARKED: Duration = Duration::from_millis(100);
 
 /// Enough for a name look-up in the C library, the deepest that a job goes. Only touched pages
 /// cost memory.
@@ -131,7 +136,6 @@ impl Shared {
 
     /// Waits for the next job, or the end, which comes by itself after a while.
     fn park(&self, place: &Arc<Place>) -> Next {
-        set_name("parked");
         let mut state = self.state.lock();
         self.done(&mut state);
         if !state.open {
@@ -139,6 +143,10 @@ impl Shared {
         }
         state.parked.push(place.clone());
         drop(state);
+        if let Some(next) = place.wait(PARKED) {
+            return next;
+        }
+        set_name("parked");
         if let Some(next) = place.wait(PARK_TIMEOUT) {
             return next;
         }
@@ -178,14 +186,20 @@ impl Place {
     }
 }
 
+thread_local! {
+    /// What [`set_name`] has called this thread last.
+    static NAME: Cell<&'static str> = const { Cell::new("") };
+}
+
 /// Names this thread after its job, for whoever looks at a stack dump or at `top -H`.
-pub fn set_name(name: &str) {
+pub fn set_name(name: &'static str) {
+    if NAME.replace(name) == name {
+        return;
+    }
     #[cfg(target_os = "linux")]
     if let Ok(name) = std::ffi::CString::new(name) {
         let _ = rustix::thread::set_name(&name);
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = name;
 }
 
 #[cfg(test)]
