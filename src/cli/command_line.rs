@@ -1,11 +1,13 @@
-//! The command lines of both programs: words in, options out. No I/O: key files are only named.
+//! The command lines of both programs: words in, options out. Nothing is read or printed here.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
-use getopts::Matches;
+use getopts::{HasArg, Matches, Occur};
 use log::LevelFilter;
 
 use crate::address::{Address, parse_host, parse_port};
@@ -14,15 +16,11 @@ use crate::key::Key;
 use crate::options::{ClientOptions, LOOPBACK, ServerOptions};
 use crate::wire::line::MAX_POOL;
 
-/// The names of the two programs.
-pub const SERVER: &str = "tpserver";
-pub const CLIENT: &str = "tpclient";
-
-/// A page or a download of some size is through by then, and nobody minds a restart that takes as
-/// long.
+/// A visitor with a page or a download of some size is through by then, and nobody minds a restart
+/// that takes as long.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// A year; more is a slip of the finger.
+/// A year. A larger number is a slip of the finger.
 const MAX_SECS: u64 = 366 * 24 * 60 * 60;
 
 /// What a command line asks for.
@@ -41,162 +39,256 @@ pub enum Command<O> {
 pub struct Common {
     /// The program's name.
     pub program: &'static str,
-    /// Log from this level on.
+    /// The least important level that is logged.
     pub level: LevelFilter,
-    /// Where the keys are.
+    /// The files that hold the keys.
     pub key_files: Vec<PathBuf>,
-    /// What a signal to end leaves the visitors that are there.
+    /// The time that a signal to end leaves to the visitors who are there.
     pub drain: Duration,
 }
 
+/// A program, and what its `--help` says that the other's does not.
+pub struct Program {
+    pub name: &'static str,
+    /// A line that begins with a dash declares an option, and a value if its name is one space before
+    /// another word.
+    options: &'static str,
+    examples: &'static str,
+}
+
+pub const SERVER: Program = Program {
+    name: "tpserver",
+    options: "
+    -b, --bind HOST     host of all three ports (127.0.0.1)
+    -p, --public HOST:PORT
+                        where visitors come to (127.0.0.1:8007)
+    -t, --tunnel HOST:PORT
+                        where the client's tunnels come to (127.0.0.1:8008)
+    -c, --control HOST:PORT
+                        where the client's control link comes to
+                        (127.0.0.1:8009)
+    -w, --pair-timeout SECS
+                        close a visitor that got no tunnel after this long (5)
+    -m, --max-conns N   visitors at a time; more wait their turn (4096)
+    -k, --key-file FILE the key that the client must have; given twice, it may
+                        have either. Without a key, clients of other hosts are
+                        not let in
+    -g, --generate-key  print a fresh key for both programs and exit
+    -i, --insecure      let other hosts reach the tunnel and control ports
+                        without a key: whoever reaches them can become the
+                        client or read along
+        --original      take a client that says nothing for one of the
+                        original program, which has no key",
+    examples: "
+  Try it on one machine (start tpclient and `python3 -m http.server` beside it):
+    tpserver
+    curl 127.0.0.1:8007
+
+  A public web port, with a client on another host that has the same key:
+    (umask 077; tpserver --generate-key > tp.key)
+    tpserver --bind :: --public '[::]:80' --key-file tp.key",
+};
+
+const CLIENT: Program = Program {
+    name: "tpclient",
+    options: "
+    -s, --server HOST[:PORT]
+                        host that tpserver runs on, and its control port
+                        (127.0.0.1:8009)
+    -c, --control-port PORT
+                        its control port, if --server has none (8009)
+        --control PORT  the same as --control-port
+    -t, --tunnel-port PORT
+                        its tunnel port, if it is another one than the server
+                        tells
+        --tunnel PORT   the same as --tunnel-port
+    -l, --local HOST:PORT
+                        the service that visitors are to reach
+                        (127.0.0.1:8000)
+    -p, --pool N        idle tunnels kept ready, so that no visitor waits for
+                        one; at most 64, 0 dials on demand (8)
+    -k, --key-file FILE the key that the server has
+        --original      serve a server of the original program, too, which has
+                        no key",
+    examples: "
+  Try it on one machine (start tpserver and `python3 -m http.server` beside it):
+    tpclient
+    curl 127.0.0.1:8007
+
+  Offer the sshd of another host in the LAN through HOST, whose tpserver has the same key:
+    tpclient --server HOST --key-file tp.key --local 192.0.2.7:22",
+};
+
+/// The options of both programs, in the same form.
+const COMMON_OPTIONS: &str = "
+    -L, --linger SECS   abort a connection that one end has finished and that
+                        then moves no byte for this long (600)
+    -d, --drain SECS    on TERM, INT or HUP, let the visitors that are there
+                        finish for up to this long (30)
+    -v, --verbose       log more
+    -q, --quiet         log errors only
+    -h, --help          print this and exit
+    -V, --version       print the version and exit";
+
+const COMMON_HELP: &str = "
+
+Signals:
+  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
+                  once
+  USR1            log what it does now, and has done
+
+Environment:
+  TP_KEY     the key itself, if there is no --key-file
+  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
+";
+
 /// Reads the words behind `tpserver`.
 pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<ServerOptions>, Error> {
-    let d = ServerOptions::default();
-    let mut grammar = getopts::Options::new();
-    let host_of_all = format!("host of all three ports ({})", d.public.host);
-    let visitors = format!("where visitors come to ({})", d.public);
-    let tunnels = format!("where the client's tunnels come to ({})", d.tunnel);
-    let link = format!("where the client's control link comes to ({})", d.control);
-    let secs = d.pair_timeout.as_secs();
-    let timeout = format!("close a visitor that got no tunnel after this long ({secs})");
-    let most = format!("visitors at a time; more wait their turn ({})", d.max_conns);
-    grammar
-        .optopt("b", "bind", &host_of_all, "HOST")
-        .optopt("p", "public", &visitors, "HOST:PORT")
-        .optopt("t", "tunnel", &tunnels, "HOST:PORT")
-        .optopt("c", "control", &link, "HOST:PORT")
-        .optopt("w", "pair-timeout", &timeout, "SECS")
-        .optopt("m", "max-conns", &most, "N")
-        .optmulti(
-            "k",
-            "key-file",
-            "the key that the client must have; given twice, it may have either. Without a key, \
-             clients of other hosts are not let in",
-            "FILE",
-        )
-        .optflag(
-            "g",
-            "generate-key",
-            "print a fresh key for both programs and exit",
-        )
-        .optflag(
-            "i",
-            "insecure",
-            "let other hosts reach the tunnel and control ports without a key: whoever reaches \
-             them can become the client or read along",
-        )
-        .optflag(
-            "",
-            "original",
-            "take a client that says nothing for one of the original program, which has no key",
-        );
-    add_common(&mut grammar, d.linger);
-    let given = match parse(&grammar, words, SERVER, SERVER_HELP)? {
-        Parsed::Given(given) => given,
-        Parsed::Print(text) => return Ok(Command::Print(text)),
-    };
-    if given.opt_present("generate-key") {
-        return Ok(Command::GenerateKey);
-    }
-
-    let mut options = ServerOptions::default();
-    if let Some(host) = value(&given, "bind", host)? {
-        for address in [
-            &mut options.public,
-            &mut options.tunnel,
-            &mut options.control,
-        ] {
-            address.host.clone_from(&host);
+    SERVER.read(words, |given| {
+        let mut options = ServerOptions::default();
+        if let Some(host) = value(given, "bind", host)? {
+            for address in [
+                &mut options.public,
+                &mut options.tunnel,
+                &mut options.control,
+            ] {
+                address.host.clone_from(&host);
+            }
         }
-    }
-    listening(&mut options.public, &given, "public")?;
-    listening(&mut options.tunnel, &given, "tunnel")?;
-    listening(&mut options.control, &given, "control")?;
-    set(&mut options.pair_timeout, &given, "pair-timeout", seconds)?;
-    set(&mut options.max_conns, &given, "max-conns", |text| {
-        number(text, 1..=1_000_000)
-    })?;
-    set(&mut options.linger, &given, "linger", seconds)?;
-    options.insecure = given.opt_present("insecure");
-    options.original = original(&given)?;
-    Ok(Command::Run(options, common(SERVER, &given)?))
+        listening(&mut options.public, given, "public")?;
+        listening(&mut options.tunnel, given, "tunnel")?;
+        listening(&mut options.control, given, "control")?;
+        set(&mut options.pair_timeout, given, "pair-timeout", seconds(1))?;
+        let places = number(1..=1_000_000);
+        set(&mut options.max_conns, given, "max-conns", places)?;
+        set(&mut options.linger, given, "linger", seconds(1))?;
+        options.insecure = given.opt_present("insecure");
+        options.original = given.opt_present("original");
+        Ok(options)
+    })
 }
 
 /// Reads the words behind `tpclient`.
 pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<ClientOptions>, Error> {
-    let d = ClientOptions::default();
-    let mut grammar = getopts::Options::new();
-    let server = format!(
-        "host that tpserver runs on, and its control port ({})",
-        d.server
-    );
-    let control = format!("its control port, if --server has none ({})", d.server.port);
-    let local = format!("the service that visitors are to reach ({})", d.local);
-    let pool = format!(
-        "idle tunnels kept ready, so that no visitor waits for one; at most {MAX_POOL}, 0 dials on \
-         demand ({})",
-        d.pool
-    );
-    grammar
-        .optopt("s", "server", &server, "HOST[:PORT]")
-        .optopt("c", "control-port", &control, "PORT")
-        .optopt("", "control", "the same as --control-port", "PORT")
-        .optopt(
-            "t",
-            "tunnel-port",
-            "its tunnel port, if it is another one than the server tells",
-            "PORT",
-        )
-        .optopt("", "tunnel", "the same as --tunnel-port", "PORT")
-        .optopt("l", "local", &local, "HOST:PORT")
-        .optopt("p", "pool", &pool, "N")
-        .optopt("k", "key-file", "the key that the server has", "FILE")
-        .optflag(
-            "",
-            "original",
-            "serve a server of the original program, too, which has no key",
-        );
-    add_common(&mut grammar, d.linger);
-    let given = match parse(&grammar, words, CLIENT, CLIENT_HELP)? {
-        Parsed::Given(given) => given,
-        Parsed::Print(text) => return Ok(Command::Print(text)),
-    };
-
-    let mut options = ClientOptions::default();
-    set_server(&mut options.server, &given)?;
-    for name in ["tunnel-port", "tunnel"] {
-        set(&mut options.tunnel_port, &given, name, |text| {
-            port(text).map(Some)
-        })?;
-    }
-    set(&mut options.local, &given, "local", |text| {
-        match address(text, LOOPBACK) {
-            Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
-            Err(why) if text.starts_with(':') => {
-                Err(format!("{why}; for this host: {LOOPBACK}{text}"))
-            }
-            other => other,
+    CLIENT.read(words, |given| {
+        let mut options = ClientOptions::default();
+        set_server(&mut options.server, given)?;
+        for name in ["tunnel-port", "tunnel"] {
+            let port = value(given, name, number(1..=u16::MAX))?;
+            options.tunnel_port = port.or(options.tunnel_port);
         }
-    })?;
-    set(&mut options.pool, &given, "pool", |text| {
-        number(text, 0..=MAX_POOL)
-    })?;
-    set(&mut options.linger, &given, "linger", seconds)?;
-    options.original = original(&given)?;
-    if options.tunnel_port == Some(options.server.port) {
+        set(&mut options.local, given, "local", |text| {
+            match address(text, LOOPBACK) {
+                Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
+                Err(why) if text.starts_with(':') => {
+                    Err(format!("{why}; for this host: {LOOPBACK}{text}"))
+                }
+                other => other,
+            }
+        })?;
+        set(&mut options.pool, given, "pool", number(0..=MAX_POOL))?;
+        set(&mut options.linger, given, "linger", seconds(1))?;
+        options.original = given.opt_present("original");
         let port = options.server.port;
-        let what = format!("--control-port and --tunnel-port are both {port}: tpserver has two");
-        return Err(usage(what));
-    }
-    Ok(Command::Run(options, common(CLIENT, &given)?))
+        if options.tunnel_port == Some(port) {
+            return Err(usage(format!(
+                "--control-port and --tunnel-port are both {port}: tpserver has two"
+            )));
+        }
+        Ok(options)
+    })
 }
 
-/// The server's host, and its control port, which may stand in an option of its own.
+impl Program {
+    /// Does what every command line needs, and has `options` read what is the program's own.
+    fn read<O>(
+        &self,
+        words: impl IntoIterator<Item = OsString>,
+        options: impl FnOnce(&Matches) -> Result<O, Error>,
+    ) -> Result<Command<O>, Error> {
+        let (name, grammar) = (self.name, self.grammar());
+        let words: Vec<_> = words.into_iter().collect();
+        if words.iter().any(holds_key) {
+            return Err(usage(
+                "a key is among the words of the command, where others can see it: use --key-file \
+                 FILE, and a fresh key",
+            ));
+        }
+        if let Some(error) = words.iter().find_map(|word| one_dash(word, &grammar)) {
+            return Err(error);
+        }
+        let given = grammar.parse(words).map_err(usage)?;
+        let has = |option| given.opt_present(option);
+        if has("help") {
+            let (options, examples) = (self.options, self.examples);
+            return Ok(Command::Print(format!(
+                "Usage: {name} [OPTION]...\n\nOptions:{options}{COMMON_OPTIONS}\n\nExamples:{examples}\
+                 {COMMON_HELP}"
+            )));
+        }
+        if has("version") {
+            let version = env!("CARGO_PKG_VERSION");
+            return Ok(Command::Print(format!("{name} {version}\n")));
+        }
+        if let Some(word) = given.free.first() {
+            return Err(usage(format!("unexpected word '{word}'")));
+        }
+        if given.opt_defined("generate-key") && has("generate-key") {
+            return Ok(Command::GenerateKey);
+        }
+        if has("original") && has("key-file") {
+            return Err(usage("--original and --key-file exclude each other"));
+        }
+        let options = options(&given)?;
+        Ok(Command::Run(options, self.common(&given)?))
+    }
+
+    fn common(&self, given: &Matches) -> Result<Common, Error> {
+        let files = given.opt_strs("key-file").into_iter();
+        Ok(Common {
+            program: self.name,
+            level: match (given.opt_present("verbose"), given.opt_present("quiet")) {
+                (true, true) => return Err(usage("-v and -q exclude each other")),
+                (true, false) => LevelFilter::Debug,
+                (false, true) => LevelFilter::Error,
+                (false, false) => LevelFilter::Info,
+            },
+            key_files: files.map(PathBuf::from).collect(),
+            drain: value(given, "drain", seconds(0))?.unwrap_or(DRAIN),
+        })
+    }
+
+    /// The options for getopts, read out of the help.
+    fn grammar(&self) -> getopts::Options {
+        let mut grammar = getopts::Options::new();
+        for line in self.options.lines().chain(COMMON_OPTIONS.lines()) {
+            let declared = line.trim_start().strip_prefix('-');
+            let Some((short, long)) = declared.and_then(|it| it.split_once('-')) else {
+                continue;
+            };
+            let mut words = long.trim_start_matches('-').split(' ');
+            let (name, value) = (words.next().unwrap_or_default(), words.next());
+            let has_value = value.is_some_and(|value| !value.is_empty());
+            let many = name == "verbose" || name == "key-file" && self.name == SERVER.name;
+            grammar.opt(
+                short.trim_end_matches(", "),
+                name,
+                "",
+                "",
+                if has_value { HasArg::Yes } else { HasArg::No },
+                if many { Occur::Multi } else { Occur::Optional },
+            );
+        }
+        grammar
+    }
+}
+
+/// Sets the server's host and its control port, which may stand in an option of its own.
 fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
     let host_and_port = |text: &str| match text.parse() {
         Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
         Ok(address) => Ok((address.host, Some(address.port))),
-        // An address of IPv6 is full of colons, and none of them is that of a port.
+        // An IPv6 address without brackets is a host alone: none of its colons stands before a port.
         Err(why) => host(text).map(|host| (host, None)).map_err(|_| why),
     };
     let mut control = None;
@@ -204,7 +296,7 @@ fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
         (server.host, control) = (host, port);
     }
     for name in ["control-port", "control"] {
-        let port = value(given, name, port)?;
+        let port = value(given, name, number(1..=u16::MAX))?;
         if port.is_some() && control.is_some() && control != port {
             return Err(usage(format!(
                 "--{name}: another option names another port"
@@ -216,114 +308,8 @@ fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
     Ok(())
 }
 
-/// The original has no key.
-fn original(given: &Matches) -> Result<bool, Error> {
-    let original = given.opt_present("original");
-    if original && given.opt_present("key-file") {
-        return Err(usage(
-            "--original and --key-file exclude each other".to_owned(),
-        ));
-    }
-    Ok(original)
-}
-
-const SERVER_HELP: &str = "
-Examples:
-  Try it on one machine (start tpclient and `python3 -m http.server` beside it):
-    tpserver
-    curl 127.0.0.1:8007
-
-  A public web port, with a client on another host that has the same key:
-    (umask 077; tpserver --generate-key > tp.key)
-    tpserver --bind :: --public '[::]:80' --key-file tp.key
-
-Signals:
-  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
-                  once
-  USR1            log what it does now, and has done
-
-Environment:
-  TP_KEY     the key itself, if there is no --key-file
-  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
-";
-
-const CLIENT_HELP: &str = "
-Examples:
-  Try it on one machine (start tpserver and `python3 -m http.server` beside it):
-    tpclient
-    curl 127.0.0.1:8007
-
-  Offer the sshd of another host in the LAN through HOST, whose tpserver has the same key:
-    tpclient --server HOST --key-file tp.key --local 192.0.2.7:22
-
-Signals:
-  TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
-                  once
-  USR1            log what it does now, and has done
-
-Environment:
-  TP_KEY     the key itself, if there is no --key-file
-  RUST_LOG   what to log, before -v and -q, such as `info` or `tunnel_proxy=debug`
-";
-
-fn add_common(grammar: &mut getopts::Options, linger: Duration) {
-    let linger = format!(
-        "abort a connection that one end has finished and that then moves no byte for this long \
-         ({})",
-        linger.as_secs()
-    );
-    let drain = format!(
-        "on TERM, INT or HUP, let the visitors that are there finish for up to this long ({})",
-        DRAIN.as_secs()
-    );
-    grammar
-        .optopt("L", "linger", &linger, "SECS")
-        .optopt("d", "drain", &drain, "SECS")
-        .optflagmulti("v", "verbose", "log more")
-        .optflag("q", "quiet", "log errors only")
-        .optflag("h", "help", "print this and exit")
-        .optflag("V", "version", "print the version and exit");
-}
-
-enum Parsed {
-    Given(Matches),
-    Print(String),
-}
-
-fn parse(
-    grammar: &getopts::Options,
-    words: impl IntoIterator<Item = OsString>,
-    program: &str,
-    examples: &str,
-) -> Result<Parsed, Error> {
-    let words: Vec<_> = words.into_iter().collect();
-    if words.iter().any(holds_key) {
-        let what = "a key is among the words of the command, where others can see it: use \
-                    --key-file FILE, and a fresh key";
-        return Err(usage(what.to_owned()));
-    }
-    if let Some(error) = words.iter().find_map(|word| one_dash(word, grammar)) {
-        return Err(error);
-    }
-    let given = grammar
-        .parse(words)
-        .map_err(|error| usage(error.to_string()))?;
-    if given.opt_present("help") {
-        let brief = format!("Usage: {program} [OPTION]...");
-        return Ok(Parsed::Print(grammar.usage(&brief) + examples));
-    }
-    if given.opt_present("version") {
-        let version = env!("CARGO_PKG_VERSION");
-        return Ok(Parsed::Print(format!("{program} {version}\n")));
-    }
-    match given.free.first() {
-        Some(word) => Err(usage(format!("unexpected word '{word}'"))),
-        None => Ok(Parsed::Given(given)),
-    }
-}
-
-/// True for a key, alone or as the value of an option, its padding lost or not: no message must
-/// quote it.
+/// True if the word is a key, or an option with one as its value, with or without the key's padding.
+/// A message that quotes such a word would show the key.
 fn holds_key(word: &OsString) -> bool {
     let word = word.to_string_lossy();
     let values = [
@@ -339,8 +325,8 @@ fn holds_key(word: &OsString) -> bool {
     values.into_iter().flatten().any(is_key)
 }
 
-/// The error of a long option behind one dash. Read as short ones, it would be an error about a letter,
-/// or no error: `-bind` as the host `ind`.
+/// Returns the error of a long option behind one dash. getopts would read `-bind` as `-b ind`, or
+/// complain about a letter.
 fn one_dash(word: &OsString, grammar: &getopts::Options) -> Option<Error> {
     let word = word.to_string_lossy();
     let name = word.strip_prefix('-')?.split('=').next()?;
@@ -352,7 +338,7 @@ fn one_dash(word: &OsString, grammar: &getopts::Options) -> Option<Error> {
     is_option.then(|| usage(format!("-{name}: did you mean --{name}?")))
 }
 
-fn usage(what: String) -> Error {
+fn usage(what: impl Display) -> Error {
     Error::Usage(format!("{what} (see --help)"))
 }
 
@@ -369,6 +355,7 @@ fn set<T>(
     Ok(())
 }
 
+/// Returns the option's value, if it is given.
 fn value<T>(
     given: &Matches,
     option: &str,
@@ -380,7 +367,7 @@ fn value<T>(
         .transpose()
 }
 
-/// Replaces the default of an address to listen on. A port alone is one of the default's host.
+/// Replaces the default of an address to listen on. A port alone keeps the default's host.
 fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(), Error> {
     let host = default.host.clone();
     set(default, given, option, |text| match address(text, &host) {
@@ -389,7 +376,7 @@ fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(),
     })
 }
 
-/// An address, or a port of this host.
+/// Reads an address, or a port alone as one of this host.
 fn address(text: &str, host: &str) -> Result<Address, String> {
     let is_port = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     match is_port {
@@ -398,55 +385,28 @@ fn address(text: &str, host: &str) -> Result<Address, String> {
     }
 }
 
-/// A host without a port; brackets around an IPv6 address are forgiven.
+/// Reads a host without a port. Brackets around an IPv6 address are forgiven.
 fn host(text: &str) -> Result<String, String> {
     let inside = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
     parse_host(inside.unwrap_or(text))
 }
 
-fn number<T>(text: &str, range: RangeInclusive<T>) -> Result<T, String>
+/// Reads a whole number in this range.
+fn number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String>
 where
-    T: Copy + PartialOrd + std::fmt::Display + std::str::FromStr,
+    T: Copy + PartialOrd + Display + FromStr,
 {
-    match text.parse() {
-        Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(format!(
-            "a whole number from {} to {} is needed",
-            range.start(),
-            range.end()
-        )),
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let (from, to) = (range.start(), range.end());
+        number.ok_or_else(|| format!("a whole number from {from} to {to} is needed"))
     }
 }
 
-fn port(text: &str) -> Result<u16, String> {
-    number(text, 1..=u16::MAX)
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    number(text, 1..=MAX_SECS).map(Duration::from_secs)
-}
-
-fn common(program: &'static str, given: &Matches) -> Result<Common, Error> {
-    let files = given.opt_strs("key-file");
-    let mut drain = DRAIN;
-    set(&mut drain, given, "drain", |text| {
-        number(text, 0..=MAX_SECS).map(Duration::from_secs)
-    })?;
-    Ok(Common {
-        program,
-        level: level(given)?,
-        key_files: files.into_iter().map(PathBuf::from).collect(),
-        drain,
-    })
-}
-
-fn level(given: &Matches) -> Result<LevelFilter, Error> {
-    match (given.opt_present("verbose"), given.opt_present("quiet")) {
-        (true, true) => Err(usage("-v and -q exclude each other".to_owned())),
-        (true, false) => Ok(LevelFilter::Debug),
-        (false, true) => Ok(LevelFilter::Error),
-        (false, false) => Ok(LevelFilter::Info),
-    }
+/// Reads a whole number of seconds, at least so many.
+fn seconds(least: u64) -> impl Fn(&str) -> Result<Duration, String> {
+    let number = number(least..=MAX_SECS);
+    move |text| number(text).map(Duration::from_secs)
 }
 
 #[cfg(test)]
@@ -682,22 +642,32 @@ mod tests {
         let Ok(Command::Print(help)) = server(words("-h")) else {
             panic!("no help");
         };
+        let default = ServerOptions::default();
         for shown in [
-            "8007",
-            "8008",
-            "8009",
-            "(5)",
-            "(4096)",
-            "(600)",
-            "127.0.0.1",
+            format!("three ports ({})", default.public.host),
+            format!("({})", default.public),
+            format!("({})", default.tunnel),
+            format!("({})", default.control),
+            format!("({})", default.pair_timeout.as_secs()),
+            format!("({})", default.max_conns),
+            format!("({})", default.linger.as_secs()),
+            format!("({})", DRAIN.as_secs()),
         ] {
-            assert!(help.contains(shown), "{shown}");
+            assert!(help.contains(&shown), "{shown}");
         }
         let Ok(Command::Print(help)) = client(words("--help")) else {
             panic!("no help");
         };
-        for shown in ["8009", "127.0.0.1:8000", "(8)", "(600)"] {
-            assert!(help.contains(shown), "{shown}");
+        let default = ClientOptions::default();
+        for shown in [
+            format!("({})", default.server),
+            format!("({})", default.server.port),
+            format!("({})", default.local),
+            format!("at most {MAX_POOL}, 0 dials on demand ({})", default.pool),
+            format!("({})", default.linger.as_secs()),
+            format!("({})", DRAIN.as_secs()),
+        ] {
+            assert!(help.contains(&shown), "{shown}");
         }
     }
 }

@@ -81,11 +81,12 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     logger::start(common.program, common.level)?;
     let (keys, remarks) = key_file::read_all(&common.key_files)?;
     let version = env!("CARGO_PKG_VERSION");
-    match (common.program, keys.is_empty()) {
-        (command_line::SERVER, true) => info!("version {version}, a client needs no key"),
-        (command_line::SERVER, false) => info!("version {version}, a client needs the key"),
-        _ => info!("version {version}"),
-    }
+    let needs = match keys.is_empty() {
+        _ if common.program != command_line::SERVER.name => "",
+        true => ", a client needs no key",
+        false => ", a client needs the key",
+    };
+    info!("version {version}{needs}");
     for remark in remarks {
         warn!("{remark}");
     }
