@@ -1,22 +1,22 @@
-//! What bounds the log lines that strangers cause.
+//! Limits for the log lines that strangers can cause.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use log::{Level, log};
 use parking_lot::Mutex;
 
 use crate::os::source::Source;
 
-/// Sources with a limit of their own, for each kind of line. A log reader that bans addresses sees as
-/// many new ones each second, and a flood from everywhere stays a readable log.
+/// The sources that have a limit of their own for each kind of line. A program that bans addresses
+/// sees so many new ones a second, and a flood from everywhere still leaves a readable log.
 const MAX_SOURCES: usize = 64;
 
-/// The period of most limits.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// At most so many log lines of one kind a second, or in another period; those beyond are counted.
+/// Lets at most so many log lines of one kind through in a period, and counts the others.
 pub struct LogLimit {
     most: u32,
     period: Duration,
@@ -24,12 +24,12 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
-    /// At most this many lines a second.
+    /// Lets this many lines through in a second.
     pub fn new(a_second: u32) -> Self {
         Self::within(SECOND, a_second)
     }
 
-    /// At most this many lines in each such period.
+    /// Lets this many lines through in each such period.
     pub fn within(period: Duration, most: u32) -> Self {
         Self {
             most,
@@ -38,19 +38,19 @@ impl LogLimit {
         }
     }
 
-    /// Calls `say` if this period has a line left. What it is given prints as nothing, or as the
-    /// number of lines that were left out before this one: put it at the end of the line.
-    pub fn say(&self, say: impl FnOnce(LeftOut)) {
+    /// Logs a line if this period has one left, and tells behind it how many were left out before.
+    pub fn say(&self, level: Level, what: fmt::Arguments) {
         let (mut state, now) = (self.state.lock(), Instant::now());
         let left_out = state.take(now, self.period, self.most);
         drop(state);
         if let Some(left_out) = left_out {
-            say(left_out);
+            log!(level, "{what}{left_out}");
         }
     }
 }
 
-/// At most so many log lines of one kind a second for each source, so that nobody can hide others.
+/// Lets at most so many log lines of one kind a second through for each source, so that nobody can
+/// hide others.
 pub struct SourceLogLimit {
     a_second: u32,
     table: Mutex<Table>,
@@ -58,12 +58,12 @@ pub struct SourceLogLimit {
 
 struct Table {
     sources: HashMap<Source, LogState>,
-    /// Of all sources that found no place.
+    /// The state that all sources without a place share.
     others: LogState,
 }
 
 impl SourceLogLimit {
-    /// At most this many lines a second for each source.
+    /// Lets this many lines a second through for each source.
     pub fn new(a_second: u32) -> Self {
         Self {
             a_second,
@@ -74,10 +74,10 @@ impl SourceLogLimit {
         }
     }
 
-    /// Like [`LogLimit::say`], for a line that this address has caused.
-    pub fn say(&self, from: SocketAddr, say: impl FnOnce(LeftOut)) {
+    /// Logs a line that this address has caused, as [`LogLimit::say`] does.
+    pub fn say(&self, from: SocketAddr, level: Level, what: fmt::Arguments) {
         if let Some(left_out) = self.take(from.into(), Instant::now()) {
-            say(left_out);
+            log!(level, "{what}{left_out}");
         }
     }
 
@@ -88,8 +88,8 @@ impl SourceLogLimit {
 }
 
 impl Table {
-    /// A source's own state; or that of all others, if the table is full of sources that had a line
-    /// in this second.
+    /// Returns a source's own state, or the one that the others share if the table is full of sources
+    /// that had a line in this second.
     fn state(&mut self, source: Source, now: Instant) -> &mut LogState {
         let mut fresh = LogState::new(now);
         if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
@@ -99,7 +99,7 @@ impl Table {
             let Some(leaves) = longest_ago.map(|(leaves, _)| *leaves) else {
                 return &mut self.others;
             };
-            // What was left out of its lines is told with the next line of this kind.
+            // The new source's first line tells what was left out of the old one's.
             if let Some(state) = self.sources.remove(&leaves) {
                 fresh.left_out = state.left_out;
             }
@@ -128,7 +128,7 @@ impl LogState {
     }
 
     fn take(&mut self, now: Instant, period: Duration, most: u32) -> Option<LeftOut> {
-        // A period begins with its first line, so that two of them are never next to each other.
+        // A period begins with its first line: with fixed periods, the lines of two could come at once.
         if self.is_over(now, period) || self.said == 0 {
             self.since = now;
             self.said = 0;
@@ -142,9 +142,9 @@ impl LogState {
     }
 }
 
-/// How many lines were left out before this one.
+/// The number of lines that were left out before this one. 0 prints as nothing.
 #[derive(Debug, PartialEq, Eq)]
-pub struct LeftOut(u64);
+struct LeftOut(u64);
 
 impl fmt::Display for LeftOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

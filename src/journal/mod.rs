@@ -1,13 +1,15 @@
-//! What is told: log lines and their limits, counts, status. One method an event; nothing is logged
-//! elsewhere.
+//! What a server or a client tells: log lines and their limits, counts, status. Each event has a
+//! method, and nothing is logged elsewhere but in `cli`.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
-use log::{Level, debug, error, info, log, warn};
+use log::Level::{self, Debug, Info, Warn};
+use log::{error, info, log, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
@@ -26,16 +28,15 @@ pub use status::Status;
 
 use limit::{LogLimit, SourceLogLimit};
 
-/// Lines a second for what is told with `-v`, for clients that have a key, and for visitors that were
-/// served: the log of a busy hour stays readable, and a flood of visitors does not become one of
-/// lines.
+/// The lines a second for details (`-v`), for clients that have a key, and for visitors who were
+/// served. So the log of a busy hour stays readable, and a flood of visitors is no flood of lines.
 const MANY_LINES: u32 = 100;
 
-/// A server that is full says so this often: it may be full for hours.
+/// The time between two lines that say that a server is full, as it may be for hours.
 const FULL_LINES: Duration = Duration::from_secs(60);
 
-/// What a server or a client tells, and counts. Whatever strangers can cause has a limit for each kind
-/// of line, and if the line names an address, for each source.
+/// What a server or a client tells and counts. Each kind of line that strangers can cause has a limit,
+/// and one for each source if the line names an address: nobody can fill the disk or hide others.
 pub struct Journal {
     since: Instant,
     max: usize,
@@ -62,8 +63,8 @@ struct Limits {
 }
 
 impl Journal {
-    /// Of a server or a client for so many visitors at a time. A client that has a key is no
-    /// stranger.
+    /// The journal of a server or a client for at most `max` visitors at a time. With a key
+    /// (`sealed`), a client is no stranger, and may cause more lines.
     pub fn new(max: usize, sealed: bool) -> Self {
         let once_a_second = || LogLimit::new(1);
         let of_each_source = || SourceLogLimit::new(1);
@@ -92,7 +93,7 @@ impl Journal {
         }
     }
 
-    /// What a server or a client does now, and has done.
+    /// Returns what a server or a client does now and has done.
     pub fn status(
         &self,
         session: Option<String>,
@@ -126,11 +127,11 @@ fn count(counter: &AtomicU64) {
 impl Journal {
     /// A connection was closed, as there was no thread for this.
     pub fn no_thread(&self, job: &str, error: &io::Error) {
-        let limit = &self.limits.no_thread;
-        limit.say(|more| warn!("closed a connection, no thread for {job}: {error}{more}"));
+        let what = format_args!("closed a connection, no thread for {job}: {error}");
+        self.limits.no_thread.say(Warn, what);
     }
 
-    /// What the [pairs](Pairs::new) call.
+    /// Returns what the [pairs](Pairs::new) call when one of them has ended.
     pub fn tells_of_visits(self: &Arc<Self>) -> impl Fn(&Visitor, Visit) + Send + Sync + 'static {
         let journal = self.clone();
         move |visitor, visit| journal.visitor_left(visitor, &visit)
@@ -139,11 +140,16 @@ impl Journal {
     /// A pair has ended.
     pub fn visitor_left(&self, visitor: &Visitor, visit: &Visit) {
         let ([up, down], seconds) = (visit.moved, visit.time.as_secs_f64());
-        self.limits.visitor_left.say(|more| {
-            let why = visit.aborted;
-            let why = why.map_or(String::new(), |why| format!(", aborted: {why}"));
-            info!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{why}{more}");
-        });
+        let why = visit.aborted;
+        let why = why.map_or(String::new(), |why| format!(", aborted: {why}"));
+        let what =
+            format_args!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{why}");
+        self.limits.visitor_left.say(Info, what);
+    }
+
+    /// Something that is logged with `-v` only.
+    fn detail(&self, what: fmt::Arguments) {
+        self.limits.detail.say(Debug, what);
     }
 }
 
@@ -159,7 +165,7 @@ impl Journal {
         warn!("--max-conns {wanted}: descriptors suffice for {affordable}; raise ulimit -n");
     }
 
-    /// Something is to be known while a port is opened.
+    /// A port is in use, or is taken over, while it is opened.
     pub fn opening(option: &str, opening: &Opening) {
         match opening {
             Opening::InUse(address, left) => {
@@ -198,8 +204,8 @@ impl Journal {
 
     /// An accept failed, and is tried again.
     pub fn accept_failed(&self, option: &str, error: &io::Error) {
-        let limit = &self.limits.accept_failed;
-        limit.say(|more| warn!("{option}: failed accept, trying again: {error}{more}"));
+        let what = format_args!("{option}: failed accept, trying again: {error}");
+        self.limits.accept_failed.say(Warn, what);
     }
 
     /// Another server has taken over the ports.
@@ -209,8 +215,7 @@ impl Journal {
 
     /// The ports could not be offered to another server.
     pub fn hand_over_failed(&self, error: &io::Error) {
-        let limit = &self.limits.detail;
-        limit.say(|more| debug!("could not hand over: {error}{more}"));
+        self.detail(format_args!("could not hand over: {error}"));
     }
 }
 
@@ -219,22 +224,19 @@ impl Journal {
     /// A control link was refused.
     pub fn refused_link(&self, from: SocketAddr, refusal: &Refusal) {
         count(&self.refused);
-        let limit = &self.limits.link_refused;
-        limit.say(from, |more| {
-            warn!("refused control link from {from}: {refusal}{more}");
-        });
+        let what = format_args!("refused control link from {from}: {refusal}");
+        self.limits.link_refused.say(from, Warn, what);
     }
 
     /// A tunnel was refused.
     pub fn refused_tunnel(&self, from: SocketAddr, refusal: &Refusal) {
         count(&self.refused);
-        let limit = &self.limits.tunnel_refused;
-        limit.say(from, |more| {
-            warn!("refused tunnel from {from}: {refusal}{more}");
-        });
+        let what = format_args!("refused tunnel from {from}: {refusal}");
+        self.limits.tunnel_refused.say(from, Warn, what);
     }
 
-    /// A session began: with this key, counted from 1, of so many, and in the place of another client.
+    /// A session began. `key` is the client's, counted from 1, and the number of the server's keys;
+    /// `replaced` is the client whose place it takes.
     pub fn client_came(
         &self,
         client: SocketAddr,
@@ -254,26 +256,24 @@ impl Journal {
             Proto::Original => "does not speak tp/1".to_owned(),
             Proto::Tp1 { .. } => format!("{proto}{sealed}{replaced}"),
         };
-        let limit = &self.limits.client_came;
-        limit.say(client, |more| info!("client {client} came: {what}{more}"));
+        let what = format_args!("client {client} came: {what}");
+        self.limits.client_came.say(client, Info, what);
     }
 
     /// A session ended.
     pub fn client_left(&self, client: SocketAddr, ended: &Ended) {
-        let limit = &self.limits.client_left;
-        limit.say(client, |more| info!("client {client} left: {ended}{more}"));
+        let what = format_args!("client {client} left: {ended}");
+        self.limits.client_left.say(client, Info, what);
     }
 
     /// A tunnel is idle.
     pub fn tunnel_idle(&self, from: SocketAddr) {
-        let limit = &self.limits.detail;
-        limit.say(|more| debug!("tunnel from {from} is idle{more}"));
+        self.detail(format_args!("tunnel from {from} is idle"));
     }
 
-    /// One idle tunnel more than the client was granted was closed.
+    /// The oldest idle tunnel was closed, as there were more than the client was granted.
     pub fn tunnel_superfluous(&self) {
-        let limit = &self.limits.detail;
-        limit.say(|more| debug!("closed a superfluous tunnel{more}"));
+        self.detail(format_args!("closed a superfluous tunnel"));
     }
 }
 
@@ -281,79 +281,72 @@ impl Journal {
 impl Journal {
     /// A visitor came.
     pub fn visitor_came(&self, visitor: SocketAddr) {
-        let limit = &self.limits.detail;
-        limit.say(|more| debug!("visitor {visitor} came{more}"));
+        self.detail(format_args!("visitor {visitor} came"));
     }
 
     /// There is no place for a further visitor.
     pub fn full(&self) {
         let max = self.max;
-        self.limits.full.say(|more| {
-            warn!(
-                "all {max} places for visitors are taken (--max-conns, ulimit -n): who comes now \
-                 waits until others leave{more}"
-            );
-        });
+        let what = format_args!(
+            "all {max} places for visitors are taken (--max-conns, ulimit -n): who comes now waits \
+             until others leave"
+        );
+        self.limits.full.say(Warn, what);
     }
 
-    /// A visitor waits, and nobody is there who could dial a tunnel.
+    /// A visitor waits, and no client is there to dial a tunnel.
     pub fn no_client(&self) {
-        let limit = &self.limits.detail;
-        limit.say(|more| debug!("no client is there to ask for a tunnel{more}"));
+        self.detail(format_args!("no client is there to ask for a tunnel"));
     }
 
     /// A visitor's tunnel was dead; the visitor waits for another.
     pub fn dead_tunnel(&self, visitor: SocketAddr) {
-        let limit = &self.limits.detail;
-        limit.say(|more| debug!("visitor {visitor}: its tunnel was closed before it came{more}"));
+        self.detail(format_args!(
+            "visitor {visitor}: its tunnel was closed before it came"
+        ));
     }
 
-    /// A visitor waited for too long. There was this client, or none.
+    /// A visitor waited for too long, with this client connected or none.
     pub fn timed_out(&self, visitor: SocketAddr, time: Duration, client: Option<SocketAddr>) {
         count(&self.timed_out);
         let why = match client {
             Some(client) => format!("client {client} dialled no tunnel for it"),
             None => "no client is connected".to_owned(),
         };
-        let limit = &self.limits.timed_out;
-        limit.say(visitor, |more| {
-            warn!("closed visitor {visitor} after {time:?}: {why}{more}");
-        });
+        let what = format_args!("closed visitor {visitor} after {time:?}: {why}");
+        self.limits.timed_out.say(visitor, Warn, what);
     }
 
     /// A client came to the port for visitors, and waited for too long.
     pub fn client_at_public_port(&self, client: SocketAddr) {
         count(&self.timed_out);
-        let limit = &self.limits.timed_out;
-        limit.say(client, |more| {
-            warn!(
-                "closed {client}: it is a tpclient, and this is the port for visitors \
-                 (--control-port, --tunnel-port of tpclient){more}"
-            );
-        });
+        let what = format_args!(
+            "closed {client}: it is a tpclient, and this is the port for visitors \
+             (--control-port, --tunnel-port of tpclient)"
+        );
+        self.limits.timed_out.say(client, Warn, what);
     }
 
-    /// The client aborted a visitor's tunnel.
+    /// The client said that it aborted a visitor's tunnel.
     pub fn client_failed(&self, visitor: SocketAddr, reason: &Failure) {
         count(&self.refused);
         let reason = reason.to_string();
-        let (limit, reason) = (&self.limits.local_failed, reason.escape_debug());
-        limit.say(|more| {
-            warn!(
-                "visitor {visitor}: the client could not reach the local service: {reason}{more}"
-            );
-        });
+        let reason = reason.escape_debug();
+        let what = format_args!(
+            "visitor {visitor}: the client could not reach the local service: {reason}"
+        );
+        self.limits.local_failed.say(Warn, what);
     }
 }
 
 /// The client's session.
 impl Journal {
-    /// The first dial of the server begins. Later ones follow a line that says when they will.
+    /// The first dial of the server begins. Each later one is announced by the line before it.
     pub fn connecting(server: &Address) {
         info!("connecting to {server}");
     }
 
-    /// The server is on another host, and there is no key. Said once.
+    /// The server is on another host, and there is no key. This is said once.
     pub fn no_key(&self, server: &Address) {
         self.no_key.call_once(|| {
             warn!(
@@ -375,62 +368,54 @@ impl Journal {
             NoSession::Unreachable(error) => format!("could not reach the server: {error}"),
             why => format!("no session with the server at {server}: {why}"),
         };
-        self.again(Level::Warn, what, pause);
+        self.again(Warn, what, pause);
     }
 
     /// A session ended, and the server is dialled again after a pause.
     pub fn lost(&self, server: &Address, ended: &Ended, pause: Duration) {
         let planned = matches!(ended, Ended::Bye(Reason::Draining));
-        let level = if planned { Level::Info } else { Level::Warn };
-        self.again(
-            level,
-            format!("lost the server at {server}: {ended}"),
-            pause,
-        );
+        let level = if planned { Info } else { Warn };
+        let what = format!("lost the server at {server}: {ended}");
+        self.again(level, what, pause);
     }
 
     fn again(&self, level: Level, what: String, pause: Duration) {
-        log!(
-            level,
-            "{what}; trying again in {:.1} s",
-            pause.as_secs_f64()
-        );
+        let seconds = pause.as_secs_f64();
+        log!(level, "{what}; trying again in {seconds:.1} s");
         *self.last_error.lock() = Some(what);
     }
 
-    /// A tunnel got no visitor. All of them end with their session, which is no news.
+    /// A tunnel got no visitor. The end of its session is no news: all of its tunnels end with it.
     pub fn no_visitor(&self, tunnel_addr: SocketAddr, why: &NoVisitor) {
-        let limit = &self.limits.tunnel_failed;
-        match why {
-            NoVisitor::SessionEnded => {}
-            NoVisitor::Dial(error) => {
-                limit.say(|more| warn!("could not dial a tunnel: {error}{more}"));
-            }
+        let (level, what) = match why {
+            NoVisitor::SessionEnded => return,
+            NoVisitor::Dial(error) => (Warn, format!("could not dial a tunnel: {error}")),
             NoVisitor::NotServer(why) => {
-                limit.say(|more| warn!("idle tunnel to {tunnel_addr} ended: {why}{more}"));
+                (Warn, format!("idle tunnel to {tunnel_addr} ended: {why}"))
             }
-            // Most likely it was superfluous.
+            // Most likely the server had more idle tunnels than it had granted.
             NoVisitor::Ended(ended) => {
-                limit.say(|more| info!("idle tunnel to {tunnel_addr} ended: {ended}{more}"));
+                (Info, format!("idle tunnel to {tunnel_addr} ended: {ended}"))
             }
-        }
+        };
+        self.limits.tunnel_failed.say(level, format_args!("{what}"));
     }
 
     /// A visitor waits for a tunnel, and there are no descriptors for one.
     pub fn no_descriptors(&self) {
-        self.limits.tunnel_failed.say(|more| {
-            warn!("no tunnel for one more visitor: there are as many as ulimit -n allows{more}");
-        });
+        let what =
+            format_args!("no tunnel for one more visitor: there are as many as ulimit -n allows");
+        self.limits.tunnel_failed.say(Warn, what);
     }
 
-    /// A visitor's tunnel was aborted.
+    /// The client aborted a visitor's tunnel, as it could not reach the local service.
     pub fn local_failed(&self, visitor: &Visitor, error: &LocalError) {
         count(match error.reason {
             Failure::TimedOut => &self.timed_out,
             _ => &self.refused,
         });
-        let (limit, why) = (&self.limits.local_failed, &error.why);
-        limit.say(|more| warn!("{visitor}: cannot reach the local service: {why}{more}"));
+        let what = format_args!("{visitor}: cannot reach the local service: {}", error.why);
+        self.limits.local_failed.say(Warn, what);
     }
 }
 
@@ -455,7 +440,7 @@ pub mod tests {
         fn flush(&self) {}
     }
 
-    /// What is logged from now on, by all tests of this process.
+    /// Returns what all tests of this process log from now on.
     pub fn record() -> &'static Mutex<Vec<String>> {
         if log::set_logger(&Recorder).is_ok() {
             log::set_max_level(LevelFilter::Info);

@@ -3,38 +3,38 @@
 use std::fmt;
 use std::time::Duration;
 
-/// What a [`Server`](crate::Server) or a [`Client`](crate::Client) does now, and has done. Prints as
+/// What a [`Server`](crate::Server) or a [`Client`](crate::Client) does now and has done. It prints as
 /// one line of `key=value`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
-    /// Since it was made.
+    /// The time since the server or client was made.
     pub uptime: Duration,
-    /// What both logs call the session, if there is one: the start of its id, or `original`.
+    /// The session's name in both logs, if there is a session: the start of its id, or `original`.
     pub session: Option<String>,
-    /// Visitors that are joined now.
+    /// The visitors who are joined now.
     pub joined: usize,
-    /// Visitors that there may be at a time. On the client, more have no descriptors.
+    /// The most visitors at a time. On the client, that is as many as it has descriptors for.
     pub max: usize,
-    /// Visitors that were joined, those of now included.
+    /// The visitors who were ever joined, those of now included.
     pub joined_total: u64,
-    /// On the server: visitors that wait for a tunnel. On the client: tunnels that are being
+    /// On the server, the visitors who wait for a tunnel. On the client, the tunnels that are being
     /// dialled.
     pub waiting: usize,
-    /// Idle tunnels.
+    /// The idle tunnels.
     pub idle: usize,
-    /// What visitors sent to the local service in all, in bytes.
+    /// The bytes that visitors have sent to the local service in all.
     pub bytes_up: u64,
-    /// What the local service sent to visitors in all, in bytes.
+    /// The bytes that the local service has sent to visitors in all.
     pub bytes_down: u64,
-    /// On the server: control links and tunnels that were refused. On the client: visitors whose
-    /// local service could not be reached.
+    /// On the server, the control links and tunnels that were refused, and the visitors whom the
+    /// client could not bring to the local service. On the client, those visitors.
     pub refused: u64,
-    /// On the server: visitors that got no tunnel in time. On the client: visitors whose local
+    /// On the server, the visitors who got no tunnel in time. On the client, those whose local
     /// service did not answer in time.
     pub timed_out: u64,
-    /// On the client: why there is no session, or none was lately. None on the server, and as soon as
-    /// there is one. Not in the line.
+    /// On the client, the reason why there is no session. None on the server, and while there is a
+    /// session. The printed line leaves it out.
     pub last_error: Option<String>,
 }
 
