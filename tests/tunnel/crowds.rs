@@ -57,20 +57,19 @@ fn slow_visitors_take_little_from_others(protection: Protection) {
         last
     };
     let silent = held();
-    let never_reading: Vec<_> = (0..EACH - LAST).map(|_| visit(b"!")).collect();
-    let most = held();
+    let never_reading: Vec<_> = (0..EACH).map(|_| visit(b"!")).collect();
+    let with_each = held();
     let last_ones: Vec<_> = (0..LAST).map(|_| visit(b"!")).collect();
-    let all = held();
-    let last = all.saturating_sub(most) / LAST;
-    let [stopped, silent] = [(all, silent), (silent, before)]
-        .map(|(after, before)| after.saturating_sub(before) / EACH);
-    eprintln!("KiB each: {silent} silent, {stopped} not reading, {last} the last ones");
+    let with_all = held();
     // What any visitor takes is left out: it depends on how the programs were built.
-    assert!(
-        stopped <= silent + 300,
-        "{stopped} KiB a visitor that does not read"
-    );
-    assert!(last <= silent + 64, "{last} KiB one of the last");
+    let any = silent.saturating_sub(before) / EACH;
+    let [each, all] = [(with_each, EACH), (with_all, EACH + LAST)]
+        .map(|(held, visitors)| held.saturating_sub(silent + visitors * any));
+    eprintln!("KiB: {any} any visitor, {each} more {EACH} stopped ones, {all} with {LAST} others");
+    assert!(each <= EACH * 300, "{each} KiB for {EACH}");
+    // One of the first may pause, and leave its large buffers to one of the last: only the sum is
+    // bounded.
+    assert!(all <= EACH * 300 + LAST * 64, "{all} KiB with the last");
     let dripping: Vec<_> = (0..EACH).map(|_| crowded.visit()).collect();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
