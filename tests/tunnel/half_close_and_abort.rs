@@ -303,8 +303,11 @@ fn connect_with_little_room(address: SocketAddr) -> TcpStream {
     socket.into()
 }
 
+/// Beside a crowd the kernel makes room in the visitor's buffer for one more piece now and then, and a
+/// stream that moves lives on.
 fn a_half_closed_stream_that_nobody_reads_is_aborted_at_linger(protection: Protection) {
     const LINGER: Duration = Duration::from_secs(1);
+    let _turn = share_turn();
     let (service, sockets) = handing_out();
     let server = RunningServer::start(with!(server_options(protection);
             linger: LINGER,
