@@ -23,27 +23,25 @@ impl Address {
         }
     }
 
-    /// Every address of the name, asked for anew each time; at least one.
+    /// Returns every address of the host, at least one. A name is looked up anew each time.
     ///
     /// # Errors
     /// The name has none, or its name service does not answer.
     pub fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         let found: Vec<_> = (self.host.as_str(), self.port).to_socket_addrs()?.collect();
         if found.is_empty() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "the name has no address",
-            ));
+            let kind = io::ErrorKind::NotFound;
+            return Err(io::Error::new(kind, "the name has no address"));
         }
         Ok(found)
     }
 
-    /// True if one socket that listens here would be in another one's way there. Port 0 never is.
+    /// Returns true if two sockets could not listen at both addresses. At port 0 they always can.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         if self.port != other.port || self.port == 0 {
             return false;
         }
-        // A name without an address is somebody else's error.
+        // Whoever listens reports a name without an address.
         let [ours, theirs] = [self, other].map(|it| it.resolve().unwrap_or_default());
         let overlap = |one: IpAddr, other: IpAddr| {
             let covers = |all: IpAddr, one: IpAddr| {
@@ -88,7 +86,7 @@ impl FromStr for Address {
     }
 }
 
-/// A host alone, without port or brackets.
+/// Reads a host alone, without port or brackets.
 pub fn parse_host(text: &str) -> Result<String, String> {
     refuse_scheme(text)?;
     let literal = text.parse::<IpAddr>().is_ok();
@@ -100,9 +98,9 @@ pub fn parse_host(text: &str) -> Result<String, String> {
     }
 }
 
-/// A port alone.
+/// Reads a port alone.
 pub fn parse_port(text: &str) -> Result<u16, String> {
-    // parse() alone would let a sign pass.
+    // `parse` alone would accept `+80`.
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("the port is not a number".to_owned());
     }
@@ -110,7 +108,7 @@ pub fn parse_port(text: &str) -> Result<u16, String> {
     port.map_err(|_| "the port is not from 0 to 65535".to_owned())
 }
 
-/// What comes from a browser's address bar says so.
+/// Refuses what was copied from a browser's address bar, and says what to leave out.
 fn refuse_scheme(text: &str) -> Result<(), String> {
     match text.split_once("://") {
         Some((scheme, _)) => Err(format!("leave out {scheme}://")),

@@ -1,9 +1,9 @@
-//! Which visitor gets which tunnel. Pure data: no sockets, no clock, no lock.
+//! The list that decides which visitor gets which tunnel. It knows no socket, clock or lock.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// A visitor, and the tunnel that it got.
+/// A visitor, and the tunnel for it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ConnMatch<A, T> {
     /// The visitor's connection.
@@ -14,15 +14,14 @@ pub struct ConnMatch<A, T> {
     pub tunnel: Option<T>,
 }
 
-/// The visitors that are not joined yet, ordered by arrival, and the tunnels that no visitor needs
-/// yet.
+/// The visitors who are not joined yet, ordered by arrival, and the idle tunnels.
 ///
-/// Two facts follow from serving the first come first: matches that are complete stand before all
-/// that wait, and there are idle tunnels only while nobody waits.
+/// As those who came first are served first, complete matches stand before all that wait, and there
+/// are idle tunnels only while nobody waits.
 #[derive(Debug)]
 pub struct ConnList<A, T> {
     matches: VecDeque<ConnMatch<A, T>>,
-    /// The newest last: it is the least likely to have died.
+    /// The newest stands last and is taken first, as it is the least likely to have died.
     idle: VecDeque<T>,
 }
 
@@ -31,9 +30,9 @@ pub struct ConnList<A, T> {
 pub enum Placed<T> {
     /// The oldest waiting visitor got it: a match is complete.
     Matched,
-    /// Nobody waits: it is idle.
+    /// Nobody waits: the tunnel is idle.
     Idle,
-    /// Nobody waits and the pool is full: this tunnel, the oldest, is to be closed.
+    /// Nobody waits and the pool is full: this tunnel, the oldest idle one, is to be closed.
     Superfluous(T),
 }
 
@@ -46,15 +45,15 @@ impl<A, T> ConnList<A, T> {
         }
     }
 
-    /// Adds a visitor, with the newest idle tunnel if there is one. True if that made a match
-    /// complete; otherwise the visitor waits for a tunnel.
+    /// Adds a visitor, with the newest idle tunnel if there is one. Returns true if the match is
+    /// complete, and false if the visitor waits for a tunnel.
     pub fn add_accept(&mut self, accept: A, accept_add_time: Instant) -> bool {
         let end = self.matches.len();
         self.insert(end, accept, accept_add_time)
     }
 
-    /// Puts a visitor back whose tunnel has turned out to be dead: before all that wait, as it has
-    /// waited longest. Returns the same as [`add_accept`](Self::add_accept).
+    /// Puts back a visitor whose tunnel was dead, before all that wait, as this visitor has waited
+    /// longest. Returns the same as [`add_accept`](Self::add_accept).
     pub fn put_back(&mut self, accept: A, accept_add_time: Instant) -> bool {
         let turn = self.complete();
         self.insert(turn, accept, accept_add_time)
@@ -72,7 +71,8 @@ impl<A, T> ConnList<A, T> {
         complete
     }
 
-    /// Gives a tunnel to the visitor that has waited longest, or to the pool of at most `pool`.
+    /// Gives a tunnel to the visitor who has waited longest, or else keeps it idle, as one of at most
+    /// `pool`.
     pub fn add_tunnel(&mut self, tunnel: T, pool: usize) -> Placed<T> {
         let oldest = self.complete();
         if let Some(waiting) = self.matches.get_mut(oldest) {
@@ -89,14 +89,14 @@ impl<A, T> ConnList<A, T> {
         }
     }
 
-    /// Takes the oldest complete match out: the visitor, when it came, and its tunnel.
+    /// Takes out the oldest complete match: the visitor, when it came, and its tunnel.
     pub fn take_match(&mut self) -> Option<(A, Instant, T)> {
         let tunnel = self.matches.front_mut()?.tunnel.take()?;
         let matched = self.matches.pop_front()?;
         Some((matched.accept, matched.accept_add_time, tunnel))
     }
 
-    /// Takes out the visitors that have waited for `timeout` or longer.
+    /// Takes out the visitors who have waited for `timeout` or longer.
     pub fn take_expired(&mut self, now: Instant, timeout: Duration) -> Vec<A> {
         let from = self.complete();
         let count = self.waiting_since(now, timeout);
@@ -106,7 +106,7 @@ impl<A, T> ConnList<A, T> {
             .collect()
     }
 
-    /// How many visitors have waited for `time` or longer.
+    /// Returns how many visitors have waited for `time` or longer.
     pub fn waiting_since(&self, now: Instant, time: Duration) -> usize {
         self.matches
             .range(self.complete()..)
@@ -114,33 +114,33 @@ impl<A, T> ConnList<A, T> {
             .count()
     }
 
-    /// When the visitor that has waited longest came.
+    /// Returns when the visitor came who has waited longest.
     pub fn oldest_waiting(&self) -> Option<Instant> {
         let oldest = self.matches.get(self.complete())?;
         Some(oldest.accept_add_time)
     }
 
-    /// How many visitors wait for a tunnel.
+    /// Returns how many visitors wait for a tunnel.
     pub fn waiting(&self) -> usize {
         self.matches.len() - self.complete()
     }
 
-    /// How many idle tunnels there are.
+    /// Returns how many idle tunnels there are.
     pub fn idle(&self) -> usize {
         self.idle.len()
     }
 
-    /// Takes out every idle tunnel: their session has ended.
+    /// Takes out every idle tunnel, as their session has ended.
     pub fn take_idle(&mut self) -> VecDeque<T> {
         std::mem::take(&mut self.idle)
     }
 
-    /// Takes out everything: the server stops.
+    /// Takes out everything, as the server stops.
     pub fn clear(&mut self) -> (VecDeque<ConnMatch<A, T>>, VecDeque<T>) {
         (std::mem::take(&mut self.matches), self.take_idle())
     }
 
-    /// How many matches at the front are complete; few, as the matcher takes them at once.
+    /// Counts the complete matches, which stand first. They are few, as the matcher takes them at once.
     fn complete(&self) -> usize {
         self.matches
             .iter()

@@ -2,70 +2,64 @@
 
 use std::fmt;
 use std::io;
+use std::io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
 use std::net::SocketAddr;
 
 use crate::address::Address;
 
-/// Why a [`Server`](crate::Server) or a [`Client`](crate::Client) did not start. What goes wrong later is logged and
-/// tried again.
+/// Why a [`Server`](crate::Server) or a [`Client`](crate::Client) did not start. What fails later is
+/// logged and tried again.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// The host of an option's address has no address.
+    /// The host in an option has no address.
     Resolve(&'static str, Address, io::Error),
     /// An option's address could not be listened on.
     Listen(&'static str, SocketAddr, io::Error),
-    /// Two of the server's ports would have one address: those of these options.
+    /// Two options give two of the server's ports the same address.
     SameAddress(&'static str, &'static str, Address),
     /// The server would take no visitor at all.
     NoVisitors,
-    /// The system has no random source, for a key.
+    /// The system has no random source to make a key from.
     Random(getrandom::Error),
-    /// The option would open a port without any proof of identity to other hosts.
+    /// Without a key, the option would open the tunnel or control port to other hosts.
     NotLoopback(&'static str, SocketAddr),
     /// The system refused one of the threads that the program consists of.
     Thread(io::Error),
 }
 
 impl Error {
-    /// True if the options are to blame, and not the machine.
+    /// Returns true if the options are to blame, and not the machine.
     pub fn is_usage(&self) -> bool {
-        match self {
-            Error::SameAddress(..) | Error::NoVisitors | Error::NotLoopback(..) => true,
-            Error::Resolve(..) | Error::Listen(..) | Error::Random(_) | Error::Thread(_) => false,
-        }
+        matches!(
+            self,
+            Self::SameAddress(..) | Self::NoVisitors | Self::NotLoopback(..)
+        )
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::SameAddress(one, other, address) => write!(
+            Self::SameAddress(one, other, address) => write!(
                 f,
                 "{one}: {other} listens on {address} already; give each a port of its own"
             ),
-            Error::NoVisitors => write!(f, "--max-conns 0: no visitor could ever be served"),
-            Error::Random(_) => write!(f, "could not make a key"),
-            Error::Resolve(option, address, _) => {
+            Self::NoVisitors => write!(f, "--max-conns 0: no visitor could ever be served"),
+            Self::Random(_) => write!(f, "could not make a key"),
+            Self::Resolve(option, address, _) => {
                 write!(f, "{option}: could not find the host of {address}")
             }
-            Error::Listen(option, address, error) => {
-                write!(f, "{option}: could not listen on {address}")?;
-                match error.kind() {
-                    io::ErrorKind::AddrInUse => {
-                        write!(
-                            f,
-                            " (is tpserver running already? if not, give another port)"
-                        )
-                    }
-                    io::ErrorKind::AddrNotAvailable => write!(f, " (not an address of this host)"),
-                    io::ErrorKind::PermissionDenied => {
-                        write!(f, " (ports below 1024 need a privilege)")
-                    }
-                    _ => Ok(()),
-                }
+            Self::Listen(option, address, error) => {
+                let hint = match error.kind() {
+                    AddrInUse => " (is tpserver running already? if not, give another port)",
+                    AddrNotAvailable => " (not an address of this host)",
+                    PermissionDenied => " (ports below 1024 need a privilege)",
+                    _ => "",
+                };
+                write!(f, "{option}: could not listen on {address}{hint}")
             }
-            Error::NotLoopback(option, address) => write!(
+            Self::NotLoopback(option, address) => write!(
                 f,
                 "{option}: {address} is not a loopback address, and whoever reaches that port can \
                  become the client or read along. Give both programs the same --key-file; or open \
@@ -73,7 +67,7 @@ impl fmt::Display for Error {
                  client come through ssh or a VPN; or add --insecure if the network in between is \
                  trusted"
             ),
-            Error::Thread(_) => write!(f, "could not start a thread"),
+            Self::Thread(_) => write!(f, "could not start a thread"),
         }
     }
 }
@@ -81,11 +75,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::SameAddress(..) | Error::NoVisitors | Error::NotLoopback(..) => None,
-            Error::Random(error) => Some(error),
-            Error::Resolve(_, _, error) | Error::Listen(_, _, error) | Error::Thread(error) => {
+            Self::Random(error) => Some(error),
+            Self::Resolve(_, _, error) | Self::Listen(_, _, error) | Self::Thread(error) => {
                 Some(error)
             }
+            _ => None,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a program that embeds a server or a client holds in its hands.
+//! What a program that embeds a server or a client controls it with.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::journal::Status;
 
-/// What a [`Handle`] holds on to: a server or a client.
+/// A server or a client, as a [`Handle`] sees it.
 pub trait Half: Send + Sync {
     /// See [`Handle::stop`].
     fn stop(self: Arc<Self>, drain: Duration);
@@ -21,36 +21,36 @@ pub trait Half: Send + Sync {
     fn wait_for_session(&self, limit: Duration) -> bool;
 }
 
-/// Stops the [`Server`](crate::Server) or [`Client`](crate::Client) that it came from, and tells how
-/// it does. Clones belong to the same one.
+/// Stops the [`Server`](crate::Server) or [`Client`](crate::Client) that it came from, and tells its
+/// status. Clones belong to the same server or client.
 #[derive(Clone)]
 pub struct Handle(Weak<dyn Half>);
 
 impl Handle {
-    /// A handle does not keep alive what it stops, nor its ports.
+    /// Makes a handle, which keeps neither the server or client nor its ports alive.
     pub(crate) fn new<T: Half + 'static>(half: &Arc<T>) -> Self {
-        // With its type written out: only a pointer to a known type can become one to a trait object.
+        // The type is written out, as only a pointer to a known type becomes one to a trait object.
         let half: Weak<T> = Arc::downgrade(half);
         Self(half)
     }
 
-    /// Takes no more visitors, tells the other side, gives the visitors that are there up to `drain`
-    /// to finish, and aborts those that have not. `run` then returns; this call does not wait for
-    /// it. A second call can only shorten the time.
+    /// Takes no more visitors, tells the other side, gives the visitors who are there up to `drain` to
+    /// finish, and aborts those who have not. `run` then returns, but this call does not wait for that.
+    /// A second call can only shorten the time.
     pub fn stop(&self, drain: Duration) {
         if let Some(half) = self.0.upgrade() {
             half.stop(drain);
         }
     }
 
-    /// What it does now, and has done; None once all of it has ended.
+    /// Returns what the server or client does now and has done, or None once it has ended.
     pub fn status(&self) -> Option<Status> {
         Some(self.0.upgrade()?.status())
     }
 
-    /// Waits until the client is connected to the server, and returns whether it is within this time.
-    /// False at once if it stops. Why it is not yet, a client tells in
-    /// [`Status::last_error`](crate::Status::last_error).
+    /// Waits until the client is connected to the server. Returns false after this time, or at once if
+    /// the server or client stops. A client tells in
+    /// [`Status::last_error`](crate::Status::last_error) why it is not connected yet.
     pub fn wait_for_session(&self, limit: Duration) -> bool {
         self.0
             .upgrade()
@@ -82,7 +82,7 @@ impl Running {
         Ok(Self { handle, thread })
     }
 
-    /// What stops it, and tells how it does.
+    /// Returns the handle that stops it and tells its status.
     pub fn handle(&self) -> &Handle {
         &self.handle
     }

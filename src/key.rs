@@ -22,15 +22,14 @@ use crate::error::Error;
 /// ```
 ///
 /// Its bytes are wiped when it is dropped.
-// In a box: bytes that are moved leave a copy behind.
+// The bytes are in a box, as bytes that are moved leave a copy behind.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Key(Box<Zeroizing<[u8; Self::SIZE]>>);
 
 impl Key {
-    /// Its size in bytes.
     const SIZE: usize = 32;
 
-    /// A fresh key from the system's random source.
+    /// Makes a fresh key out of the system's random source.
     ///
     /// # Errors
     /// The system has no random source.
@@ -40,8 +39,8 @@ impl Key {
         Ok(key)
     }
 
-    /// The key as its owner keeps it: 44 letters. The only way to see it. To wipe them is the
-    /// caller's part.
+    /// Returns the key as its owner keeps it, in 44 letters. Nothing else shows it. The caller is to
+    /// wipe them.
     pub fn to_base64(&self) -> String {
         STANDARD.encode(**self.0)
     }
@@ -93,7 +92,7 @@ impl fmt::Display for KeyError {
 
 impl std::error::Error for KeyError {}
 
-/// Takes base64 with its padding; white space around it is forgiven.
+/// Reads base64 with its padding. White space around it is forgiven.
 impl FromStr for Key {
     type Err = KeyError;
 
@@ -103,13 +102,13 @@ impl FromStr for Key {
 }
 
 impl Key {
-    /// From what a file contains. The error never quotes it.
+    /// Reads a key out of a file's content. The error never quotes it.
     pub(crate) fn read(text: &[u8]) -> Result<Self, KeyError> {
         let text = text.trim_ascii();
         if text.is_empty() {
             return Err(KeyError::Missing);
         }
-        // The reason, and not the library's: that would quote what it found.
+        // The library's own error would quote a letter of the key.
         let bytes = STANDARD.decode(text).map_err(|_| mistake(text))?;
         let bytes = Zeroizing::new(bytes);
         match bytes.len().cmp(&Self::SIZE) {
@@ -124,9 +123,9 @@ impl Key {
     }
 }
 
-/// What is wrong with a text that is no base64.
+/// Returns what is wrong with a text that is not base64.
 fn mistake(text: &[u8]) -> KeyError {
-    // Of UTF-8, and of UTF-16 in both byte orders.
+    // The byte order marks of UTF-8, and of UTF-16 in both byte orders.
     let marks: [&[u8]; 3] = [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"];
     let is_quote = |byte: Option<&u8>| matches!(byte, Some(b'"' | b'\''));
     let words = text.split(u8::is_ascii_whitespace);
@@ -150,7 +149,7 @@ fn mistake(text: &[u8]) -> KeyError {
     }
 }
 
-/// Without the key: options get printed.
+/// Leaves the key out, as options get printed.
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Key(…)")

@@ -7,9 +7,9 @@
 //!                   8008 tunnel │◀── one connection a visitor ────┘   dialled by the client
 //! ```
 //!
-//! [`Server`] and [`Client`] are the two halves; the programs `tpserver` and `tpclient` are little
-//! more than their command lines, which stand behind the feature `cli`: a program that embeds the
-//! tunnel can leave it out. Both halves can run in one process, as often as wanted: nothing is global.
+//! [`Server`] and [`Client`] are the two halves. The programs `tpserver` and `tpclient` are little more
+//! than their command lines, which stand behind the feature `cli`: a program that embeds the tunnel
+//! can leave it out. Both halves can run in one process, as often as wanted: nothing is global.
 //! Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes no thread on
 //! the server.
 //!
@@ -83,23 +83,23 @@
 //! The control link:
 //!
 //! 1. The client dials the control port and says `hello proto=1 pool=8`: it wants eight idle
-//!    tunnels. Who says something else, or says nothing for 5 s, is closed.
+//!    tunnels. A connection that says something else, or nothing for 5 s, is closed.
 //! 2. The server answers `hello proto=1 pool=8 session=<32 hex digits> tunnel=8008 public=8007
 //!    client=<ip:port>`: the idle tunnels that it grants, at most 64, the session's id, its two other
-//!    ports, and where it sees the client come from. Or `bye reason=…`: `busy` if another client is
-//!    live, `wants-key` or `no-key` if only one side has a key, `wrong-key`, `draining` if the server
-//!    is about to stop; and `control-port`, `tunnel-port` or `public-port`, the one that this port
-//!    is, to a client that has come to the wrong one.
-//! 3. Both write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every idle
-//!    tunnel of its session ends. So it is if its far side is heard, but takes no line for 30 s.
-//!    Visitors that are joined go on.
+//!    ports, and where it sees the client come from. Or it says `bye reason=…`: `busy` if another
+//!    client is live, `wants-key` or `no-key` if only one side has a key, `wrong-key`, `draining` if
+//!    the server is about to stop. `control-port`, `tunnel-port` or `public-port` is the port that the
+//!    client has come to by mistake.
+//! 3. Both sides write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every
+//!    idle tunnel of its session ends. So is a link whose far side is heard, but takes no line for
+//!    30 s. Visitors who are joined go on.
 //! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
 //! 5. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
 //!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
 //!    `exhausted`, `loop` or `error`.
-//! 6. Either says `bye reason=…` before an end that it wants. A server that stops says it when no
-//!    visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
+//! 6. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
+//!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
 //! A tunnel:
 //!
@@ -120,14 +120,14 @@
 //!    with the key as its PSK. The prologue is `tp/1 control` on a control link; on a tunnel
 //!    `tp/1 tunnel`, followed by the handshake hash of its session's control link. So a tunnel
 //!    belongs to one session, and what was recorded of one connection fits no other.
-//! 2. Both messages of the handshake carry nothing. Each of 48 bytes stands behind its length, two
-//!    bytes with the highest first. Who has another key is told so in plain, and closed.
-//! 3. Frames follow: a length like that, and that many bytes of AES-GCM around a type byte and what
-//!    the frame carries. Each side counts its frames from 0, and the count is the nonce. The first
-//!    frame of a side has at most 273 bytes, later ones 65,535.
-//! 4. Type 0 carries data: the lines above, and behind them on a tunnel a visitor's bytes. Where a
-//!    frame ends means nothing. Type 1 carries nothing, and ends the stream; the connection below
-//!    stays open for the other direction.
+//! 2. Neither message of the handshake has a payload. Each has 48 bytes and stands behind its length,
+//!    two bytes with the higher one first. A client with another key is told so in plain and closed.
+//! 3. Frames follow: such a length, and as many bytes of AES-GCM, which seal a type byte and a
+//!    payload. Each side counts its frames from 0, and the count is the nonce. The first frame of a
+//!    side has at most 273 bytes, later ones 65,535.
+//! 4. The payload of type 0 is data: the lines above, and behind them on a tunnel a visitor's bytes.
+//!    Where a frame ends means nothing. Type 1 has no payload and ends the stream; the connection
+//!    below stays open for the other direction.
 //! 5. After every 2^24 frames a direction changes its key, as `Rekey()` of the Noise framework
 //!    does: the next key is the first 32 bytes of what the old one makes of 32 zeros with the nonce
 //!    2^64 - 1. Both sides do so by their count of that direction's frames, which goes on. The
@@ -140,38 +140,17 @@
 //! 8. When both directions of a tunnel have ended, the client waits for up to 1 s for the server to
 //!    close it first, so that the kernel keeps the port on the server's side (`TIME_WAIT`).
 //!
-//! # The original
-//!
-//! With `--original`, and without a key, both programs also work with the other half of the program
-//! that this one follows. It knows `hi` and `new` on the control link, both from the server, and its
-//! tunnels are raw bytes from the first one, which prove nothing; its client writes nothing.
-//!
-//! A server takes a client that says nothing for 1 s for an original one. If a hello comes after
-//! all, the link ends with `bye reason=late`, and the client comes back. A client takes a server
-//! whose first line is `hi` or `new` for an original one.
+//! With `--original` and without a key, both programs also speak [the original's
+//! protocol](docs::original).
 //!
 //! # Limits
 //!
-//! One client at a time; one public port. At most [`ServerOptions::max_conns`] visitors at a time,
-//! further ones wait in the kernel's backlog. At most 64 connections a port that have not proved
-//! themselves; the oldest makes room, that of a source with more than 16 first, and one whose
-//! handshake began with the key a second later. A handshake that was recorded and is sent again is
-//! closed at once. What a stranger can cause to be logged is logged at most once a second for each
-//! kind of line and source, visitors that were served at most a hundred times. A source is an IPv4
-//! address, or an IPv6 network of 64 bits.
-//!
-//! Bulk that is copied has large buffers in a few directions at a time; all others go on with small
-//! ones. A half-closed pair in which no byte moves is aborted; each program looks at its own side, the
-//! visitor's or the local service's, as a tunnel stands still while the other program hands on what it
-//! has to a slow reader.
+//! A server has one client at a time and one public port, and carries TCP only. Everything that a
+//! stranger can cause is bounded: [limits](docs::limits) lists visitors, strangers, buffers, log lines
+//! and ports.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
-//! SIGPIPE, which Rust programs ignore: one that uses this library must leave it at that.
-//!
-//! # Out of scope
-//!
-//! UDP, several services on one server, and anything that would have to understand a visitor's
-//! bytes, such as their encryption between the visitor and the public port.
+//! SIGPIPE. Rust programs ignore that signal, and a program that uses this library must leave it so.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]

@@ -1,4 +1,4 @@
-//! What a server and a client are to do.
+//! The options of a server and of a client, and their defaults.
 
 use std::time::Duration;
 
@@ -13,13 +13,14 @@ const LOCAL_PORT: u16 = 8000;
 
 pub const LOOPBACK: &str = "127.0.0.1";
 
-/// The original's 5 s.
+/// The original's time.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Two descriptors each on the server, and few hosts let a program have more than ten thousand.
+/// Each visitor needs two descriptors on the server, and few hosts let a program have more than ten
+/// thousand.
 const MAX_CONNS: usize = 4096;
 
-/// Long enough for a reply that takes its time, short enough that a forgotten half is not for ever.
+/// Long enough for a reply that takes its time, and short enough that no forgotten half stays for ever.
 const LINGER: Duration = Duration::from_secs(600);
 
 /// A page of a browser fetches six things at a time; two more for the next visitor.
@@ -29,33 +30,33 @@ const POOL: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Where visitors come to.
+    /// The address that visitors connect to.
     pub public: Address,
-    /// Where the client's tunnels come to; a loopback address without a key, unless `insecure`.
+    /// The address for the client's tunnels; without a key a loopback address, unless `insecure`.
     pub tunnel: Address,
-    /// Where the client's control link comes to; a loopback address without a key, unless
+    /// The address for the client's control link; without a key a loopback address, unless
     /// `insecure`.
     pub control: Address,
-    /// How long a port in use is waited for, as it may be that of a server that is about to end. On
+    /// How long the server waits for a port in use, which a server that is about to end may have. On
     /// Linux a server of the same user that is stopped in this time, with some time to drain, hands
     /// its listeners over.
     pub port_patience: Duration,
     /// How long a visitor waits for a tunnel before it is closed.
     pub pair_timeout: Duration,
-    /// The most visitors at a time; further ones wait in the kernel's backlog. Fewer, if the
-    /// process has not two descriptors for each.
+    /// The most visitors at a time; further ones wait in the kernel's backlog. The server lowers it if
+    /// the process has not two descriptors for each.
     pub max_conns: usize,
-    /// How long a direction may stand still once the other one has ended; then both are aborted,
-    /// at most 2 s later.
+    /// How long a direction may stand still once the other one has ended. Both are then aborted, at
+    /// most 2 s later.
     pub linger: Duration,
-    /// Keys that the client may have, any of them: two while one takes the place of the other. None:
-    /// nothing is sealed, and nobody has to prove anything.
+    /// The keys, any of which the client may have: two while one takes the place of the other. Without
+    /// one, nothing is sealed, and nobody has to prove anything.
     pub keys: Vec<Key>,
-    /// Without a key: open the tunnel and control ports to other hosts, although nothing protects
-    /// them.
+    /// Whether to open the tunnel and control ports to other hosts without a key, although nothing
+    /// protects them.
     pub insecure: bool,
-    /// Without a key: take a client that says nothing for 1 s for an original one, whose tunnels
-    /// prove nothing.
+    /// Whether to take, without a key, a client that says nothing for 1 s for an original one, whose
+    /// tunnels prove nothing.
     pub original: bool,
 }
 
@@ -66,7 +67,7 @@ impl Default for ServerOptions {
 }
 
 impl ServerOptions {
-    /// What tpserver does without an option.
+    /// Returns what tpserver does without an option.
     pub fn new() -> Self {
         Self {
             public: Address::new(LOOPBACK, PUBLIC_PORT),
@@ -89,19 +90,20 @@ impl ServerOptions {
 pub struct ClientOptions {
     /// The server's host, and its control port.
     pub server: Address,
-    /// The server's tunnel port. None: the one that the server tells, or 8008 if it is an original
-    /// one.
+    /// The server's tunnel port. With None, the client takes the one that the server tells, or 8008 if
+    /// it is an original one.
     pub tunnel_port: Option<u16>,
     /// The local service.
     pub local: Address,
-    /// How many idle tunnels to keep ready; the server grants at most 64. 0: dial on demand.
+    /// How many idle tunnels to keep ready; the server grants at most 64. With 0, the client dials a
+    /// tunnel when a visitor comes.
     pub pool: usize,
-    /// How long a direction may stand still once the other one has ended; then both are aborted,
-    /// at most 2 s later.
+    /// How long a direction may stand still once the other one has ended. Both are then aborted, at
+    /// most 2 s later.
     pub linger: Duration,
-    /// A key of the server's. None: nothing is sealed, and the server has none either.
+    /// A key of the server's. Without one, nothing is sealed, and the server must have none either.
     pub key: Option<Key>,
-    /// Without a key: serve a server that speaks the original's protocol, too.
+    /// Whether to serve, without a key, a server that speaks the original's protocol, too.
     pub original: bool,
 }
 
@@ -112,7 +114,7 @@ impl Default for ClientOptions {
 }
 
 impl ClientOptions {
-    /// What tpclient does without an option.
+    /// Returns what tpclient does without an option.
     pub fn new() -> Self {
         Self {
             server: Address::new(LOOPBACK, CONTROL_PORT),

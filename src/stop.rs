@@ -1,4 +1,4 @@
-//! How far a running server or client has come in its life.
+//! The phases in the life of a server or a client, and how its threads wait for them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,12 +13,12 @@ pub enum Phase {
     /// A server was told to stop. It takes visitors until another server has had a moment to take
     /// over its ports.
     HandingOver,
-    /// No visitor comes any more, but for those in the kernel's backlog. Those that wait for a tunnel
+    /// No visitor comes any more, but for those in the kernel's backlog. Visitors who wait for a tunnel
     /// still get one.
     Draining,
-    /// Nobody waits any more, and the session ends. Visitors that are joined finish.
+    /// Nobody waits any more, and the session ends. Visitors who are joined finish.
     Leaving,
-    /// Visitors that are still joined are cut off.
+    /// Visitors who are still joined are cut off.
     Done,
 }
 
@@ -30,14 +30,14 @@ pub struct Stop {
 
 struct State {
     phase: Phase,
-    /// When visitors that are still there are cut off, once there was a call to stop.
+    /// When the visitors who are left are cut off. None before the call to stop.
     end_by: Option<Instant>,
-    /// How often something else than the phase has changed.
+    /// The number of calls of [`Stop::notify`].
     notified: u64,
 }
 
 impl Stop {
-    /// Of a server or a client that serves.
+    /// The beginning of a server's or client's life.
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
@@ -49,27 +49,27 @@ impl Stop {
         })
     }
 
-    /// How far it has come.
+    /// Returns the phase of now.
     pub fn phase(&self) -> Phase {
         self.state.lock().phase
     }
 
-    /// True once it has come as far as this.
+    /// Returns true from this phase on.
     pub fn reached(&self, phase: Phase) -> bool {
         self.phase() >= phase
     }
 
-    /// When visitors that are still there are cut off, once there was a call to stop.
+    /// Returns when the visitors who are left are cut off, or None before the call to stop.
     pub fn end_by(&self) -> Option<Instant> {
         self.state.lock().end_by
     }
 
-    /// True once visitors that are still there are to be cut off.
+    /// Returns true once the visitors who are left are to be cut off.
     pub fn time_is_up(&self) -> bool {
         self.end_by().is_some_and(|end_by| end_by <= Instant::now())
     }
 
-    /// Visitors that are there have this long from now on. A second call can only shorten the time.
+    /// Gives the visitors who are there this long from now on. A second call can only shorten the time.
     pub fn end_after(&self, drain: Duration) {
         let end_by = Instant::now().checked_add(drain);
         let mut state = self.state.lock();
@@ -77,7 +77,7 @@ impl Stop {
         self.changed.notify_all();
     }
 
-    /// Goes on to this phase; false if it was reached before.
+    /// Goes on to this phase. Returns false if it was reached before.
     pub fn advance(&self, phase: Phase) -> bool {
         let mut state = self.state.lock();
         let advances = state.phase < phase;
@@ -88,7 +88,7 @@ impl Stop {
         advances
     }
 
-    /// Sleeps for this time, or until this phase is reached: then returns false.
+    /// Sleeps for this time, or until this phase, and returns false if it was reached.
     pub fn sleep(&self, time: Duration, until: Phase) -> bool {
         let mut state = self.state.lock();
         let early = |state: &mut State| state.phase < until;
@@ -96,18 +96,18 @@ impl Stop {
         slept.timed_out()
     }
 
-    /// Wakes those who [wait](Self::wait_for) for something else than a phase.
+    /// Has those who [wait](Self::wait_for) look again.
     pub fn notify(&self) {
         self.state.lock().notified += 1;
         self.changed.notify_all();
     }
 
-    /// Waits until this is true, and returns whether it has become so in time and before the end.
+    /// Waits until `is_true`. Returns false if it was not within this time and before the session's end.
     pub fn wait_for(&self, time: Duration, is_true: impl Fn() -> bool) -> bool {
         let deadline = Instant::now().checked_add(time);
         loop {
-            // The look takes a lock under which others ask for the phase, and so must not be taken
-            // under this one. No change between the look and the wait is missed: it is counted.
+            // `is_true` takes a lock under which other threads ask for the phase: calling it under
+            // this lock could make both wait for ever. The count shows a change that comes between.
             let notified = self.state.lock().notified;
             if is_true() {
                 return true;

@@ -1,4 +1,4 @@
-//! Why a program ends, in words that a person can act on.
+//! The errors that end a program, in words that a person can act on.
 
 use std::fmt;
 use std::io;
@@ -12,28 +12,29 @@ use crate::key::KeyError;
 pub enum Error {
     /// The command line makes no sense; the text names the option.
     Usage(String),
-    /// No key is where one was to be read. The text: an option with its file, or `TP_KEY`.
+    /// The text of a file or of `TP_KEY` is not a key. The string names the option and its file, or
+    /// the variable.
     Key(String, KeyError),
     /// A key file could not be read.
     KeyFile(PathBuf, io::Error),
-    /// What was asked for could not be printed.
+    /// A text could not be written to stdout.
     Print(io::Error),
-    /// The system refused the thread of the log or of the signals.
+    /// The system refused the thread that writes the log, or the one that waits for signals.
     Thread(io::Error),
-    /// The system lets no signal be obeyed.
+    /// The system did not let the program handle signals.
     Signals(io::Error),
     /// The tunnel itself did not start.
     Tunnel(crate::Error),
 }
 
 impl Error {
-    /// The exit code of a program that ends because of this: 2 where the options are to blame, 1
-    /// where the machine is.
+    /// Returns the exit code of a program that this error ends: 2 if the options are to blame, 1 if the
+    /// machine is.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Key(..) | Self::KeyFile(..) => 2,
             Self::Tunnel(error) if error.is_usage() => 2,
-            Self::Print(_) | Self::Thread(_) | Self::Signals(_) | Self::Tunnel(_) => 1,
+            _ => 1,
         }
     }
 }
@@ -56,7 +57,7 @@ impl fmt::Display for Error {
                 "{place}: {why}. Make a key with: (umask 077; tpserver --generate-key > tp.key), \
                  and give it to both programs"
             ),
-            // The key is there, and something else beside it.
+            // Here a key is there, with something else beside it.
             Self::Key(place, why) => write!(f, "{place}: {why}"),
             Self::KeyFile(path, _) => write!(f, "--key-file: could not read {}", path.display()),
             Self::Print(_) => write!(f, "could not write to stdout"),

@@ -1,4 +1,4 @@
-//! The keys that a program is given: in files, or in the environment.
+//! The keys that a program is given, in files or in the environment.
 
 use std::env;
 use std::fs::{File, Metadata};
@@ -10,17 +10,17 @@ use zeroize::Zeroizing;
 use crate::cli::error::Error;
 use crate::key::Key;
 
-/// The key itself, where a file does not suit.
+/// The variable that holds the key itself, where a file does not suit.
 const KEY_VARIABLE: &str = "TP_KEY";
 
-/// Where systemd puts a service's credentials. It lets nobody but the service read them, also where
-/// their modes look as if the group could.
+/// The variable that names the folder where systemd puts a service's credentials. Nobody but the
+/// service can read them, even if their modes look as if the group could.
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 
-/// What is read of a key file at most, in bytes: a key has 44, and `/dev/zero` no end.
+/// The most bytes that are read of a key file: a key has 44, and `/dev/zero` has no end.
 const KEY_FILE_SIZE: u64 = 1024;
 
-/// The keys in the files, or else the one in `TP_KEY`; and what is to be warned about.
+/// Returns the keys in the files, or else the one in `TP_KEY`, and what is to be warned about.
 pub fn read_all(files: &[PathBuf]) -> Result<(Vec<Key>, Vec<String>), Error> {
     let in_environment = env::var_os(KEY_VARIABLE);
     if in_environment.is_some() || !files.is_empty() {
@@ -45,15 +45,15 @@ pub fn read_all(files: &[PathBuf]) -> Result<(Vec<Key>, Vec<String>), Error> {
     Ok((keys, remarks))
 }
 
-/// The key in a file. What is to be warned about comes among the remarks.
+/// Returns the key in a file, and adds to the remarks what is to be warned about.
 fn read_key(path: &Path, remarks: &mut Vec<String>) -> Result<Key, Error> {
     let option = format!("--key-file {}", path.display());
-    // A relative path is relative to something that whoever reads the message may not think of.
+    // A message shows the absolute path, as its reader may not know the current folder.
     let absolute = path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let unreadable = |error| Error::KeyFile(absolute.clone(), error);
     let file = File::open(path).map_err(unreadable)?;
     let (metadata, mut start) = (file.metadata(), file.take(KEY_FILE_SIZE));
-    // Large enough at once: a buffer that grows leaves its first bytes behind.
+    // A buffer that grows would leave a copy of its first bytes behind.
     let mut text = Zeroizing::new(Vec::with_capacity(KEY_FILE_SIZE as usize));
     start.read_to_end(&mut text).map_err(unreadable)?;
     let key = Key::read(&text).map_err(|why| Error::Key(option.clone(), why))?;
@@ -67,7 +67,7 @@ fn read_key(path: &Path, remarks: &mut Vec<String>) -> Result<Key, Error> {
     Ok(key)
 }
 
-/// Its group counts as well.
+/// Returns true if the file's group or everyone can read it.
 #[cfg(unix)]
 fn others_can_read(metadata: &Metadata) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -79,12 +79,13 @@ fn others_can_read(_metadata: &Metadata) -> bool {
     false
 }
 
-/// Lets nobody but root look into this process, and no core of it be written: the key would be in it.
+/// Lets nobody but root look into this process, and no core of it be written, as both would show the
+/// key.
 fn hide_memory() {
     #[cfg(target_os = "linux")]
     {
         use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-        // Everyone may do that, and Linux refuses it to nobody.
+        // Linux refuses this to nobody.
         let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     }
 }

@@ -1,5 +1,5 @@
-//! The log of the two programs, on stderr. Whoever logs never waits for whoever reads it: a thread
-//! writes, and lines that it cannot get rid of are left out and counted.
+//! The log of the two programs, on stderr. A thread writes the lines, so that nothing waits for whoever
+//! reads them. Lines that the thread cannot get rid of are left out and counted.
 
 use std::io::{self, Write};
 use std::panic;
@@ -13,32 +13,32 @@ use log::{LevelFilter, error};
 
 use crate::error::Error;
 
-/// Lines that wait to be written: a second of the busiest log that the limits allow.
+/// The most lines that wait to be written: about a second of the busiest log that the limits allow.
 const QUEUE: usize = 256;
 
-/// What a reader, and on a busy host the thread that writes, have in all for the last lines before a
-/// program ends without them. The error that ends a program is among them.
+/// How long an ending program waits for its last lines to be written, the error that ends it among
+/// them: enough for a busy host, and not for ever if nobody reads.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// After a write that found no room: the reader has paused.
+/// The pause after a write that found no room.
 const WRITE_PAUSE: Duration = Duration::from_millis(100);
 
 static LINES: OnceLock<Sender<Entry>> = OnceLock::new();
 
-/// Lines that found the queue full, and that no line has told of yet.
+/// The lines that found the queue full, and that no line has told of yet.
 static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
 enum Entry {
     Line(Vec<u8>),
-    /// All that came before is to be written; dropped when it is.
+    /// Dropped, and so told to the other end, when all that came before is written.
     Flush(#[expect(dead_code)] Sender<()>),
 }
 
-/// Starts the log of this program: from this level on, as far as `RUST_LOG` says nothing else. A panic
-/// becomes a line like others.
+/// Starts the log of this program. It leaves out what is less important than `level`, unless
+/// `RUST_LOG` says otherwise. A panic becomes a line of it.
 ///
 /// # Errors
-/// There is no thread to write it.
+/// The system refused the thread that writes.
 pub fn start(program: &'static str, level: LevelFilter) -> Result<(), Error> {
     let (sender, receiver) = bounded(QUEUE);
     let writer = thread::Builder::new().name("log".to_owned());
@@ -46,10 +46,10 @@ pub fn start(program: &'static str, level: LevelFilter) -> Result<(), Error> {
     writer.map_err(Error::Thread)?;
     let queue = Queue(LINES.get_or_init(|| sender).clone());
     env_logger::Builder::new()
-        // First: a RUST_LOG that is meant for other programs leaves this level as it is.
+        // This comes first, so that a RUST_LOG for other programs leaves the level as it is.
         .filter_level(level)
         .parse_default_env()
-        // As env_logger has it, with the program in the place of the module.
+        // The format is env_logger's, with the program in the place of the module.
         .format(move |line, record| {
             let (time, level) = (line.timestamp_millis(), record.level());
             writeln!(line, "[{time} {level:<5} {program}] {}", record.args())
@@ -69,7 +69,7 @@ pub fn end(last: Option<String>) {
         return last.map_or((), |line| drop(io::stderr().write_all(&line)));
     };
     let deadline = Instant::now() + LAST_LINES;
-    // First the queue, so that there is room for what was left out of it.
+    // The queue is emptied first, so that there is room for the line about those left out.
     flush(lines, deadline);
     for line in take_left_out().into_iter().chain(last) {
         let _ = lines.send_deadline(Entry::Line(line), deadline);
@@ -91,8 +91,8 @@ fn write_lines(lines: &Receiver<Entry>) {
     }
 }
 
-/// A closed stderr or a full disk is no reason to stop: nobody else could be told. One that takes
-/// nothing at the moment is waited for.
+/// Writes to stderr, and waits while it has no room. A closed stderr or a full disk is no reason to
+/// end the program, and there is nobody to tell.
 fn write(line: &[u8]) {
     let mut rest = line;
     while !rest.is_empty() {
@@ -105,7 +105,7 @@ fn write(line: &[u8]) {
     }
 }
 
-/// A line about those that were left out, if there are some.
+/// Returns a line about those that were left out, if there are some.
 fn take_left_out() -> Option<Vec<u8>> {
     match LEFT_OUT.swap(0, Ordering::Relaxed) {
         0 => None,
@@ -113,12 +113,12 @@ fn take_left_out() -> Option<Vec<u8>> {
     }
 }
 
-/// Where the logger puts its lines, each in one piece.
+/// The queue of lines. The logger writes each line in one piece.
 struct Queue(Sender<Entry>);
 
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        // Not taken before there is room to tell it.
+        // The count is taken only when there is room for a line that tells it.
         if self.0.is_full() {
             LEFT_OUT.fetch_add(1, Ordering::Relaxed);
             return Ok(line.len());

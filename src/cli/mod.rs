@@ -1,5 +1,5 @@
-//! What the two programs do around the library: read the command line and the keys, log, obey signals,
-//! and end with an exit code. Only with the feature `cli`.
+//! What the two programs do around the library: they read the command line and the keys, log, obey
+//! signals, and end with an exit code. The feature `cli` brings this module.
 
 use std::error::Error as _;
 use std::ffi::OsString;
@@ -24,18 +24,17 @@ pub use signals::Signals;
 
 use command_line::{Command, Common};
 
-/// A server that was told to stop keeps its ports for as long as visitors wait for a tunnel. The next
-/// one waits as long for them, but not for ever, and some.
+/// A server that was told to stop keeps its ports as long as visitors wait for a tunnel, up to
+/// `--pair-timeout`. The next server waits for them a second longer, but not much longer than a minute.
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Does what the words behind `tpserver` ask for, if that is no more than to print something;
-/// otherwise gets ready to run, and returns what the server is to do, and the signals that the program
+/// Reads the words behind `tpserver`. If they only ask for a text, this prints it and returns None.
+/// Otherwise it starts the log, and returns the server's options, and the signals that the program
 /// takes from now on.
 ///
 /// # Errors
-/// The words make no sense, there is no key where one should be, or what was to be printed could not
-/// be.
+/// The words make no sense, a key is missing or malformed, or stdout or a thread could not be had.
 pub fn server(
     words: impl IntoIterator<Item = OsString>,
 ) -> Result<Option<(ServerOptions, Signals)>, Error> {
@@ -47,10 +46,10 @@ pub fn server(
     Ok(Some((options, signals)))
 }
 
-/// The same for `tpclient`.
+/// Reads the words behind `tpclient`, as [`server`] does those behind `tpserver`.
 ///
 /// # Errors
-/// As above.
+/// Those of [`server`].
 pub fn client(
     words: impl IntoIterator<Item = OsString>,
 ) -> Result<Option<(ClientOptions, Signals)>, Error> {
@@ -93,20 +92,21 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     Ok(keys)
 }
 
-/// Raises the process's limit of descriptors as far as its user may. The usual 1024 are for
-/// programs that use `select`.
+/// Raises the process's limit of descriptors as far as its user may. The usual limit of 1024 is there
+/// for programs that use `select`, as these do not.
 fn raise_descriptors() {
     #[cfg(target_os = "linux")]
     {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
         let maximum = getrlimit(Resource::Nofile).maximum;
         let current = maximum;
-        // Without it the program serves fewer visitors at a time, and says so.
+        // If that fails, the program serves fewer visitors at a time, and says so.
         let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
     }
 }
-/// Prints a text on stdout. That nobody reads it is no error: it may be piped into `head`. That it
-/// did not get into a file is one: it may be a key.
+
+/// Prints a text on stdout. A reader that has gone away is no error, as the text may be piped into
+/// `head`. A text that does not get into a file is one, as it may be a key.
 fn print(text: &str) -> Result<(), Error> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Print(error)),
@@ -114,7 +114,7 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// The exit code of a program, after its error and what caused it, on one line of stderr.
+/// Writes a program's error and its causes to stderr, on one line, and returns the exit code.
 pub fn exit(program: &str, result: Result<(), Error>) -> ExitCode {
     let Err(error) = result else {
         logger::end(None);

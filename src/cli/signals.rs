@@ -1,4 +1,4 @@
-//! The signals that a program obeys.
+//! Signals: the first one to end stops a program gently, a second one at once.
 
 use std::sync::{Arc, OnceLock};
 #[cfg(unix)]
@@ -13,12 +13,11 @@ use crate::cli::error::Error;
 use crate::cli::logger;
 use crate::handle::Handle;
 
-/// The signals that the program obeys.
+/// The signals that a program takes, and what it runs once that is known.
 pub struct Signals(Arc<OnceLock<Handle>>);
 
 impl Signals {
-    /// From now on TERM, INT and HUP end the program, and a second one as if nobody obeyed it. HUP
-    /// stays without effect where it was so before, such as under `nohup`.
+    /// Takes TERM, INT, HUP and USR1 from now on. HUP stays ignored if it was before, as under `nohup`.
     #[cfg(unix)]
     pub(super) fn take(drain: Duration) -> Result<Self, Error> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -50,14 +49,14 @@ impl Signals {
         Ok(obeyed)
     }
 
-    /// Other systems have no such signals: there a process just ends.
+    /// Takes nothing: other systems than Unix have no such signals, and a process there just ends.
     #[cfg(not(unix))]
     pub(super) fn take(_: Duration) -> Result<Self, Error> {
         Ok(Self(Arc::default()))
     }
 
-    /// From now on TERM, INT and HUP stop what the handle belongs to, and give its visitors time; USR1
-    /// logs its status.
+    /// From now on the signals stop the handle's server or client, and USR1 logs its status. Before,
+    /// a signal to end just ends the program.
     pub fn obey_for(&self, handle: Handle) {
         let _ = self.0.set(handle);
     }
@@ -70,20 +69,19 @@ fn log_status(handle: &Handle) {
     }
 }
 
-/// Stops it on a thread of its own, so that a second signal is obeyed whatever becomes of the first.
+/// Stops a server or client on a thread of its own, so that a second signal is obeyed even if the stop
+/// hangs.
 #[cfg(unix)]
 fn stop(handle: &Handle, drain: Duration) {
     info!("stopping: no more visitors, {drain:?} for those that are there; again to end now");
-    let (started, owned) = (
-        thread::Builder::new().name("stop".to_owned()),
-        handle.clone(),
-    );
-    if started.spawn(move || owned.stop(drain)).is_err() {
+    let (thread, owned) = (thread::Builder::new(), handle.clone());
+    let thread = thread.name("stop".to_owned());
+    if thread.spawn(move || owned.stop(drain)).is_err() {
         handle.stop(drain);
     }
 }
 
-/// Ends the program as the signal would if nobody obeyed it.
+/// Ends the program as the signal does in a program that does not handle it.
 #[cfg(unix)]
 fn end_now(signal: i32) {
     info!("stopping now");
@@ -91,11 +89,11 @@ fn end_now(signal: i32) {
     let _ = signal_hook::low_level::emulate_default_handler(signal);
 }
 
-/// True if whoever started this program wants it to outlive its terminal. False where that cannot be
-/// seen.
+/// Returns true if HUP is ignored, as whoever started this program wants it to outlive its terminal.
+/// Where there is no `/proc`, this returns false.
 #[cfg(unix)]
 fn hangup_is_ignored() -> bool {
-    // HUP is signal 1, and the lowest bit of the mask.
+    // HUP is signal 1, and so the lowest bit of the mask.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
