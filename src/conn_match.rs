@@ -71,8 +71,8 @@ impl<A, T> ConnList<A, T> {
         complete
     }
 
-    /// Gives a tunnel to the visitor who has waited longest, or else keeps it idle, as one of at most
-    /// `pool`.
+    /// Gives a tunnel to the visitor who has waited longest, or else keeps it idle, as one of at
+    /// most `pool`.
     pub fn add_tunnel(&mut self, tunnel: T, pool: usize) -> Placed<T> {
         let oldest = self.complete();
         if let Some(waiting) = self.matches.get_mut(oldest) {
@@ -140,7 +140,8 @@ impl<A, T> ConnList<A, T> {
         (std::mem::take(&mut self.matches), self.take_idle())
     }
 
-    /// Counts the complete matches, which stand first. They are few, as the matcher takes them at once.
+    /// Counts the complete matches, which stand first. They are few, as the matcher takes them at
+    /// once.
     fn complete(&self) -> usize {
         self.matches
             .iter()

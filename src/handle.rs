@@ -34,9 +34,9 @@ impl Handle {
         Self(half)
     }
 
-    /// Takes no more visitors, tells the other side, gives the visitors who are there up to `drain` to
-    /// finish, and aborts those who have not. `run` then returns, but this call does not wait for that.
-    /// A second call can only shorten the time.
+    /// Takes no more visitors, tells the other side, gives the visitors who are there up to `drain`
+    /// to finish, and aborts those who have not. `run` then returns, but this call does not wait
+    /// for that. A second call can only shorten the time.
     pub fn stop(&self, drain: Duration) {
         if let Some(half) = self.0.upgrade() {
             half.stop(drain);
@@ -48,8 +48,8 @@ impl Handle {
         Some(self.0.upgrade()?.status())
     }
 
-    /// Waits until the client is connected to the server. Returns false after this time, or at once if
-    /// the server or client stops. A client tells in
+    /// Waits until the client is connected to the server. Returns false after this time, or at once
+    /// if the server or client stops. A client tells in
     /// [`Status::last_error`](crate::Status::last_error) why it is not connected yet.
     pub fn wait_for_session(&self, limit: Duration) -> bool {
         self.0

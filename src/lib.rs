@@ -7,11 +7,11 @@
 //!                   8008 tunnel │◀── one connection a visitor ────┘   dialled by the client
 //! ```
 //!
-//! [`Server`] and [`Client`] are the two halves. The programs `tpserver` and `tpclient` are little more
-//! than their command lines, which stand behind the feature `cli`: a program that embeds the tunnel
-//! can leave it out. Both halves can run in one process, as often as wanted: nothing is global.
-//! Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes no thread on
-//! the server.
+//! [`Server`] and [`Client`] are the two halves. The programs `tpserver` and `tpclient` are little
+//! more than their command lines, which stand behind the feature `cli`: a program that embeds the
+//! tunnel can leave it out. Both halves can run in one process, as often as wanted: nothing is
+//! global. Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes
+//! no thread on the server.
 //!
 //! With a [`Key`] on both sides, nobody without it becomes the client, reads along, or changes or
 //! cuts a stream unnoticed. Without one, nothing is protected, and the control and tunnel ports are
@@ -146,8 +146,8 @@
 //! # Limits
 //!
 //! A server has one client at a time and one public port, and carries TCP only. Everything that a
-//! stranger can cause is bounded: [limits](docs::limits) lists visitors, strangers, buffers, log lines
-//! and ports.
+//! stranger can cause is bounded: [limits](docs::limits) lists visitors, strangers, buffers, log
+//! lines and ports.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
 //! SIGPIPE. Rust programs ignore that signal, and a program that uses this library must leave it so.

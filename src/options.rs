@@ -20,7 +20,8 @@ const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
 /// thousand.
 const MAX_CONNS: usize = 4096;
 
-/// Long enough for a reply that takes its time, and short enough that no forgotten half stays for ever.
+/// Long enough for a reply that takes its time, and short enough that no forgotten half stays for
+/// ever.
 const LINGER: Duration = Duration::from_secs(600);
 
 /// A page of a browser fetches six things at a time; two more for the next visitor.
@@ -43,14 +44,14 @@ pub struct ServerOptions {
     pub port_patience: Duration,
     /// How long a visitor waits for a tunnel before it is closed.
     pub pair_timeout: Duration,
-    /// The most visitors at a time; further ones wait in the kernel's backlog. The server lowers it if
-    /// the process has not two descriptors for each.
+    /// The most visitors at a time; further ones wait in the kernel's backlog. The server lowers it
+    /// if the process has not two descriptors for each.
     pub max_conns: usize,
     /// How long a direction may stand still once the other one has ended. Both are then aborted, at
     /// most 2 s later.
     pub linger: Duration,
-    /// The keys, any of which the client may have: two while one takes the place of the other. Without
-    /// one, nothing is sealed, and nobody has to prove anything.
+    /// The keys, any of which the client may have: two while one takes the place of the other.
+    /// Without one, nothing is sealed, and nobody has to prove anything.
     pub keys: Vec<Key>,
     /// Whether to open the tunnel and control ports to other hosts without a key, although nothing
     /// protects them.
@@ -90,8 +91,8 @@ impl ServerOptions {
 pub struct ClientOptions {
     /// The server's host, and its control port.
     pub server: Address,
-    /// The server's tunnel port. With None, the client takes the one that the server tells, or 8008 if
-    /// it is an original one.
+    /// The server's tunnel port. With None, the client takes the one that the server tells, or 8008
+    /// if it is an original one.
     pub tunnel_port: Option<u16>,
     /// The local service.
     pub local: Address,

@@ -13,8 +13,8 @@ pub enum Phase {
     /// A server was told to stop. It takes visitors until another server has had a moment to take
     /// over its ports.
     HandingOver,
-    /// No visitor comes any more, but for those in the kernel's backlog. Visitors who wait for a tunnel
-    /// still get one.
+    /// No visitor comes any more, but for those in the kernel's backlog. Visitors who wait for a
+    /// tunnel still get one.
     Draining,
     /// Nobody waits any more, and the session ends. Visitors who are joined finish.
     Leaving,
@@ -69,7 +69,8 @@ impl Stop {
         self.end_by().is_some_and(|end_by| end_by <= Instant::now())
     }
 
-    /// Gives the visitors who are there this long from now on. A second call can only shorten the time.
+    /// Gives the visitors who are there this long from now on. A second call can only shorten the
+    /// time.
     pub fn end_after(&self, drain: Duration) {
         let end_by = Instant::now().checked_add(drain);
         let mut state = self.state.lock();
@@ -102,7 +103,8 @@ impl Stop {
         self.changed.notify_all();
     }
 
-    /// Waits until `is_true`. Returns false if it was not within this time and before the session's end.
+    /// Waits until `is_true`. Returns false if it was not within this time and before the session's
+    /// end.
     pub fn wait_for(&self, time: Duration, is_true: impl Fn() -> bool) -> bool {
         let deadline = Instant::now().checked_add(time);
         loop {

@@ -28,8 +28,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Returns the exit code of a program that this error ends: 2 if the options are to blame, 1 if the
-    /// machine is.
+    /// Returns the exit code of a program that this error ends: 2 if the options are to blame, 1 if
+    /// the machine is.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Key(..) | Self::KeyFile(..) => 2,

@@ -1,5 +1,5 @@
-//! The log of the two programs, on stderr. A thread writes the lines, so that nothing waits for whoever
-//! reads them. Lines that the thread cannot get rid of are left out and counted.
+//! The log of the two programs, on stderr. A thread writes the lines, so that nothing waits for
+//! whoever reads them. Lines that the thread cannot get rid of are left out and counted.
 
 use std::io::{self, Write};
 use std::panic;

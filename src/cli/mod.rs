@@ -25,7 +25,8 @@ pub use signals::Signals;
 use command_line::{Command, Common};
 
 /// A server that was told to stop keeps its ports as long as visitors wait for a tunnel, up to
-/// `--pair-timeout`. The next server waits for them a second longer, but not much longer than a minute.
+/// `--pair-timeout`. The next server waits for them a second longer, but not much longer than a
+/// minute.
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -92,8 +93,8 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     Ok(keys)
 }
 
-/// Raises the process's limit of descriptors as far as its user may. The usual limit of 1024 is there
-/// for programs that use `select`, as these do not.
+/// Raises the process's limit of descriptors as far as its user may. The usual limit of 1024 is
+/// there for programs that use `select`, as these do not.
 fn raise_descriptors() {
     #[cfg(target_os = "linux")]
     {

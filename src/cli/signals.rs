@@ -17,7 +17,8 @@ use crate::handle::Handle;
 pub struct Signals(Arc<OnceLock<Handle>>);
 
 impl Signals {
-    /// Takes TERM, INT, HUP and USR1 from now on. HUP stays ignored if it was before, as under `nohup`.
+    /// Takes TERM, INT, HUP and USR1 from now on. HUP stays ignored if it was before, as under
+    /// `nohup`.
     #[cfg(unix)]
     pub(super) fn take(drain: Duration) -> Result<Self, Error> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -69,8 +70,8 @@ fn log_status(handle: &Handle) {
     }
 }
 
-/// Stops a server or client on a thread of its own, so that a second signal is obeyed even if the stop
-/// hangs.
+/// Stops a server or client on a thread of its own, so that a second signal is obeyed even if the
+/// stop hangs.
 #[cfg(unix)]
 fn stop(handle: &Handle, drain: Duration) {
     info!("stopping: no more visitors, {drain:?} for those that are there; again to end now");
