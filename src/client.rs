@@ -224,12 +224,15 @@ impl Shared {
             if let Some(bond) = &session.bond {
                 seal_tunnel(&mut remote, bond)?;
             }
+            if session.proto != Proto::Original {
+                remote.begin_frames();
+            }
             Ok(remote)
         })?;
         // Once the tunnel has named its session, the server may give it a visitor, whom a client that
         // stops must not forget.
         let expected = session.expect_visitor(&self.pairs)?;
-        if let Proto::Tp1 { id, .. } = session.proto {
+        if let Proto::Tp2 { id, .. } = session.proto {
             let named = send(&mut remote.writer, &Line::Tunnel { session: id });
             named.map_err(|error| NoVisitor::Dial(error.into()))?;
         }

@@ -11,10 +11,11 @@ use crate::os::net::{self, timed_out};
 use crate::session::Proto;
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, send};
+use crate::wire::frame::begins_with_line;
+use crate::wire::handshake::{Bond, NoHandshake, OPENING, Purpose};
 use crate::wire::line::{
     HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE, SessionId, Welcome,
 };
-use crate::wire::secure::{Bond, NoHandshake, OPENING, Purpose};
 
 mod lobby;
 pub mod openings;
@@ -119,13 +120,11 @@ impl Door {
         };
         let proto = match lines.next_line_by(start + patience) {
             Ok(Line::Hello {
-                proto: PROTO..,
-                pool,
-                ..
+                proto: PROTO, pool, ..
             }) => {
                 // From now on its silence means something.
                 lines.limit_silence();
-                Proto::Tp1 {
+                Proto::Tp2 {
                     id: SessionId::random().map_err(io::Error::other)?,
                     pool: pool.min(MAX_POOL),
                 }
@@ -135,6 +134,7 @@ impl Door {
                 net::end_when_unacknowledged(&socket, SILENCE)?;
                 Proto::Original
             }
+            Ok(Line::Hello { proto, .. }) => return Err(Refusal::Version(proto).tell(&mut writer)),
             other => return Err(stranger(other, &lines, Port::Control).tell(&mut writer)),
         };
         Ok(Link {
@@ -184,12 +184,19 @@ impl Door {
             };
             self.handshake(&mut conn, place, handshake, start)?;
         }
+        conn.begin_frames();
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
-        match lines.next_line_by(start + HANDSHAKE_TIMEOUT) {
-            Ok(Line::Tunnel { session }) if lines.nothing_behind() => {
+        let first = lines.next_line_by(start + HANDSHAKE_TIMEOUT);
+        if !lines.in_frames() {
+            writer.end_frames();
+        }
+        match first {
+            Ok(Line::Tunnel { session }) if lines.nothing_behind() && lines.in_frames() => {
                 let reader = lines.into_reader();
                 Ok((Conn { reader, writer }, session))
             }
+            // A client says no more before it has a visitor.
+            Ok(Line::Tunnel { .. }) if lines.in_frames() => Err(Refusal::NotClient(None)),
             other => Err(stranger(other, &lines, Port::Tunnel).tell(&mut writer)),
         }
     }
@@ -218,8 +225,8 @@ impl Door {
                 let mut lines = Lines::new(&mut conn.reader);
                 let line = lines.next_line();
                 match (port, &line) {
-                    (Port::Control, Ok(Line::Hello { .. }))
-                    | (Port::Tunnel, Ok(Line::Tunnel { .. })) => Refusal::NoKey,
+                    (Port::Control, Ok(Line::Hello { .. })) => Refusal::NoKey,
+                    (Port::Tunnel, Err(_)) if begins_with_line(lines.rest()) => Refusal::NoKey,
                     _ => stranger(line, &lines, port),
                 }
             }
@@ -242,9 +249,10 @@ struct Handshake<'a> {
 /// What is wrong with a connection that did not begin as it should at this port.
 fn stranger<R: io::Read>(line: io::Result<Line>, lines: &Lines<R>, port: Port) -> Refusal {
     match (line, port) {
-        (Ok(Line::Tunnel { .. }), Port::Control) | (Ok(Line::Hello { .. }), Port::Tunnel) => {
-            Refusal::OtherPort(port)
-        }
+        (Ok(Line::Hello { .. }), Port::Tunnel) => Refusal::OtherPort(port),
+        (Err(_), Port::Control) if begins_with_line(lines.rest()) => Refusal::OtherPort(port),
+        // The first version of the protocol had no frames.
+        (Ok(Line::Tunnel { .. }), _) => Refusal::Version(1),
         // No line begins like that, but a handshake does.
         (Err(_), _) if lines.rest().starts_with(&OPENING) => Refusal::HasKey,
         (Err(error), _) if lines.foreign().is_none() => Refusal::of(
@@ -307,7 +315,7 @@ pub fn open_link(
             welcome: Some(welcome),
         }) => {
             let (id, pool) = (welcome.session, pool.min(*granted));
-            (Proto::Tp1 { id, pool }, Some(welcome.clone()))
+            (Proto::Tp2 { id, pool }, Some(welcome.clone()))
         }
         // The original has no key.
         Some(Line::Hi | Line::New { visitor: None }) if bond.is_none() => match original {

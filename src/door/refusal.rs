@@ -31,6 +31,8 @@ pub enum Refusal {
     OtherPort(Port),
     /// It does not begin as a client does, but as this other protocol, if that is known.
     NotClient(Option<&'static str>),
+    /// It speaks this version of the protocol.
+    Version(u32),
     /// It said what no client says.
     BadLine(String),
     /// It closed the connection.
@@ -81,6 +83,7 @@ impl Refusal {
             Self::HasKey => Reason::NoKey,
             Self::OtherPort(Port::Control) => Reason::ControlPort,
             Self::OtherPort(Port::Tunnel) => Reason::TunnelPort,
+            Self::Version(_) => Reason::Version,
             Self::Busy(_) => Reason::Busy,
             Self::Stopping => Reason::Draining,
             Self::Io(_) => Reason::Error,
@@ -128,6 +131,11 @@ impl fmt::Display for Refusal {
             ),
             Self::NotClient(Some(protocol)) => write!(f, "it speaks {protocol}: no tpclient"),
             Self::NotClient(None) => f.write_str("it does not begin as tpclient does"),
+            Self::Version(version) => write!(
+                f,
+                "it speaks tp/{version}, and this server tp/{PROTO}: let both programs be of one \
+                 version"
+            ),
             Self::BadLine(what) => write!(f, "it sent {what}"),
             Self::Closed => f.write_str("it closed the connection"),
             Self::Busy(client) => write!(f, "client {client} is connected"),
@@ -203,6 +211,9 @@ impl fmt::Display for NoSession {
                 Reason::Late => {
                     "it had taken this client for an original one, as its hello came \
                                  late"
+                }
+                Reason::Version => {
+                    "it speaks another version of the protocol: let both programs be of one version"
                 }
                 Reason::Error => "it could not begin a session: see its log",
                 Reason::Other(word) => {

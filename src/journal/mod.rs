@@ -253,8 +253,8 @@ impl Journal {
             format!(", and takes the place of {before}")
         });
         let what = match proto {
-            Proto::Original => "does not speak tp/1".to_owned(),
-            Proto::Tp1 { .. } => format!("{proto}{sealed}{replaced}"),
+            Proto::Original => "does not speak tp/2".to_owned(),
+            Proto::Tp2 { .. } => format!("{proto}{sealed}{replaced}"),
         };
         let what = format_args!("client {client} came: {what}");
         self.limits.client_came.say(client, Info, what);

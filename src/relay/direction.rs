@@ -77,7 +77,7 @@ impl Direction {
                     pair.write_to(to, || self.writer.write_batch(count, moved))
                         .map_err(writing)?;
                     let enough = if level == 0 { size } else { size / 2 };
-                    if count >= enough && level < BULK {
+                    if count >= enough && (level < BULK || self.reader.plain().is_some()) {
                         level = self.grow(level, &mut spliced_not)?;
                     }
                 }
@@ -111,7 +111,12 @@ impl Direction {
         if level + 1 < BULK {
             room = take(&self.pair);
         }
-        if room.is_none() && !std::mem::replace(spliced_not, true) && self.splice()? {
+        // The far side of a plain tunnel may say later that the rest comes without frames.
+        if room.is_none()
+            && self.reader.plain().is_some()
+            && !std::mem::replace(spliced_not, true)
+            && self.splice()?
+        {
             *spliced_not = false;
             return Ok(0);
         }
@@ -141,9 +146,12 @@ impl Direction {
         let Some(mut pipe) = pipes.try_take().and_then(Pipe::open) else {
             return Ok(false);
         };
+        let (from, to) = self.pair.sides(self.way);
+        self.pair
+            .write_to(to, || self.writer.write_raw())
+            .map_err(|error| Failure::writing(to.writing_failed(error)))?;
         self.writer.release();
         self.room = None;
-        let (from, to) = self.pair.sides(self.way);
         let moved = &self.pair.joined.moved[self.way as usize];
         loop {
             let count = match pipe.fill(&input) {

@@ -348,7 +348,7 @@ impl End {
         let Self { peer, conn } = self;
         let side = Side {
             peer,
-            is_sealed: conn.reader.is_sealed(),
+            has_frames: conn.reader.has_frames(),
             socket: conn.socket().clone(),
         };
         (side, conn.reader, conn.writer)
@@ -367,7 +367,7 @@ mod tests {
     use crate::journal::{self, Journal};
     use crate::key::Key;
     use crate::os::workers::Workers;
-    use crate::wire::secure::Purpose;
+    use crate::wire::handshake::Purpose;
     use std::io::{Read, Write};
     use std::net::TcpListener;
     use std::net::TcpStream;
@@ -403,6 +403,7 @@ mod tests {
                 .ok()
                 .unwrap();
             assert!(client.join().unwrap());
+            near.reader.begin_stream();
         }
         (far, near)
     }

@@ -234,8 +234,8 @@ impl Pair {
         }
         net::reset_on_close(&self.visitor_side.socket, false);
         net::reset_on_close(&self.service_side.socket, false);
-        // Without a key, its end has been read already.
-        self.visitor_side.is_sealed.then(|| Closing {
+        // Without frames, its end has been read already.
+        self.visitor_side.has_frames.then(|| Closing {
             socket: self.visitor_side.socket.clone(),
             _slot: progress.slot.take(),
         })
@@ -265,7 +265,7 @@ impl Pair {
 /// What a pair keeps of an [`End`].
 pub struct Side {
     pub peer: Peer,
-    pub is_sealed: bool,
+    pub has_frames: bool,
     pub socket: Arc<TcpStream>,
 }
 

@@ -7,8 +7,9 @@ use crate::os::limits::Slot;
 use crate::os::net;
 use crate::wire::conn::Conn;
 use crate::wire::control::send;
+use crate::wire::frame::begins_with_line;
+use crate::wire::handshake::OPENING;
 use crate::wire::line::{Line, Reason, SessionId};
-use crate::wire::secure::OPENING;
 
 /// A visitor's connection.
 pub struct Accept {
@@ -21,12 +22,12 @@ pub struct Accept {
 impl Accept {
     /// True if it is no visitor but a client, which has come to the wrong port; and tells the client.
     pub fn is_client(&self) -> bool {
-        let mut began = [0; 15];
+        let mut began = [0; 12];
         let count = net::peek_now(&self.socket, &mut began);
         let began = &began[..count];
-        let is_client = [&OPENING[..], b"hello proto=", b"tunnel session="]
-            .iter()
-            .any(|opening| began.starts_with(opening));
+        let is_client = began.starts_with(&OPENING)
+            || began.starts_with(b"hello proto=")
+            || begins_with_line(began);
         if is_client && self.socket.set_nonblocking(true).is_ok() {
             let reason = Reason::PublicPort;
             let _ = send(&self.socket, &Line::Bye { reason });
@@ -61,6 +62,7 @@ impl Tunnel {
             || (net::is_quiet(&socket)
                 && send(&mut self.conn.writer, &Line::New { visitor }).is_ok());
         if greeted && socket.set_nonblocking(false).is_ok() {
+            self.conn.reader.begin_stream();
             return Some(self.conn);
         }
         // The visitor waits on, and may be closed without a word.

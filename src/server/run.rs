@@ -25,8 +25,8 @@ use crate::server::{Shared, State};
 use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
+use crate::wire::handshake::Bond;
 use crate::wire::line::{Line, NEW, PROTO, Reason, Welcome};
-use crate::wire::secure::Bond;
 
 /// After a failed accept: short for a visitor, long for a processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
@@ -248,7 +248,7 @@ impl Shared {
     fn first_line(&self, proto: Proto, client: SocketAddr) -> Line {
         match proto {
             Proto::Original => Line::Hi,
-            Proto::Tp1 { id, pool } => Line::Hello {
+            Proto::Tp2 { id, pool } => Line::Hello {
                 proto: PROTO,
                 pool,
                 welcome: Some(Welcome {

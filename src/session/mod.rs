@@ -16,8 +16,8 @@ pub enum Proto {
     /// The other side is one of the original program, which never says hello. Its tunnels are raw
     /// bytes from the first one, and are dialled on demand.
     Original,
-    /// `tp/1`.
-    Tp1 {
+    /// `tp/2`.
+    Tp2 {
         /// What tunnels name to show which session they belong to.
         id: SessionId,
         /// How many idle tunnels are kept ready.
@@ -30,7 +30,7 @@ impl Proto {
     pub fn pool(self) -> usize {
         match self {
             Self::Original => 0,
-            Self::Tp1 { pool, .. } => pool,
+            Self::Tp2 { pool, .. } => pool,
         }
     }
 
@@ -38,7 +38,7 @@ impl Proto {
     pub fn id(self) -> Option<SessionId> {
         match self {
             Self::Original => None,
-            Self::Tp1 { id, .. } => Some(id),
+            Self::Tp2 { id, .. } => Some(id),
         }
     }
 
@@ -46,7 +46,7 @@ impl Proto {
     pub fn name(self) -> String {
         match self {
             Self::Original => "original".to_owned(),
-            Self::Tp1 { id, .. } => id.short(),
+            Self::Tp2 { id, .. } => id.short(),
         }
     }
 }
@@ -54,8 +54,8 @@ impl Proto {
 impl fmt::Display for Proto {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Original => f.write_str("it does not speak tp/1, one dial a visitor"),
-            Self::Tp1 { id, pool } => write!(f, "session {}, pool {pool}", id.short()),
+            Self::Original => f.write_str("it does not speak tp/2, one dial a visitor"),
+            Self::Tp2 { id, pool } => write!(f, "session {}, pool {pool}", id.short()),
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The session with the server, on the client, and the tunnels that wait for a visitor in it.
 
-use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,10 +13,10 @@ use crate::os::limits::Slot;
 use crate::os::net;
 use crate::relay::{Expected, Pairs, Visitor};
 use crate::session::{Ended, Proto};
-use crate::wire::conn::{Conn, Writer};
+use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
+use crate::wire::handshake::Bond;
 use crate::wire::line::{Failure, Line, Reason, Welcome};
-use crate::wire::secure::Bond;
 
 /// The last line of a client that stops.
 const STOPPING: Line = Line::Bye {
@@ -106,7 +105,7 @@ impl Session {
     pub fn write_lines(&self, writer: Writer, to_write: &Receiver<Line>, at_heartbeat: impl Fn()) {
         match self.proto {
             // If writing fails, the thread that reads finds out why.
-            Proto::Tp1 { .. } => _ = write_lines(writer, to_write, at_heartbeat),
+            Proto::Tp2 { .. } => _ = write_lines(writer, to_write, at_heartbeat),
             Proto::Original => while to_write.recv().is_ok() {},
         }
         // Wakes the thread that reads.
@@ -236,7 +235,8 @@ impl Spare {
         let visitor = visitor?;
         session.state.lock().served = true;
         // What came behind the line is the visitor's.
-        let reader = lines.into_reader();
+        let mut reader = lines.into_reader();
+        reader.begin_stream();
         Ok((Visitor::new(visitor, slot), Conn { reader, writer }))
     }
 }
@@ -251,10 +251,10 @@ impl Drop for Spare {
     }
 }
 
-fn read_visitor<R: io::Read>(lines: &mut Lines<R>) -> Result<Option<SocketAddr>, NoVisitor> {
+fn read_visitor(lines: &mut Lines<Reader>) -> Result<Option<SocketAddr>, NoVisitor> {
     loop {
         match lines.next_line() {
-            Ok(Line::New { visitor }) => return Ok(visitor),
+            Ok(Line::New { visitor }) if lines.in_frames() => return Ok(visitor),
             line @ Ok(Line::Bye { .. }) => {
                 return Err(NoVisitor::NotServer(no_server(line, lines)));
             }

@@ -11,8 +11,8 @@ use crate::os::net;
 use crate::session::{Ended, Proto};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
+use crate::wire::handshake::Bond;
 use crate::wire::line::{Failure, Line, Reason};
-use crate::wire::secure::Bond;
 
 /// A session, from the registration of a client's control link to its end.
 pub struct Session {

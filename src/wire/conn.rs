@@ -1,7 +1,8 @@
-//! A connection in two halves, one for each thread that works on it; sealed if there is a key. The
-//! relay and the control link need not know which.
+//! A connection in two halves, one for each thread that works on it: in frames if it is a tunnel, which
+//! are sealed if there is a key, or in bytes as they are. The relay need not know which.
 
 use std::collections::VecDeque;
+use std::io::ErrorKind::InvalidData;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::door::openings::Openings;
 use crate::os::net;
-use crate::wire::secure::{self, Bond, NoHandshake, Opener, Purpose, Sealer, Secured, TAG};
+use crate::wire::frame::{FRONT, Flow, Kind, Opener, Sealer, TAG};
+use crate::wire::handshake::{self, Bond, NoHandshake, Purpose, Secured};
 
 /// The shortest read time-out that is set: 0 would mean none at all.
 const LEAST_TIMEOUT: Duration = Duration::from_millis(1);
@@ -24,7 +26,7 @@ pub struct Conn {
 }
 
 impl Conn {
-    /// A connection without a key.
+    /// A connection that carries bytes as they are.
     pub fn new(socket: Arc<TcpStream>) -> Self {
         Self {
             reader: Reader {
@@ -41,6 +43,12 @@ impl Conn {
         }
     }
 
+    /// From now on it carries plain frames, unless it carries sealed ones already.
+    pub fn begin_frames(&mut self) {
+        self.reader.opener.get_or_insert_with(|| Opener::new(None));
+        self.writer.sealer.get_or_insert_with(|| Sealer::new(None));
+    }
+
     /// The socket below.
     pub fn socket(&self) -> &Arc<TcpStream> {
         self.reader.socket()
@@ -48,7 +56,7 @@ impl Conn {
 
     /// The client's handshake; it must be over by the reader's deadline.
     pub fn initiate(&mut self, purpose: &Purpose) -> Result<Bond, NoHandshake> {
-        let secured = secure::initiate(&mut self.reader, &mut self.writer, purpose);
+        let secured = handshake::initiate(&mut self.reader, &mut self.writer, purpose);
         self.seal(secured)
     }
 
@@ -63,7 +71,7 @@ impl Conn {
         known: impl FnOnce(),
     ) -> Result<Bond, NoHandshake> {
         let (reader, writer) = (&mut self.reader, &mut self.writer);
-        let secured = secure::respond(reader, writer, purpose, elsewhere, openings, known);
+        let secured = handshake::respond(reader, writer, purpose, elsewhere, openings, known);
         self.seal(secured)
     }
 
@@ -106,14 +114,27 @@ impl Reader {
         &self.socket
     }
 
-    /// The socket, if what it gives needs no work, and nothing was read ahead.
+    /// The socket, if it gives a stream's bytes as they are, and nothing was read ahead.
     pub fn plain(&self) -> Option<Arc<TcpStream>> {
         (self.opener.is_none() && self.rest.is_empty()).then(|| self.socket.clone())
     }
 
-    /// Whether there is a key.
-    pub fn is_sealed(&self) -> bool {
+    /// Whether what is read comes in frames: then an end of the connection is none of a stream.
+    pub fn has_frames(&self) -> bool {
         self.opener.is_some()
+    }
+
+    /// A visitor's stream comes next.
+    pub fn begin_stream(&mut self) {
+        if let Some(opener) = &mut self.opener {
+            opener.begin_stream();
+        }
+    }
+
+    fn end_frames(&mut self) {
+        if let Some(opener) = self.opener.take() {
+            self.put_back(opener.unopened());
+        }
     }
 
     /// Gives bytes back, to be read again.
@@ -140,17 +161,22 @@ impl Reader {
     /// many bytes that is, 0 at the end.
     pub fn read_batch(&mut self, batch: &mut [u8]) -> io::Result<usize> {
         let mut source = Source(&self.socket, self.deadline);
-        let space = 1..batch.len() - TAG;
-        if self.rest.is_empty() {
-            let Some(opener) = &mut self.opener else {
-                return source.read(&mut batch[space]);
-            };
-            if let Some(count) = opener.read_batch(&mut source, batch)? {
-                return Ok(count);
+        let space = FRONT..batch.len() - TAG;
+        if let Some(opener) = self.opener.as_mut().filter(|_| self.rest.is_empty()) {
+            match opener.read_batch(&mut source, batch)? {
+                Some(0) if opener.flow() == Flow::Raw => {
+                    net::reset_on_close(&self.socket, true);
+                    self.end_frames();
+                    return self.read_batch(batch);
+                }
+                Some(count) => return Ok(count),
+                None => self.rest = opener.open_one(&mut source)?,
             }
-            self.rest = opener.open_one(&mut source)?;
         }
-        self.take_rest(&mut batch[space])
+        match self.rest.is_empty() {
+            true => source.read(&mut batch[space]),
+            false => self.take_rest(&mut batch[space]),
+        }
     }
 
     fn take_rest(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -163,15 +189,20 @@ impl Reader {
     }
 }
 
-/// For lines: frame by frame.
+/// For lines: frame by frame. What comes where plain frames are due and is none is read as it came: a
+/// side that makes no frames may say what it is.
 impl Read for Reader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut source = Source(&self.socket, self.deadline);
-        if self.rest.is_empty() {
-            match &mut self.opener {
-                None => return source.read(buffer),
-                Some(opener) => self.rest = opener.open_one(&mut source)?,
+        if let Some(opener) = self.opener.as_mut().filter(|_| self.rest.is_empty()) {
+            match opener.open_one(&mut source) {
+                Err(error) if error.kind() == InvalidData && !opener.is_sealed() => {
+                    self.end_frames();
+                }
+                opened => self.rest = opened?,
             }
+        } else if self.rest.is_empty() {
+            return source.read(buffer);
         }
         self.take_rest(buffer)
     }
@@ -215,10 +246,10 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A buffer for a [reader](Reader::read_batch) to put `size` bytes into. One byte in front and a
-    /// tag's room behind are for those that come in frames: so no byte is moved between the two.
+    /// A buffer for a [reader](Reader::read_batch) to put `size` bytes into. The room in front, and a
+    /// tag's room behind, are for bytes that come in frames or leave in some: so none is moved.
     pub fn batch(&mut self, size: usize) -> &mut [u8] {
-        let size = 1 + size + TAG;
+        let size = FRONT + size + TAG;
         if self.batch.len() != size {
             self.batch = vec![0; size];
             if let Some(sealer) = &mut self.sealer {
@@ -228,26 +259,45 @@ impl Writer {
         &mut self.batch
     }
 
-    /// The socket, if bytes go to it as they are.
+    /// Writes no plain frames any more: the other side makes none either.
+    pub fn end_frames(&mut self) {
+        self.sealer.take_if(|sealer| !sealer.is_sealed());
+    }
+
+    /// The socket, if bytes can go to it as they are, see [`write_raw`](Self::write_raw).
     pub fn plain(&self) -> Option<Arc<TcpStream>> {
-        self.sealer.is_none().then(|| self.socket.clone())
+        let sealed = self.sealer.as_ref().is_some_and(Sealer::is_sealed);
+        (!sealed).then(|| self.socket.clone())
     }
 
     /// Gives the batch's memory back.
     pub fn release(&mut self) {
         self.batch = Vec::new();
+        if let Some(sealer) = &mut self.sealer {
+            sealer.release();
+        }
+    }
+
+    /// Says, where there are plain frames, that the rest of the stream comes as it is. From then on a
+    /// close is its end, and one that is none is a reset.
+    pub fn write_raw(&mut self) -> io::Result<()> {
+        if let Some(mut sealer) = self.sealer.take() {
+            net::reset_on_close(&self.socket, true);
+            (&*self.socket).write_all(sealer.frame(Kind::Raw, &[])?)?;
+        }
+        Ok(())
     }
 
     /// Writes the first `count` bytes that were put into the batch, and adds them to `moved`: those
     /// that travel as they are with each step, however long the far side takes for the rest.
     pub fn write_batch(&mut self, count: usize, moved: &AtomicU64) -> io::Result<()> {
-        let batch = &mut self.batch[..1 + count];
+        let batch = &mut self.batch[..FRONT + count];
         if let Some(sealer) = &mut self.sealer {
-            (&*self.socket).write_all(sealer.seal(batch)?)?;
+            sealer.write_data(batch, &*self.socket)?;
             moved.fetch_add(count as u64, Ordering::Relaxed);
             return Ok(());
         }
-        let mut left = &batch[1..];
+        let mut left = &batch[FRONT..];
         while !left.is_empty() {
             match (&*self.socket).write(left) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -268,7 +318,7 @@ impl Writer {
     pub fn write_end(&mut self) -> io::Result<()> {
         match &mut self.sealer {
             None => Ok(()),
-            Some(sealer) => (&*self.socket).write_all(sealer.seal_end()?),
+            Some(sealer) => (&*self.socket).write_all(sealer.frame(Kind::End, &[])?),
         }
     }
 
@@ -287,8 +337,7 @@ impl Write for Writer {
         match &mut self.sealer {
             None => (&*self.socket).write(bytes),
             Some(sealer) => {
-                let mut batch = [&[0], bytes].concat();
-                (&*self.socket).write_all(sealer.seal(&mut batch)?)?;
+                (&*self.socket).write_all(sealer.frame(Kind::Line, bytes)?)?;
                 Ok(bytes.len())
             }
         }

@@ -139,6 +139,11 @@ impl Lines<Reader> {
         })
     }
 
+    /// True if the lines come in frames.
+    pub fn in_frames(&self) -> bool {
+        self.from.has_frames()
+    }
+
     /// True if nothing came behind the last line.
     pub fn nothing_behind(&self) -> bool {
         self.filled == 0 && self.from.is_empty()

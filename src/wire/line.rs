@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 /// The version of the protocol that this crate speaks.
-pub const PROTO: u32 = 1;
+pub const PROTO: u32 = 2;
 
 /// The longest line in bytes, its LF included. Every line of the protocol needs less than half.
 pub const MAX_LINE: usize = 256;
@@ -93,6 +93,8 @@ words! {
         TunnelPort = "tunnel-port",
         /// This is the port for visitors, and a client came to it.
         PublicPort = "public-port",
+        /// The sides speak different versions of the protocol.
+        Version = "version",
         /// The hello came after the server had taken the client for an original one.
         Late = "late",
         /// The server could not begin a session; its log says why.
@@ -169,7 +171,7 @@ impl FromStr for SessionId {
 /// A line that a side understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// `hello proto=1 pool=8` from the client; the server's has a [`Welcome`] besides.
+    /// `hello proto=2 pool=8` from the client; the server's has a [`Welcome`] besides.
     Hello {
         /// The highest version of the protocol that the side speaks.
         proto: u32,
@@ -366,15 +368,15 @@ mod tests {
         let lines = [
             (
                 Line::Hello {
-                    proto: 1,
+                    proto: 2,
                     pool: 8,
                     welcome: None,
                 },
-                "hello proto=1 pool=8\n".to_owned(),
+                "hello proto=2 pool=8\n".to_owned(),
             ),
             (
                 Line::Hello {
-                    proto: 1,
+                    proto: 2,
                     pool: 8,
                     welcome: Some(Welcome {
                         session: session(),
@@ -383,11 +385,11 @@ mod tests {
                         client: None,
                     }),
                 },
-                format!("hello proto=1 pool=8 session={ID}\n"),
+                format!("hello proto=2 pool=8 session={ID}\n"),
             ),
             (
                 Line::Hello {
-                    proto: 1,
+                    proto: 2,
                     pool: 8,
                     welcome: Some(Welcome {
                         session: session(),
@@ -397,7 +399,7 @@ mod tests {
                     }),
                 },
                 format!(
-                    "hello proto=1 pool=8 session={ID} tunnel=8008 public=8007 \
+                    "hello proto=2 pool=8 session={ID} tunnel=8008 public=8007 \
                      client=[2001:db8::1]:50000\n"
                 ),
             ),
@@ -475,11 +477,11 @@ mod tests {
             ("hello", "proto"),
             ("hello pool=8", "proto"),
             ("hello proto=one", "proto"),
-            ("hello proto=1 pool=-1", "pool"),
-            ("hello proto=1 session=ab", "session"),
+            ("hello proto=2 pool=-1", "pool"),
+            ("hello proto=2 session=ab", "session"),
             ("new visitor=here", "visitor"),
             (
-                "hello proto=1 session=00112233445566778899aabbccddeeff tunnel=x",
+                "hello proto=2 session=00112233445566778899aabbccddeeff tunnel=x",
                 "tunnel",
             ),
             ("failed", "visitor"),
@@ -512,7 +514,7 @@ mod tests {
     #[test]
     fn random_lines_never_panic() {
         let words =
-            b"hello hi new bye tunnel failed proto=1 pool=8 session= visitor= reason=x \0\xff\r";
+            b"hello hi new bye tunnel failed proto=2 pool=8 session= visitor= reason=x \0\xff\r";
         let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = move |below: usize| {
             seed ^= seed << 13;

@@ -2,5 +2,6 @@
 
 pub mod conn;
 pub mod control;
+pub mod frame;
+pub mod handshake;
 pub mod line;
-pub mod secure;

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::peer::{HandMadeServer, Peer};
+use crate::support::peer::{HandMadeServer, LINE, Peer};
 use crate::support::{
     DEADLINE, Protection, Record, RunningClient, RunningServer, Service, closed_port,
     plain_and_sealed, server_options, with,
@@ -32,14 +32,18 @@ fn the_visitors_first_bytes_may_stand_behind_the_line_however_it_is_cut(protecti
     let line = b"new visitor=192.0.2.1:50000\n";
     let first = b"GET /first\nnew visitor=192.0.2.2:2\n\0\xff";
     let bytes = [&line[..], first].concat();
-    for cut in 0..=bytes.len() {
+    for cut in 0.. {
         let mut tunnel = server.tunnel();
-        tunnel.write(&bytes[..cut]);
-        if cut > 0 && cut < bytes.len() {
+        let wire = tunnel.wire(&bytes);
+        if cut > wire.len() {
+            break;
+        }
+        tunnel.socket.write_all(&wire[..cut]).unwrap();
+        if cut > 0 && cut < wire.len() {
             // The pause makes two reads of the two pieces.
             thread::sleep(Duration::from_millis(3));
         }
-        tunnel.write(&bytes[cut..]);
+        tunnel.socket.write_all(&wire[cut..]).unwrap();
         tunnel.end();
         let record = records.recv_timeout(DEADLINE).unwrap();
         assert_eq!(record, Record::whole(first), "cut at {cut}");
@@ -50,8 +54,10 @@ fn a_line_of_single_bytes_is_understood(protection: Protection) {
     let (service, records) = Service::recording();
     let server = HandMadeServer::start(protection, service.addr, 1);
     let mut tunnel = server.tunnel();
-    for byte in b"some=thing\nnew later=1 visitor=[2001:db8::1]:9\nabc" {
-        tunnel.write([*byte]);
+    let mut wire = tunnel.frame(LINE, b"some=thing\n");
+    wire.extend(tunnel.wire("new later=1 visitor=[2001:db8::1]:9\nabc"));
+    for byte in wire {
+        tunnel.socket.write_all(&[byte]).unwrap();
         thread::sleep(Duration::from_millis(1));
     }
     tunnel.end();
@@ -107,9 +113,9 @@ fn bad_lines_end_the_link_with_either_side(protection: Protection) {
 fn the_server_grants_at_most_sixty_four_idle_tunnels(protection: Protection) {
     let server = RunningServer::start(server_options(protection));
     let mut client = Peer::dial_control(&server);
-    client.write("hello colour=blue proto=1 pool=1000\n");
+    client.write("hello colour=blue proto=2 pool=1000\n");
     let line = client.line();
-    assert!(line.starts_with("hello proto=1 pool=64 session="), "{line}");
+    assert!(line.starts_with("hello proto=2 pool=64 session="), "{line}");
     // The rest tells where the server's ports are, and where it sees the client.
     let [public, tunnel] = [server.public, server.tunnel].map(|address| address.port());
     let client = client.socket.local_addr().unwrap();
@@ -178,7 +184,8 @@ fn a_control_link_that_starts_with_anything_but_hello_is_closed(protection: Prot
     // A hello that is not whole at the deadline is none.
     let start = Instant::now();
     let mut slow = Peer::dial_control(&server);
-    slow.write("hello proto=1");
+    let hello = slow.wire("hello proto=2 pool=0\n");
+    slow.socket.write_all(&hello[..hello.len() / 2]).unwrap();
     assert_eq!(slow.line(), "");
     let deadline = Duration::from_secs(5);
     let bounds = deadline * 9 / 10..deadline + Duration::from_millis(1500);

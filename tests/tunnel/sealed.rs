@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tunnel_proxy::Key;
 
 use crate::support::peer::{
-    CONTROL, DATA, END, FIRST_FRAME, HandMadeServer, MAX_FRAME, OVERHEAD, Peer, TUNNEL,
+    CONTROL, DATA, END, FIRST_FRAME, HandMadeServer, LINE, MAX_FRAME, OVERHEAD, Peer, TUNNEL,
 };
 use crate::support::programs::{Launch, Program};
 use crate::support::{
@@ -36,8 +36,10 @@ fn peers_made_by_hand_understand_each_other() {
         let mut tunnel = control.dial_tunnel_to(address);
         control.write("hello\n");
         assert_eq!(control.line(), "hi\n");
+        tunnel.write("tunnel\n");
         tunnel.write([b'x'; 100_000]);
         tunnel.end();
+        assert_eq!(tunnel.line(), "new\n");
         assert_eq!(tunnel.read(4), b"back");
         tunnel.assert_ended();
     });
@@ -45,9 +47,10 @@ fn peers_made_by_hand_understand_each_other() {
     let mut tunnel = Peer::accept_tunnel(&listener, &control);
     assert_eq!(control.line(), "hello\n");
     control.write("hi\n");
+    assert_eq!(tunnel.line(), "tunnel\n");
     assert_eq!(tunnel.read(100_000), [b'x'; 100_000]);
     tunnel.assert_ended();
-    tunnel.write("back");
+    tunnel.write("new\nback");
     tunnel.end();
     dialling.join().unwrap();
     assert_eq!(control.line(), "");
@@ -125,16 +128,16 @@ fn the_end_of_a_stream_leaves_the_connection_open() {
 fn the_first_frame_is_at_most_a_line_and_every_frame_of_a_known_kind() {
     let server = sealed_server();
     let padded = |size| {
-        let mut lines = "hello proto=1 pool=0\n".to_owned();
+        let mut lines = "hello proto=2 pool=0\n".to_owned();
         lines += &"\n".repeat(size - lines.len());
         lines.into_bytes()
     };
     let longest = FIRST_FRAME - OVERHEAD;
     for (kind, payload) in [
-        (DATA, padded(longest + 1)),
-        (END, b"hello proto=1 pool=0\n".to_vec()),
+        (LINE, padded(longest + 1)),
+        (END, b"hello proto=2 pool=0\n".to_vec()),
         (END, Vec::new()),
-        (2, b"hello proto=1 pool=0\n".to_vec()),
+        (DATA, b"hello proto=2 pool=0\n".to_vec()),
     ] {
         let mut stranger = Peer::dial_control(&server);
         let frame = stranger.frame(kind, &payload);
@@ -148,11 +151,11 @@ fn the_first_frame_is_at_most_a_line_and_every_frame_of_a_known_kind() {
         assert_eq!(stranger.read_until_closed(), b"", "{length}");
     }
     let mut client = Peer::dial_control(&server);
-    let frame = client.frame(DATA, &padded(longest));
+    let frame = client.frame(LINE, &padded(longest));
     client.socket.write_all(&frame).unwrap();
     let answer = client.line();
     assert!(
-        answer.starts_with("hello proto=1 pool=0 session="),
+        answer.starts_with("hello proto=2 pool=0 session="),
         "{answer}"
     );
 }
@@ -164,7 +167,7 @@ fn only_who_has_the_key_becomes_the_client() {
     let wrong = Peer::sealed(connect(server.control), &other, true, CONTROL);
     assert!(wrong.is_err(), "a handshake with another key");
     let mut plain = Peer::plain(connect(server.control));
-    plain.write("hello proto=1 pool=8\n");
+    plain.write("hello proto=2 pool=8\n");
     assert_eq!(plain.read_until_closed(), b"bye reason=wants-key\n");
     // Clients without the key go on trying, while the one that has it serves.
     let _others = [Some(other), None].map(|key| {
@@ -228,7 +231,7 @@ fn both_programs_say_when_they_have_two_keys() {
 /// The client must not take the server for an original one, and send everything in the clear.
 #[test]
 fn a_client_with_a_key_leaves_a_server_without_one() {
-    for first in ["hi\n", "hello proto=1 session=0 pool=8\n"] {
+    for first in ["hi\n", "hello proto=2 session=0 pool=8\n"] {
         let service = Service::echo();
         let (controls, tunnels) = (listener(), listener());
         let _client = RunningClient::of(Protection::Sealed, &controls, &tunnels, service.addr, 8);
@@ -248,7 +251,7 @@ fn a_client_with_a_key_takes_no_server_for_the_original() {
     let (controls, tunnels) = (listener(), listener());
     let _client = RunningClient::of(Protection::Sealed, &controls, &tunnels, service.addr, 8);
     let mut control = Peer::accept_control(&controls, Protection::Sealed);
-    assert_eq!(control.line(), "hello proto=1 pool=8\n");
+    assert_eq!(control.line(), "hello proto=2 pool=8\n");
     control.write("hi\nnew\n");
     assert_eq!(control.read_until_closed(), b"");
     tunnels.set_nonblocking(true).unwrap();

@@ -85,7 +85,7 @@ fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) 
     thread::sleep(Duration::from_millis(1200));
     let listener = TcpListener::bind(address).unwrap();
     let mut peer = Peer::accept_control(&listener, protection);
-    assert_eq!(peer.line(), "hello proto=1 pool=8\n");
+    assert_eq!(peer.line(), "hello proto=2 pool=8\n");
 }
 
 fn a_second_client_is_refused_and_the_first_is_undisturbed(protection: Protection) {
@@ -95,7 +95,7 @@ fn a_second_client_is_refused_and_the_first_is_undisturbed(protection: Protectio
     assert_echo(&visitor, "before");
     for number in 0..1000 {
         let mut second = Peer::dial_control(&tunnel.server);
-        second.write("hello proto=1 pool=8\n");
+        second.write("hello proto=2 pool=8\n");
         assert_eq!(second.line(), "bye reason=busy\n");
         assert_eq!(second.line(), "");
         if number % 100 == 0 {
@@ -111,7 +111,7 @@ fn a_session_outlives_a_thousand_refused_ones(protection: Protection) {
     let session = first.say_hello(0);
     for number in 0..1000 {
         let mut second = Peer::dial_control(&server);
-        second.write("hello proto=1 pool=8\n");
+        second.write("hello proto=2 pool=8\n");
         if number % 10 == 0 {
             // A thousand handshakes may take longer than a session lives in silence.
             first.write("hi\n");
@@ -220,8 +220,8 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
             key: protection.key(),
     ));
     let mut silent = Peer::accept_control(&listener, protection);
-    assert_eq!(silent.line(), "hello proto=1 pool=8\n");
-    silent.write("hello proto=1 session=00112233445566778899aabbccddeeff pool=0\n");
+    assert_eq!(silent.line(), "hello proto=2 pool=8\n");
+    silent.write("hello proto=2 session=00112233445566778899aabbccddeeff pool=0\n");
     let start = Instant::now();
     silent.assert_aborted(DEADLINE);
     assert!(
@@ -230,7 +230,7 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
         start.elapsed()
     );
     let mut again = Peer::accept_control(&listener, protection);
-    assert_eq!(again.line(), "hello proto=1 pool=8\n");
+    assert_eq!(again.line(), "hello proto=2 pool=8\n");
 }
 
 fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) {
@@ -238,7 +238,7 @@ fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) 
         // Refused, and taken by a server that ends at once.
         for answer in [
             "bye reason=busy\n",
-            "hello proto=1 session=00112233445566778899aabbccddeeff pool=0\n",
+            "hello proto=2 session=00112233445566778899aabbccddeeff pool=0\n",
         ] {
             scope.spawn(move || dials_come_further_apart(protection, answer));
         }
@@ -255,7 +255,7 @@ fn dials_come_further_apart(protection: Protection, answer: &str) {
     for _ in 0..6 {
         let mut peer = Peer::accept_control(&listener, protection);
         times.push(Instant::now());
-        assert_eq!(peer.line(), "hello proto=1 pool=8\n");
+        assert_eq!(peer.line(), "hello proto=2 pool=8\n");
         peer.write(answer);
     }
     // The pause is 0.2 s, doubled each time, and at least half of that. What is seen here may have
@@ -309,8 +309,8 @@ fn scan_a_tunnel(protection: Protection, pool: usize) {
         // The scanner is closed by an end, or by a reset where its bytes were left unread.
         let mut got = Vec::new();
         let _ = scanner.read_to_end(&mut got);
-        // A scanner that looks like a client without a key is told that one is needed.
-        assert!(got == b"" || got == b"bye reason=wants-key\n", "{got:?}");
+        // A scanner that looks like a client of the first version is told that it is one.
+        assert!(got == b"" || got == b"bye reason=version\n", "{got:?}");
     }
     let closed = start.elapsed();
     assert!(closed < Duration::from_secs(7), "{closed:?}");

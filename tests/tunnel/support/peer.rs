@@ -17,9 +17,11 @@ const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 /// What the two messages of a handshake have, without a payload: an ephemeral key and a tag.
 const HANDSHAKE_MESSAGE: usize = 48;
 
-/// The types of frames, and what a frame has besides its payload: the type, and a tag.
+/// The kinds of frames, and what a sealed frame has besides its payload: the kind, and a tag.
 pub const DATA: u8 = 0;
 pub const END: u8 = 1;
+pub const LINE: u8 = 2;
+pub const RAW: u8 = 3;
 pub const OVERHEAD: usize = 17;
 
 /// The longest frame is the longest line at first, and then what the length can say.
@@ -27,8 +29,8 @@ pub const FIRST_FRAME: usize = 256 + OVERHEAD;
 pub const MAX_FRAME: usize = 65535;
 
 /// What a handshake is for; a tunnel's is bound to one control link besides.
-pub const CONTROL: &[u8] = b"tp/1 control";
-pub const TUNNEL: &[u8] = b"tp/1 tunnel";
+pub const CONTROL: &[u8] = b"tp/2 control";
+pub const TUNNEL: &[u8] = b"tp/2 tunnel";
 
 /// The session of a server made by hand.
 const SESSION: &str = "00112233445566778899aabbccddeeff";
@@ -37,8 +39,25 @@ const SESSION: &str = "00112233445566778899aabbccddeeff";
 pub struct Peer {
     pub socket: TcpStream,
     seal: Option<Seal>,
+    carries: Carries,
     /// Bytes that have come, and that nobody has asked for yet.
     unread: Vec<u8>,
+}
+
+/// What a peer's connection carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Carries {
+    /// Bytes as they are, or with a key lines.
+    Link,
+    /// Frames: a line, and then a visitor's stream to its end.
+    Tunnel {
+        /// The next thing that this peer writes is a line.
+        line_out: bool,
+        /// The next thing that comes is a line.
+        line_in: bool,
+        /// The far side has said that the rest comes without frames.
+        raw_in: bool,
+    },
 }
 
 /// What comes from the other side.
@@ -54,22 +73,22 @@ enum Came {
 impl Peer {
     /// A peer that never has a key.
     pub fn plain(socket: TcpStream) -> Self {
-        let unread = Vec::new();
         Self {
             socket,
             seal: None,
-            unread,
+            carries: Carries::Link,
+            unread: Vec::new(),
         }
     }
 
     /// A peer with this key; `dials` tells which half of the handshake is its own.
     pub fn sealed(socket: TcpStream, key: &Key, dials: bool, prologue: &[u8]) -> io::Result<Self> {
         let seal = Some(Seal::agree(&socket, key, dials, prologue)?);
-        let unread = Vec::new();
         Ok(Self {
             socket,
             seal,
-            unread,
+            carries: Carries::Link,
+            unread: Vec::new(),
         })
     }
 
@@ -107,10 +126,21 @@ impl Peer {
     }
 
     fn tunnel(&self, socket: TcpStream, dials: bool) -> Self {
-        match &self.seal {
+        let mut tunnel = match &self.seal {
             Some(seal) => Self::new(socket, Some(&seal.key), dials, &self.prologue_of_tunnels()),
             None => Self::plain(socket),
-        }
+        };
+        tunnel.is_tunnel();
+        tunnel
+    }
+
+    /// From now on it carries what a tunnel does.
+    pub fn is_tunnel(&mut self) {
+        self.carries = Carries::Tunnel {
+            line_out: true,
+            line_in: true,
+            raw_in: false,
+        };
     }
 
     /// The prologue of the handshakes of those tunnels that belong to this sealed control link.
@@ -125,25 +155,45 @@ impl Peer {
 
     /// What these bytes are on the wire, where they have to come next.
     pub fn wire(&mut self, bytes: impl AsRef<[u8]>) -> Vec<u8> {
-        match &mut self.seal {
-            Some(seal) => seal.data(bytes.as_ref()),
-            None => bytes.as_ref().to_vec(),
+        let mut bytes = bytes.as_ref();
+        let mut wire = Vec::new();
+        match &mut self.carries {
+            Carries::Link if self.seal.is_none() => return bytes.to_vec(),
+            Carries::Link => return self.frame(LINE, bytes),
+            Carries::Tunnel { line_out, .. } => {
+                if std::mem::take(line_out) {
+                    let end = bytes.iter().position(|byte| *byte == b'\n');
+                    let (line, rest) = bytes.split_at(end.map_or(bytes.len(), |end| end + 1));
+                    wire = self.frame(LINE, line);
+                    bytes = rest;
+                }
+            }
         }
+        // In as few frames as possible.
+        for piece in bytes.chunks(MAX_FRAME - OVERHEAD) {
+            wire.extend(self.frame(DATA, piece));
+        }
+        wire
     }
 
-    /// A frame as it goes on the wire, where it has to come next. Only a sealed peer has frames.
+    /// A frame as it goes on the wire, where it has to come next.
     pub fn frame(&mut self, kind: u8, payload: &[u8]) -> Vec<u8> {
-        self.seal.as_mut().unwrap().frame(kind, payload)
+        let text = [&[kind], payload].concat();
+        match &mut self.seal {
+            Some(seal) => seal.seal(&text),
+            None => with_length(&text),
+        }
     }
 
     /// Ends what it writes, as a half-close does.
     pub fn end(&mut self) {
-        match &mut self.seal {
-            Some(seal) => {
-                let end = seal.frame(END, &[]);
+        match &mut self.carries {
+            Carries::Tunnel { line_out, .. } => {
+                *line_out = true;
+                let end = self.frame(END, &[]);
                 self.socket.write_all(&end).unwrap();
             }
-            None => self.socket.shutdown(Shutdown::Write).unwrap(),
+            Carries::Link => self.socket.shutdown(Shutdown::Write).unwrap(),
         }
     }
 
@@ -226,8 +276,12 @@ impl Peer {
     }
 
     fn receive(&mut self) -> io::Result<Came> {
-        if let Some(seal) = &mut self.seal {
-            return seal.receive(&self.socket);
+        let in_frames = match self.carries {
+            Carries::Link => self.seal.is_some(),
+            Carries::Tunnel { raw_in, .. } => !raw_in,
+        };
+        if in_frames {
+            return self.receive_frame();
         }
         let mut bytes = vec![0; 4096];
         let count = self.socket.read(&mut bytes)?;
@@ -238,9 +292,46 @@ impl Peer {
         })
     }
 
+    fn receive_frame(&mut self) -> io::Result<Came> {
+        let mut length = [0; 2];
+        if self.socket.read(&mut length[..1])? == 0 {
+            return Ok(Came::Cut);
+        }
+        self.socket.read_exact(&mut length[1..])?;
+        let mut frame = vec![0; u16::from_be_bytes(length).into()];
+        self.socket.read_exact(&mut frame)?;
+        if let Some(seal) = &mut self.seal {
+            frame = seal.open(&frame);
+        }
+        let payload = frame.split_off(1);
+        match (&mut self.carries, frame[0], payload.len()) {
+            (Carries::Link, LINE, _) => Ok(Came::Bytes(payload)),
+            (Carries::Tunnel { line_in, .. }, LINE, _) if *line_in => {
+                *line_in = false;
+                Ok(Came::Bytes(payload))
+            }
+            (Carries::Tunnel { line_in: false, .. }, DATA, _) => Ok(Came::Bytes(payload)),
+            (Carries::Tunnel { line_in, .. }, END, 0) if !*line_in => {
+                *line_in = true;
+                Ok(Came::End)
+            }
+            (
+                Carries::Tunnel {
+                    line_in, raw_in, ..
+                },
+                RAW,
+                0,
+            ) if !*line_in => {
+                *raw_in = true;
+                self.receive()
+            }
+            (carries, kind, size) => panic!("{carries:?}: frame {kind} of {size} bytes"),
+        }
+    }
+
     /// Says hello as a client, and returns the session id that the server gives.
     pub fn say_hello(&mut self, pool: usize) -> String {
-        self.write(format!("hello proto=1 pool={pool}\n"));
+        self.write(format!("hello proto=2 pool={pool}\n"));
         let line = self.line();
         let session = line
             .split("session=")
@@ -264,8 +355,8 @@ impl HandMadeServer {
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = RunningClient::of(protection, &controls, &tunnels, local, pool);
         let mut control = Peer::accept_control(&controls, protection);
-        assert_eq!(control.line(), format!("hello proto=1 pool={pool}\n"));
-        control.write(format!("hello proto=1 session={SESSION} pool={pool}\n"));
+        assert_eq!(control.line(), format!("hello proto=2 pool={pool}\n"));
+        control.write(format!("hello proto=2 session={SESSION} pool={pool}\n"));
         Self {
             controls,
             tunnels,
@@ -288,9 +379,6 @@ struct Seal {
     transport: TransportState,
     /// The handshake's hash: no two handshakes have the same.
     hash: Vec<u8>,
-    /// How long the next frame may be that goes out, and that comes in.
-    longest_out: usize,
-    longest_in: usize,
 }
 
 impl Seal {
@@ -308,50 +396,20 @@ impl Seal {
             key: key.clone(),
             hash: noise.get_handshake_hash().to_vec(),
             transport: noise.into_transport_mode().unwrap(),
-            longest_out: FIRST_FRAME,
-            longest_in: FIRST_FRAME,
         })
     }
 
-    /// These bytes in as few frames as possible.
-    fn data(&mut self, mut bytes: &[u8]) -> Vec<u8> {
-        let mut wire = Vec::new();
-        while !bytes.is_empty() {
-            let (piece, rest) = bytes.split_at(bytes.len().min(self.longest_out - OVERHEAD));
-            wire.extend(self.frame(DATA, piece));
-            bytes = rest;
-        }
-        wire
-    }
-
-    fn frame(&mut self, kind: u8, payload: &[u8]) -> Vec<u8> {
-        let text = [&[kind], payload].concat();
+    fn seal(&mut self, text: &[u8]) -> Vec<u8> {
         let mut sealed = vec![0; MAX_FRAME];
-        let length = self.transport.write_message(&text, &mut sealed).unwrap();
-        self.longest_out = MAX_FRAME;
+        let length = self.transport.write_message(text, &mut sealed).unwrap();
         with_length(&sealed[..length])
     }
 
-    fn receive(&mut self, mut socket: &TcpStream) -> io::Result<Came> {
-        let mut length = [0; 2];
-        if socket.read(&mut length[..1])? == 0 {
-            return Ok(Came::Cut);
-        }
-        socket.read_exact(&mut length[1..])?;
-        let mut sealed = vec![0; u16::from_be_bytes(length).into()];
-        let bounds = OVERHEAD..=self.longest_in;
-        assert!(bounds.contains(&sealed.len()), "{} bytes", sealed.len());
-        self.longest_in = MAX_FRAME;
-        socket.read_exact(&mut sealed)?;
+    fn open(&mut self, sealed: &[u8]) -> Vec<u8> {
         let mut text = vec![0; sealed.len()];
-        let length = self.transport.read_message(&sealed, &mut text).unwrap();
+        let length = self.transport.read_message(sealed, &mut text).unwrap();
         text.truncate(length);
-        let payload = text.split_off(1);
-        match (text[0], payload.len()) {
-            (DATA, _) => Ok(Came::Bytes(payload)),
-            (END, 0) => Ok(Came::End),
-            frame => panic!("a frame that is none: {frame:?}"),
-        }
+        text
     }
 }
 
