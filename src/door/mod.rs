@@ -113,6 +113,19 @@ impl Door {
                 Some(self.handshake(&mut conn, place, handshake, start)?)
             }
         };
+        self.hear_hello(conn, bond, socket, start)
+    }
+
+    /// What follows the handshake of a control link. Apart from it, as what this function holds has no
+    /// place on the stack of a thread that waits for a stranger.
+    #[inline(never)]
+    fn hear_hello(
+        &self,
+        conn: Conn,
+        bond: Option<Bond>,
+        socket: Arc<TcpStream>,
+        start: Instant,
+    ) -> Result<Link, Refusal> {
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
         let patience = match self.original {
             true => HELLO_TIMEOUT,
@@ -184,6 +197,12 @@ impl Door {
             };
             self.handshake(&mut conn, place, handshake, start)?;
         }
+        Self::hear_session(conn, start)
+    }
+
+    /// What follows the handshake of a tunnel, apart from it as above.
+    #[inline(never)]
+    fn hear_session(mut conn: Conn, start: Instant) -> Result<(Conn, SessionId), Refusal> {
         conn.begin_frames();
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
         let first = lines.next_line_by(start + HANDSHAKE_TIMEOUT);
