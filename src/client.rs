@@ -20,8 +20,8 @@ use crate::options::ClientOptions;
 use crate::os::limits::Slots;
 use crate::os::net;
 use crate::os::workers::{Workers, set_name};
-use crate::relay::{Closing, End, Expected, Pairs, Peer, Visitor};
-use crate::session::of_client::{LocalError, NoVisitor, Session, Spare};
+use crate::relay::{End, Pairs, Peer, Visitor};
+use crate::session::of_client::{LocalError, NoVisitor, Session, Spare, Tunnel};
 use crate::session::{Ended, Proto};
 use crate::stop::Stop;
 use crate::wire::conn::Conn;
@@ -120,52 +120,60 @@ impl Shared {
         Ok(self.end_session(&session, ended))
     }
 
-    /// One tunnel: dialled, idle until its visitor comes, then joined with the local service until
-    /// that visitor has gone. False if none came. The tunnel comes first, so that a visitor finds it
-    /// ready; the local service is dialled only then, as one that speaks first speaks to its visitor.
-    fn combine(self: &Arc<Self>, spare: Spare) -> bool {
+    /// One tunnel: dialled, then idle until a visitor comes, joined with the local service until that
+    /// visitor has gone, and idle again. The tunnel comes first, so that a visitor finds it ready; the
+    /// local service is dialled only then, as one that speaks first speaks to its visitor.
+    fn combine(self: &Arc<Self>, spare: Spare) {
         let session = spare.session.clone();
-        let (visitor, remote, expected) = match self.connect_remote(spare) {
-            Ok(given) => given,
-            Err(why) => {
-                if session.is_live() {
-                    self.journal.no_visitor(session.tunnel_addr, &why);
-                }
-                return false;
-            }
-        };
-        match self.connect_local(&session, &visitor) {
-            Ok((local, own_dial)) => {
-                let closing = self.join_conn(&session, local, remote, visitor);
-                drop(own_dial);
-                // The visit is over, and a stop need not wait for what is left: the tunnel's close.
-                drop(expected);
-                if let Some(closing) = closing {
-                    closing.wait();
-                }
-            }
-            Err(error) => {
-                net::abort(remote.socket());
-                self.journal.local_failed(&visitor, &error);
-                session.tell_failed(&visitor, error.reason);
-            }
+        match self.connect_remote(spare) {
+            Ok((tunnel, spare)) => self.serve(tunnel, spare),
+            Err(why) => self.no_visitor(&session, &why),
         }
-        true
     }
 
-    /// Joins a tunnel with the local service: two copy threads, of which this is one.
+    /// One visitor after another comes through a tunnel, until the tunnel ends, or the other copy thread
+    /// of a visitor goes on with it.
+    fn serve(self: &Arc<Self>, mut tunnel: Tunnel, mut spare: Spare) {
+        let session = spare.session.clone();
+        loop {
+            set_name("tunnel");
+            let visitor = match spare.wait_for_visitor(&mut tunnel) {
+                Ok(visitor) => visitor,
+                Err(why) => return self.no_visitor(&session, &why),
+            };
+            let (local, own_dial) = match self.connect_local(&session, &visitor) {
+                Ok(dialled) => dialled,
+                Err(error) => {
+                    net::abort(tunnel.conn.socket());
+                    self.journal.local_failed(&visitor, &error);
+                    session.tell_failed(&visitor, error.reason);
+                    drop(tunnel);
+                    return self.refill_if_low(&session);
+                }
+            };
+            let Some(again) = self.join_conn(&session, local, tunnel, visitor) else {
+                return self.refill_if_low(&session);
+            };
+            drop(own_dial);
+            (tunnel, spare) = (again, session.spare_again());
+        }
+    }
+
+    /// Joins a tunnel with the local service: two copy threads, of which this is one. The one that ends
+    /// last has the tunnel for the next visitor.
     fn join_conn(
         self: &Arc<Self>,
         session: &Arc<Session>,
         local: TcpStream,
-        remote: Conn,
+        tunnel: Tunnel,
         visitor: Visitor,
-    ) -> Option<Closing> {
+    ) -> Option<Tunnel> {
+        let Tunnel { conn, held } = tunnel;
         let (up, down) = self.pairs.join(
             visitor,
             End {
                 peer: Peer::Server,
-                conn: remote,
+                conn,
             },
             End {
                 peer: Peer::LocalService,
@@ -173,21 +181,24 @@ impl Shared {
             },
             self.options.linger,
         );
-        let (client, session) = (self.clone(), session.clone());
+        let (client, session, held_too) = (self.clone(), session.clone(), held.clone());
         let work = move || {
-            // Behind the visitor's first bytes, and only if those that leave leave too little.
-            if session.is_low() {
-                client.refill(&session);
-            }
-            if let Some(closing) = down.copy() {
-                closing.wait();
+            // Behind the visitor's first bytes.
+            client.refill_if_low(&session);
+            let held = held_too;
+            match down.copy() {
+                Some(conn) => client.serve(Tunnel { conn, held }, session.spare_again()),
+                None => {
+                    drop(held);
+                    client.refill_if_low(&session);
+                }
             }
         };
         if let Err(error) = self.workers.start("down", work) {
             self.journal.no_thread("down", &error);
         }
         set_name("up");
-        up.copy()
+        up.copy().map(|conn| Tunnel { conn, held })
     }
 
     /// Dials the local service, unless that leads back to the server.
@@ -212,31 +223,35 @@ impl Shared {
         Ok((local, own_dial))
     }
 
-    /// Dials the tunnel port, names the session, after the handshake if there is a key, and waits for
-    /// a visitor.
-    fn connect_remote(&self, spare: Spare) -> Result<(Visitor, Conn, Expected), NoVisitor> {
+    /// Dials the tunnel port and names the session, after the handshake if there is a key.
+    fn connect_remote(&self, mut spare: Spare) -> Result<(Tunnel, Spare), NoVisitor> {
         let session = spare.session.clone();
-        let mut remote = self.dial_again(&session, || {
+        let mut conn = self.dial_again(&session, || {
             let remote = net::dial_one(session.tunnel_addr)?;
-            // Once the server has given it a visitor, an end is a complete and empty answer.
-            net::reset_on_close(&remote, true);
             let mut remote = Conn::new(Arc::new(remote));
             if let Some(bond) = &session.bond {
                 seal_tunnel(&mut remote, bond)?;
-            }
-            if session.proto != Proto::Original {
-                remote.begin_frames();
             }
             Ok(remote)
         })?;
         // Once the tunnel has named its session, the server may give it a visitor, whom a client that
         // stops must not forget.
-        let expected = session.expect_visitor(&self.pairs)?;
-        if let Proto::Tp2 { id, .. } = session.proto {
-            let named = send(&mut remote.writer, &Line::Tunnel { session: id });
-            named.map_err(|error| NoVisitor::Dial(error.into()))?;
+        let held = spare.hold(&self.pairs)?;
+        match session.proto {
+            // An end would be taken for a complete and empty answer.
+            Proto::Original => net::reset_on_close(conn.socket(), true),
+            Proto::Tp2 { id, .. } => {
+                conn.begin_frames();
+                let named = send(&mut conn.writer, &Line::Tunnel { session: id });
+                named.map_err(|error| NoVisitor::Dial(error.into()))?;
+            }
         }
-        let (visitor, remote) = spare.wait_for_visitor(remote)?;
-        Ok((visitor, remote, expected))
+        Ok((Tunnel { conn, held }, spare))
+    }
+
+    fn no_visitor(&self, session: &Session, why: &NoVisitor) {
+        if session.is_live() {
+            self.journal.no_visitor(session.tunnel_addr, why);
+        }
     }
 }

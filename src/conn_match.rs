@@ -21,8 +21,9 @@ pub struct ConnMatch<A, T> {
 #[derive(Debug)]
 pub struct ConnList<A, T> {
     matches: VecDeque<ConnMatch<A, T>>,
-    /// The newest stands last and is taken first, as it is the least likely to have died.
-    idle: VecDeque<T>,
+    /// Each with the time since when. The newest stands last and is taken first: it is the least likely
+    /// to have died, and those that nobody needs stay unused.
+    idle: VecDeque<(T, Instant)>,
 }
 
 /// What became of a new tunnel.
@@ -60,7 +61,7 @@ impl<A, T> ConnList<A, T> {
     }
 
     fn insert(&mut self, place: usize, accept: A, accept_add_time: Instant) -> bool {
-        let tunnel = self.idle.pop_back();
+        let tunnel = self.idle.pop_back().map(|(tunnel, _)| tunnel);
         let complete = tunnel.is_some();
         let conn_match = ConnMatch {
             accept,
@@ -71,20 +72,20 @@ impl<A, T> ConnList<A, T> {
         complete
     }
 
-    /// Gives a tunnel to the visitor who has waited longest, or else keeps it idle, as one of at
-    /// most `pool`.
-    pub fn add_tunnel(&mut self, tunnel: T, pool: usize) -> Placed<T> {
+    /// Gives a tunnel to the visitor who has waited longest, or else keeps it idle from `now` on, as
+    /// one of at most `most`.
+    pub fn add_tunnel(&mut self, tunnel: T, now: Instant, most: usize) -> Placed<T> {
         let oldest = self.complete();
         if let Some(waiting) = self.matches.get_mut(oldest) {
             waiting.tunnel = Some(tunnel);
             return Placed::Matched;
         }
-        self.idle.push_back(tunnel);
-        if self.idle.len() <= pool {
+        self.idle.push_back((tunnel, now));
+        if self.idle.len() <= most {
             return Placed::Idle;
         }
         match self.idle.pop_front() {
-            Some(oldest) => Placed::Superfluous(oldest),
+            Some((oldest, _)) => Placed::Superfluous(oldest),
             None => Placed::Idle,
         }
     }
@@ -130,13 +131,21 @@ impl<A, T> ConnList<A, T> {
         self.idle.len()
     }
 
+    /// Takes out those idle tunnels beyond `pool` that nobody has needed for `time` or longer.
+    pub fn take_unused(&mut self, now: Instant, pool: usize, time: Duration) -> Vec<T> {
+        let beyond = self.idle.len().saturating_sub(pool);
+        let unused = |(_, since): &&(T, Instant)| now.saturating_duration_since(*since) >= time;
+        let count = self.idle.iter().take(beyond).take_while(unused).count();
+        self.idle.drain(..count).map(|(tunnel, _)| tunnel).collect()
+    }
+
     /// Takes out every idle tunnel, as their session has ended.
-    pub fn take_idle(&mut self) -> VecDeque<T> {
-        std::mem::take(&mut self.idle)
+    pub fn take_idle(&mut self) -> Vec<T> {
+        self.idle.drain(..).map(|(tunnel, _)| tunnel).collect()
     }
 
     /// Takes out everything, as the server stops.
-    pub fn clear(&mut self) -> (VecDeque<ConnMatch<A, T>>, VecDeque<T>) {
+    pub fn clear(&mut self) -> (VecDeque<ConnMatch<A, T>>, Vec<T>) {
         (std::mem::take(&mut self.matches), self.take_idle())
     }
 
@@ -174,11 +183,11 @@ mod tests {
             assert!(!list.add_accept(visitor, now));
         }
         assert_eq!(list.waiting(), 3);
-        assert_eq!(list.add_tunnel(1, 0), Placed::Matched);
-        assert_eq!(list.add_tunnel(2, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(1, now, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(2, now, 0), Placed::Matched);
         assert_eq!(list.waiting(), 1);
         assert_eq!(served(&mut list), [("a", 1), ("b", 2)]);
-        assert_eq!(list.add_tunnel(3, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(3, now, 0), Placed::Matched);
         assert_eq!(served(&mut list), [("c", 3)]);
         assert_eq!(served(&mut list), []);
     }
@@ -187,7 +196,7 @@ mod tests {
     fn the_newest_idle_tunnel_is_taken() {
         let (mut list, now) = (list(), Instant::now());
         for tunnel in 1..=2 {
-            assert_eq!(list.add_tunnel(tunnel, 8), Placed::Idle);
+            assert_eq!(list.add_tunnel(tunnel, now, 8), Placed::Idle);
         }
         assert!(list.add_accept("a", now));
         assert!(list.add_accept("b", now));
@@ -198,13 +207,34 @@ mod tests {
 
     #[test]
     fn superfluous_tunnels_push_the_oldest_out() {
-        let mut list = list();
-        assert_eq!(list.add_tunnel(1, 0), Placed::Superfluous(1));
-        assert_eq!(list.add_tunnel(1, 2), Placed::Idle);
-        assert_eq!(list.add_tunnel(2, 2), Placed::Idle);
-        assert_eq!(list.add_tunnel(3, 2), Placed::Superfluous(1));
+        let (mut list, now) = (list(), Instant::now());
+        assert_eq!(list.add_tunnel(1, now, 0), Placed::Superfluous(1));
+        assert_eq!(list.add_tunnel(1, now, 2), Placed::Idle);
+        assert_eq!(list.add_tunnel(2, now, 2), Placed::Idle);
+        assert_eq!(list.add_tunnel(3, now, 2), Placed::Superfluous(1));
         assert_eq!(list.take_idle(), [2, 3]);
         assert!(list.take_idle().is_empty());
+    }
+
+    #[test]
+    fn what_was_unused_for_longest_goes_first_and_never_the_pool() {
+        let (mut list, now) = (list(), Instant::now());
+        let second = Duration::from_secs(1);
+        for tunnel in 1..=4 {
+            list.add_tunnel(tunnel, now + tunnel * second, 9);
+        }
+        assert_eq!(list.take_unused(now + TIMEOUT, 2, TIMEOUT), []);
+        assert_eq!(list.take_unused(now + TIMEOUT + second, 2, TIMEOUT), [1]);
+        for visitor in ["a", "b"] {
+            assert!(list.add_accept(visitor, now));
+        }
+        assert_eq!(served(&mut list), [("a", 4), ("b", 3)]);
+        for tunnel in [3, 4] {
+            list.add_tunnel(tunnel, now + 2 * TIMEOUT, 9);
+        }
+        assert_eq!(list.take_unused(now + 3 * TIMEOUT, 2, TIMEOUT), [2]);
+        assert_eq!(list.take_unused(now + 9 * TIMEOUT, 2, TIMEOUT), []);
+        assert_eq!(list.take_unused(now + 9 * TIMEOUT, 0, TIMEOUT), [3, 4]);
     }
 
     #[test]
@@ -233,7 +263,7 @@ mod tests {
         let (mut list, now) = (list(), Instant::now());
         list.add_accept("a", now);
         list.add_accept("b", now);
-        list.add_tunnel(1, 0);
+        list.add_tunnel(1, now, 0);
         assert_eq!(list.take_expired(now + 2 * TIMEOUT, TIMEOUT), ["b"]);
         assert_eq!(served(&mut list), [("a", 1)]);
     }
@@ -244,11 +274,11 @@ mod tests {
         let later = now + Duration::from_secs(1);
         list.add_accept("a", now);
         list.add_accept("b", later);
-        list.add_tunnel(1, 8);
+        list.add_tunnel(1, now, 8);
         let (visitor, came, _dead) = list.take_match().unwrap();
         assert!(!list.put_back(visitor, came));
         assert_eq!(list.oldest_waiting(), Some(now));
-        list.add_tunnel(2, 8);
+        list.add_tunnel(2, now, 8);
         assert_eq!(served(&mut list), [("a", 2)]);
         assert_eq!(list.oldest_waiting(), Some(later));
     }
@@ -256,8 +286,8 @@ mod tests {
     #[test]
     fn after_a_dead_tunnel_the_next_idle_one_is_taken() {
         let (mut list, now) = (list(), Instant::now());
-        list.add_tunnel(1, 8);
-        list.add_tunnel(2, 8);
+        list.add_tunnel(1, now, 8);
+        list.add_tunnel(2, now, 8);
         list.add_accept("a", now);
         let (visitor, came, dead) = list.take_match().unwrap();
         assert_eq!(dead, 2);
@@ -272,13 +302,13 @@ mod tests {
         for visitor in ["a", "b", "c"] {
             list.add_accept(visitor, now);
         }
-        list.add_tunnel(1, 8);
-        list.add_tunnel(2, 8);
+        list.add_tunnel(1, now, 8);
+        list.add_tunnel(2, now, 8);
         let (visitor, came, _dead) = list.take_match().unwrap();
         assert!(!list.put_back(visitor, came));
         assert_eq!(served(&mut list), [("b", 2)]);
-        list.add_tunnel(3, 8);
-        list.add_tunnel(4, 8);
+        list.add_tunnel(3, now, 8);
+        list.add_tunnel(4, now, 8);
         assert_eq!(served(&mut list), [("a", 3), ("c", 4)]);
     }
 }

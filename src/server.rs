@@ -22,16 +22,19 @@ use crate::os::hand_over::Successor;
 use crate::os::limits::Slots;
 use crate::os::listener::Listener;
 use crate::os::workers::Workers;
-use crate::relay::{End, Pairs, Peer, SWEEP, Visitor};
+use crate::relay::{Direction, End, Pairs, Peer, SWEEP, Visitor};
 use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::Conn;
-use crate::wire::line::{Line, MAX_POOL, NEW, SessionId};
+use crate::wire::line::{Line, MAX_POOL, NEW};
 use ends::{Accept, Tunnel};
 
 /// A visitor that has waited this long, many round trips, has lost its tunnel on the way.
 const LOST_AFTER: Duration = Duration::from_secs(1);
+
+/// An idle tunnel beyond the pool that no visitor has needed for this long is closed.
+const UNUSED: Duration = Duration::from_secs(10);
 
 /// So many lost tunnels are asked for again at a time: if all are lost, more would not help.
 const MOST_ASKED_AGAIN: usize = MAX_POOL;
@@ -208,13 +211,23 @@ impl Shared {
         while let Some((socket, from)) = self.accept(&self.tunnel) {
             let live = self.state.lock().cache.as_ref().map(|live| live.proto);
             if live == Some(Proto::Original) {
-                self.config_conn_list_tunnel(Conn::new(Arc::new(socket)), from, None);
+                self.config_conn_list_tunnel(Tunnel {
+                    conn: Conn::new(Arc::new(socket)),
+                    from,
+                    session: None,
+                    has_served: false,
+                });
                 continue;
             }
             let place = self.door.tunnels.enter(socket, from);
             self.start("tunnel", move |server| {
                 match server.door.admit_tunnel(place, server.live_bond().as_ref()) {
-                    Ok((conn, id)) => server.config_conn_list_tunnel(conn, from, Some(id)),
+                    Ok((conn, id)) => server.config_conn_list_tunnel(Tunnel {
+                        conn,
+                        from,
+                        session: Some(id),
+                        has_served: false,
+                    }),
                     Err(refusal) => server.journal.refused_tunnel(from, &refusal),
                 }
             });
@@ -223,18 +236,26 @@ impl Shared {
 
     /// Gives a tunnel of the live session to the visitor that has waited longest, and signals the
     /// matcher. Without such a visitor the tunnel is idle, or closed if there are enough.
-    fn config_conn_list_tunnel(&self, conn: Conn, from: SocketAddr, id: Option<SessionId>) {
-        let tunnel = match Tunnel::new(conn, id) {
-            Ok(tunnel) => tunnel,
-            Err(error) => return self.journal.refused_tunnel(from, &error.into()),
-        };
+    fn config_conn_list_tunnel(&self, tunnel: Tunnel) {
+        let Tunnel {
+            from, has_served, ..
+        } = tunnel;
         let mut state = self.state.lock();
         let live = state.cache.as_ref().map(|live| live.proto);
-        let Some(proto) = live.filter(|proto| proto.id() == id) else {
+        let Some(proto) = live.filter(|proto| proto.id() == tunnel.session) else {
             drop(state);
-            return self.journal.refused_tunnel(from, &Refusal::OldSession);
+            if !has_served {
+                self.journal.refused_tunnel(from, &Refusal::OldSession);
+            }
+            return;
         };
-        let placed = state.conn_list_map.add_tunnel(tunnel, proto.pool());
+        let most = match proto {
+            Proto::Original => 0,
+            // Each visitor may leave a tunnel idle.
+            Proto::Tp2 { pool, .. } => pool + self.options.max_conns,
+        };
+        let now = Instant::now();
+        let placed = state.conn_list_map.add_tunnel(tunnel, now, most);
         drop(state);
         match placed {
             Placed::Matched => self.update(),
@@ -266,13 +287,20 @@ impl Shared {
         }
     }
 
-    /// Joins a visitor with its tunnel, whose client has been told: two copy threads.
-    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Conn) {
+    /// Joins a visitor with its tunnel, whose client has been told: two copy threads. The one that ends
+    /// last gives the tunnel to the next visitor.
+    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel) {
         let Accept {
             socket,
             visitor,
             slot,
         } = accept;
+        let Tunnel {
+            conn,
+            from,
+            session,
+            ..
+        } = tunnel;
         let (up, down) = self.pairs.join(
             Visitor::new(Some(visitor), Some(slot)),
             End {
@@ -281,12 +309,22 @@ impl Shared {
             },
             End {
                 peer: Peer::Client,
-                conn: tunnel,
+                conn,
             },
             self.options.linger,
         );
-        self.start("up", move |_| drop(up.copy()));
-        self.start("down", move |_| drop(down.copy()));
+        let copy = move |server: &Arc<Self>, direction: Direction| {
+            if let Some(conn) = direction.copy() {
+                server.config_conn_list_tunnel(Tunnel {
+                    conn,
+                    from,
+                    session,
+                    has_served: true,
+                });
+            }
+        };
+        self.start("up", move |server| copy(server, up));
+        self.start("down", move |server| copy(server, down));
     }
 
     /// Closes the visitors that waited longer than the pair timeout; meanwhile asks again for tunnels
@@ -302,7 +340,10 @@ impl Shared {
             let lost = state.conn_list_map.waiting_since(now, LOST_AFTER);
             let oldest = state.conn_list_map.oldest_waiting();
             let client = state.cache.as_ref().map(|live| live.client);
+            let pool = state.cache.as_ref().map_or(0, |live| live.proto.pool());
+            let unused = state.conn_list_map.take_unused(now, pool, UNUSED);
             drop(state);
+            drop(unused);
             for _ in 0..lost.min(MOST_ASKED_AGAIN) {
                 self.send_message(NEW);
             }

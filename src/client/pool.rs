@@ -41,6 +41,13 @@ impl Shared {
         }
     }
 
+    /// Dials tunnels where those in use leave too few, or one has ended with its visitor.
+    pub(super) fn refill_if_low(self: &Arc<Self>, session: &Arc<Session>) {
+        if session.is_low() {
+            self.refill(session);
+        }
+    }
+
     /// Dials a tunnel for a visitor that waits.
     pub(super) fn one_more(self: &Arc<Self>, session: &Arc<Session>) {
         match self.one_spare(session, MAX_SPARE) {
@@ -56,18 +63,8 @@ impl Shared {
 
     /// Combines on a worker; false if there is none.
     fn start_combine(self: &Arc<Self>, spare: Spare) -> bool {
-        let (client, session) = (self.clone(), spare.session.clone());
-        let work = move || {
-            let mut next = Some(spare);
-            while let Some(spare) = next {
-                // A thread whose visitor has gone dials the next tunnel: another one need not be
-                // woken.
-                let served = client.combine(spare);
-                let pool = session.proto.pool();
-                next = served.then(|| client.one_spare(&session, pool)).flatten();
-            }
-        };
-        let started = self.workers.start("tunnel", work);
+        let client = self.clone();
+        let started = self.workers.start("tunnel", move || client.combine(spare));
         if let Err(error) = &started {
             self.journal.no_thread("tunnel", error);
         }

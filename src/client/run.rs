@@ -113,7 +113,7 @@ impl Shared {
     ) -> io::Result<()> {
         let (client, owned) = (self.clone(), session.clone());
         self.workers.start("control_writer", move || {
-            owned.write_lines(writer, &to_write, || client.refill(&owned));
+            owned.write_lines(writer, &to_write, || client.refill_if_low(&owned));
         })
     }
 

@@ -393,7 +393,9 @@ impl Journal {
             NoVisitor::NotServer(why) => {
                 (Warn, format!("idle tunnel to {tunnel_addr} ended: {why}"))
             }
-            // Most likely the server had more idle tunnels than it had granted.
+            NoVisitor::Ended(Ended::Closed) => {
+                return self.detail(format_args!("the server closed an idle tunnel"));
+            }
             NoVisitor::Ended(ended) => {
                 (Info, format!("idle tunnel to {tunnel_addr} ended: {ended}"))
             }

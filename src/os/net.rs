@@ -124,10 +124,43 @@ pub fn end_when_unacknowledged(socket: &TcpStream, after: Duration) -> io::Resul
     Ok(())
 }
 
-/// True if an idle, non-blocking connection is open and has nothing to read.
+/// True if an idle connection is open and has nothing to read. Never waits.
 pub fn is_quiet(socket: &TcpStream) -> bool {
-    let peeked = socket.peek(&mut [0]);
+    #[cfg(target_os = "linux")]
+    let peeked = {
+        use rustix::net::{RecvFlags, recv};
+        recv(socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT).map_err(io::Error::from)
+    };
+    #[cfg(not(target_os = "linux"))]
+    let peeked = without_waiting(socket, |socket| socket.peek(&mut [0]));
     peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
+/// Writes all of this, or fails: with `WriteZero` if there is too little room now. Never waits.
+pub fn write_now(socket: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    let written = {
+        use rustix::net::{SendFlags, send};
+        send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?
+    };
+    #[cfg(not(target_os = "linux"))]
+    let written = without_waiting(socket, |mut socket| io::Write::write(&mut socket, bytes))?;
+    match written == bytes.len() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WriteZero.into()),
+    }
+}
+
+/// Does something with a connection that no other thread uses just now, and does not wait there.
+#[cfg(not(target_os = "linux"))]
+fn without_waiting<T>(
+    socket: &TcpStream,
+    call: impl FnOnce(&TcpStream) -> io::Result<T>,
+) -> io::Result<T> {
+    socket.set_nonblocking(true)?;
+    let result = call(socket);
+    socket.set_nonblocking(false)?;
+    result
 }
 
 /// True if bytes have come that nobody has read yet. Never on systems that cannot tell without

@@ -9,8 +9,8 @@ use crate::os::net;
 #[cfg(target_os = "linux")]
 use crate::os::splice::{Pipe, refused};
 use crate::relay::Aborted;
-use crate::relay::pair::{Closing, Failure, Pair, Way};
-use crate::wire::conn::{Reader, Writer};
+use crate::relay::pair::{Failure, Half, Pair, Way};
+use crate::wire::conn::{Conn, Reader, Writer};
 
 /// A direction begins with the first buffer: most connections never fill it, and to touch memory for
 /// the first time costs more than to copy it. One that fills it gets the second. One that fills half
@@ -27,44 +27,65 @@ pub const BULK: usize = BUFFERS.len() - 1;
 /// A direction that pauses for longer gives back all but the first.
 const BULK_PAUSE: Duration = Duration::from_secs(1);
 
-/// A direction of a pair. However it goes away, the pair is told that it has ended, so that the
-/// other direction does not wait for this one for ever.
+/// A direction of a pair.
 pub struct Direction {
-    pub(super) way: Way,
     pub(super) reader: Reader,
     pub(super) writer: Writer,
-    /// None once the pair has been told.
-    pub(super) outcome: Option<Result<(), Failure>>,
     /// For its second buffer, or its third.
     pub(super) room: Option<Slot>,
     /// Behind the sockets: they are closed before the pair is forgotten.
+    pub(super) ending: Ending,
+}
+
+/// However a direction goes away, the pair is told that it has ended, so that the other direction does
+/// not wait for this one for ever.
+pub struct Ending {
     pub(super) pair: Arc<Pair>,
+    pub(super) way: Way,
+    /// None once the pair has been told.
+    pub(super) outcome: Option<Result<(), Failure>>,
 }
 
 impl Direction {
-    /// Copies until the direction ends. Who is the client may [wait](Closing::wait) for the end of
-    /// the tunnel then, if there is one to wait for.
-    pub fn copy(mut self) -> Option<Closing> {
-        self.outcome = Some(Err(Failure::reading(Aborted::Panicked)));
+    /// Copies until the direction ends. Returns the tunnel, if the other direction has ended before,
+    /// and both so well that the tunnel can serve another visitor.
+    pub fn copy(mut self) -> Option<Conn> {
+        self.ending.outcome = Some(Err(Failure::reading(Aborted::Panicked)));
         #[cfg(test)]
-        crate::relay::tests::panic_on_purpose(&self.pair.visitor);
+        crate::relay::tests::panic_on_purpose(&self.ending.pair.visitor);
         let outcome = self.carry();
         if let Err(failure) = &outcome
             && failure.writing
-            && self.pair.is_last(&failure.why)
+            && self.ending.pair.is_last(&failure.why)
         {
             self.discard();
         }
-        self.outcome = None;
-        self.pair.ended(self.way, outcome)
+        // The other direction may take its time.
+        self.reader.release();
+        self.writer.release();
+        let Self {
+            reader,
+            writer,
+            room,
+            mut ending,
+        } = self;
+        drop(room);
+        ending.outcome = None;
+        let (from, _) = ending.pair.sides(ending.way);
+        // The other half stays open until the pair has been told.
+        let (half, _other) = match from.peer.is_program() {
+            true => (Half::Reader(reader), Half::Writer(writer)),
+            false => (Half::Writer(writer), Half::Reader(reader)),
+        };
+        ending.pair.ended(ending.way, outcome, Some(half))
     }
 
     fn carry(&mut self) -> Result<(), Failure> {
-        let pair = self.pair.clone();
-        let (from, to) = pair.sides(self.way);
+        let (pair, way) = (self.ending.pair.clone(), self.ending.way);
+        let (from, to) = pair.sides(way);
         let reading = |error| Failure::reading(from.reading_failed(error));
         let writing = |error| Failure::writing(to.writing_failed(error));
-        let moved = &pair.joined.moved[self.way as usize];
+        let moved = &pair.joined.moved[way as usize];
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
         self.reader.wait().map_err(reading)?;
@@ -92,12 +113,16 @@ impl Direction {
                 net::limit_pause(self.reader.socket(), pause).map_err(reading)?;
             }
         }
+        if level > 0 {
+            net::limit_pause(self.reader.socket(), None).map_err(reading)?;
+        }
         // The end frame may have to wait for room like any byte, and so must not be written
         // under the lock; before it is written, the pair is not half-closed.
-        pair.check_end(self.way).map_err(Failure::reading)?;
+        pair.check_end(way, self.reader.has_frames())
+            .map_err(Failure::reading)?;
         pair.write_to(to, || self.writer.write_end())
             .map_err(writing)?;
-        if pair.half_close(self.way) {
+        if pair.half_close(way) {
             self.writer.shutdown().map_err(writing)?;
         }
         Ok(())
@@ -109,7 +134,7 @@ impl Direction {
         let take = |pair: &Pair| pair.joined.pairs.roomy[level].try_take();
         let mut room = None;
         if level + 1 < BULK {
-            room = take(&self.pair);
+            room = take(&self.ending.pair);
         }
         // The far side of a plain tunnel may say later that the rest comes without frames.
         if room.is_none()
@@ -121,7 +146,7 @@ impl Direction {
             return Ok(0);
         }
         if level + 1 == BULK {
-            room = take(&self.pair);
+            room = take(&self.ending.pair);
         }
         Ok(match room {
             None => level,
@@ -142,17 +167,17 @@ impl Direction {
         let Some((input, output)) = self.reader.plain().zip(self.writer.plain()) else {
             return Ok(false);
         };
-        let pipes = &self.pair.joined.pairs.pipes;
+        let (pair, way) = (self.ending.pair.clone(), self.ending.way);
+        let pipes = &pair.joined.pairs.pipes;
         let Some(mut pipe) = pipes.try_take().and_then(Pipe::open) else {
             return Ok(false);
         };
-        let (from, to) = self.pair.sides(self.way);
-        self.pair
-            .write_to(to, || self.writer.write_raw())
+        let (from, to) = pair.sides(way);
+        pair.write_to(to, || self.writer.write_raw())
             .map_err(|error| Failure::writing(to.writing_failed(error)))?;
         self.writer.release();
         self.room = None;
-        let moved = &self.pair.joined.moved[self.way as usize];
+        let moved = &pair.joined.moved[way as usize];
         loop {
             let count = match pipe.fill(&input) {
                 Ok(count) => count,
@@ -167,7 +192,7 @@ impl Direction {
                 }
             };
             while !pipe.is_empty() {
-                match self.pair.write_to(to, || pipe.drain(&*output)) {
+                match pair.write_to(to, || pipe.drain(&*output)) {
                     Ok(drained) => _ = moved.fetch_add(drained as u64, Ordering::Relaxed),
                     // No room yet.
                     Err(error) if net::paused(&error) => {}
@@ -195,11 +220,11 @@ impl Direction {
     }
 }
 
-impl Drop for Direction {
-    /// It had no thread, or its thread has panicked.
+impl Drop for Ending {
+    /// The direction had no thread, or its thread has panicked.
     fn drop(&mut self) {
         if let Some(outcome) = self.outcome.take() {
-            self.pair.ended(self.way, outcome);
+            self.pair.ended(self.way, outcome, None);
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
 use direction::BULK;
 pub use direction::Direction;
-pub use pair::Closing;
+use direction::Ending;
 use pair::{Failure, Joined, Pair, Progress, Side, Way};
 
 /// How many directions of a server's or a client's visitors may have the second buffer, and the third.
@@ -104,7 +104,7 @@ impl Pairs {
     /// down, each to be copied on a thread of its own. One that is dropped instead aborts both.
     pub fn join(
         self: &Arc<Self>,
-        mut visitor: Visitor,
+        visitor: Visitor,
         visitor_end: End,
         service_end: End,
         linger: Duration,
@@ -128,10 +128,7 @@ impl Pairs {
             write_limit,
             started: Instant::now(),
             passing_on: AtomicBool::new(false),
-            progress: Mutex::new(Progress {
-                slot: visitor.slot.take(),
-                ..Progress::default()
-            }),
+            progress: Mutex::new(Progress::default()),
             visitor,
             joined: Joined {
                 key,
@@ -145,12 +142,14 @@ impl Pairs {
             pair.abort(Aborted::CutOff);
         }
         let direction = |way, reader, writer| Direction {
-            pair: pair.clone(),
-            way,
             reader,
             writer,
-            outcome: Some(Err(Failure::reading(Aborted::NoThread))),
             room: None,
+            ending: Ending {
+                pair: pair.clone(),
+                way,
+                outcome: Some(Err(Failure::reading(Aborted::NoThread))),
+            },
         };
         (
             direction(Way::Up, from_visitor, to_service),
@@ -240,14 +239,17 @@ impl Drop for Expected {
 /// Who is served by a pair.
 pub struct Visitor {
     address: Option<SocketAddr>,
-    slot: Option<Slot>,
+    _slot: Option<Slot>,
 }
 
 impl Visitor {
     /// A visitor from `address`, which the client of an original server is not told. `slot` is its
     /// place on the server, given back when the pair has ended.
     pub fn new(address: Option<SocketAddr>, slot: Option<Slot>) -> Self {
-        Self { address, slot }
+        Self {
+            address,
+            _slot: slot,
+        }
     }
 }
 
@@ -348,7 +350,6 @@ impl End {
         let Self { peer, conn } = self;
         let side = Side {
             peer,
-            has_frames: conn.reader.has_frames(),
             socket: conn.socket().clone(),
         };
         (side, conn.reader, conn.writer)

@@ -1,6 +1,6 @@
 //! Two joined connections, and how they end: what both of their directions share.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,16 +8,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::os::limits::Slot;
 use crate::os::net;
 use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visit, Visitor, add};
+use crate::wire::conn::{Conn, Reader, Writer};
 
 /// What a direction that has failed has written before gets this long to leave, before the reset.
 const LAST_BYTES: Duration = Duration::from_secs(1);
-
-/// The server closes a tunnel within a round trip of the client's last byte, if its visitor takes
-/// what is left at once. One that takes longer is not worth a thread.
-const CLOSING: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy)]
 pub enum Way {
@@ -46,19 +42,23 @@ impl Failure {
     }
 }
 
-/// A connection to the other program that carries nothing any more. Who waits for that one to close
-/// it first is spared the minute for which the kernel keeps the port of the side that was first
-/// (`TIME_WAIT`).
-pub struct Closing {
-    pub(super) socket: Arc<TcpStream>,
-    pub(super) _slot: Option<Slot>,
+/// One direction's half of the tunnel.
+pub enum Half {
+    Reader(Reader),
+    Writer(Writer),
 }
 
-impl Closing {
-    /// Waits until the other program has closed it, but not for long.
-    pub fn wait(self) {
-        if self.socket.set_read_timeout(Some(CLOSING)).is_ok() {
-            let _ = (&*self.socket).read(&mut [0]);
+impl Half {
+    /// The tunnel again, if both halves still come in frames: one of them may have given them up.
+    fn rejoin(self, other: Half) -> Option<Conn> {
+        match (self, other) {
+            (Half::Reader(reader), Half::Writer(writer))
+            | (Half::Writer(writer), Half::Reader(reader))
+                if reader.has_frames() && writer.has_frames() =>
+            {
+                Some(Conn { reader, writer })
+            }
+            _ => None,
         }
     }
 }
@@ -98,7 +98,8 @@ pub struct Progress {
     pub ended: u32,
     /// Why the pair was aborted.
     pub aborted: Option<Aborted>,
-    pub slot: Option<Slot>,
+    /// The tunnel's half of the direction that has ended first.
+    pub half: Option<Half>,
 }
 
 /// One direction has ended well, and its end was passed on; the other one is the last.
@@ -131,14 +132,15 @@ impl Pair {
     }
 
     /// Is this end of input one? The kernel reports a reset once. If the other direction, writing to
-    /// the same socket, was told, then this one has read an end that is none.
-    pub fn check_end(&self, way: Way) -> Result<(), Aborted> {
+    /// the same socket, was told, then this one has read an end that is none, unless the end came in a
+    /// frame.
+    pub fn check_end(&self, way: Way, in_frame: bool) -> Result<(), Aborted> {
         let (from, _) = self.sides(way);
         let progress = self.progress.lock();
         if let Some(why) = progress.aborted.as_ref().or(progress.failed.as_ref()) {
             return Err(why.clone());
         }
-        match progress.half_closed.is_none() && from.was_reset() {
+        match !in_frame && progress.half_closed.is_none() && from.was_reset() {
             true => Err(Aborted::Reset(from.peer)),
             false => Ok(()),
         }
@@ -210,7 +212,15 @@ impl Pair {
     /// Takes note of the end of a direction, and aborts the pair if one of them has failed. Whom a
     /// direction cannot write to may have sent something before, such as a refusal of what is being
     /// uploaded: the other direction hands that on, and aborts the pair when it has.
-    pub fn ended(&self, way: Way, outcome: Result<(), Failure>) -> Option<Closing> {
+    ///
+    /// `half` is the direction's half of the tunnel. Returns the tunnel, if this was the last direction
+    /// and the tunnel can serve another visitor.
+    pub fn ended(
+        &self,
+        way: Way,
+        outcome: Result<(), Failure>,
+        half: Option<Half>,
+    ) -> Option<Conn> {
         let (from, to) = self.sides(way);
         let mut progress = self.progress.lock();
         let writing = outcome.as_ref().is_err_and(|failure| failure.writing);
@@ -226,19 +236,22 @@ impl Pair {
         }
         progress.ended += 1;
         if progress.ended < 2 {
+            progress.half = half;
             return None;
         }
         self.report(progress.aborted.as_ref());
         if progress.aborted.is_some() {
             return None;
         }
-        net::reset_on_close(&self.visitor_side.socket, false);
-        net::reset_on_close(&self.service_side.socket, false);
-        // Without frames, its end has been read already.
-        self.visitor_side.has_frames.then(|| Closing {
-            socket: self.visitor_side.socket.clone(),
-            _slot: progress.slot.take(),
-        })
+        let other = progress.half.take();
+        drop(progress);
+        let tunnel = other.zip(half).and_then(|(other, half)| half.rejoin(other));
+        for side in [&self.visitor_side, &self.service_side] {
+            if tunnel.is_none() || !side.peer.is_program() {
+                net::reset_on_close(&side.socket, false);
+            }
+        }
+        tunnel
     }
 
     /// Aborts both sockets; both directions end at once.
@@ -265,7 +278,6 @@ impl Pair {
 /// What a pair keeps of an [`End`].
 pub struct Side {
     pub peer: Peer,
-    pub has_frames: bool,
     pub socket: Arc<TcpStream>,
 }
 

@@ -1,6 +1,5 @@
 //! The two connections that the server joins.
 
-use std::io;
 use std::net::{SocketAddr, TcpStream};
 
 use crate::os::limits::Slot;
@@ -36,35 +35,35 @@ impl Accept {
     }
 }
 
-/// A tunnel of the live session, idle until it is joined. It does not block, so that nobody has to
-/// wait to see whether it is still open.
+/// A tunnel of the live session.
 pub struct Tunnel {
-    conn: Conn,
-    /// The session that it named. None from an original client, which understands no line either.
-    session: Option<SessionId>,
+    pub conn: Conn,
+    pub from: SocketAddr,
+    /// The session that the tunnel has named. None from an original client, which understands no line
+    /// and whose tunnels serve one visitor each.
+    pub session: Option<SessionId>,
+    /// A visitor has come and gone.
+    pub has_served: bool,
 }
 
 impl Tunnel {
-    /// An idle tunnel of this session.
-    pub fn new(conn: Conn, session: Option<SessionId>) -> io::Result<Self> {
-        conn.socket().set_nonblocking(true)?;
-        Ok(Self { conn, session })
-    }
-
-    /// Tells the client, if it understands that, whose bytes follow. None if the tunnel is dead; the
-    /// visitor may wait for another one then.
-    pub fn greet(mut self, accept: &Accept) -> Option<Conn> {
+    /// Tells the client, if the client understands that, whose bytes follow. None if the tunnel is dead,
+    /// or still full of what the last visitor has sent; the visitor may wait for another one then.
+    pub fn greet(mut self, accept: &Accept) -> Option<Self> {
         let (socket, visitor) = (self.conn.socket().clone(), Some(accept.visitor));
         // From here on an end would be taken for a complete and empty answer.
-        net::reset_on_close(&socket, true);
         net::reset_on_close(&accept.socket, true);
-        let greeted = self.session.is_none()
-            || (net::is_quiet(&socket)
-                && send(&mut self.conn.writer, &Line::New { visitor }).is_ok());
-        if greeted && socket.set_nonblocking(false).is_ok() {
-            self.conn.reader.begin_stream();
-            return Some(self.conn);
+        if self.session.is_none() {
+            net::reset_on_close(&socket, true);
+            return Some(self);
         }
+        let is_quiet = self.conn.reader.is_empty() && net::is_quiet(&socket);
+        if is_quiet && self.conn.writer.write_now(&Line::New { visitor }).is_ok() {
+            self.conn.reader.begin_stream();
+            return Some(self);
+        }
+        // A part of the line may be on its way.
+        net::abort(&socket);
         // The visitor waits on, and may be closed without a word.
         net::reset_on_close(&accept.socket, false);
         None

@@ -1,5 +1,6 @@
 //! The session with the server, on the client, and the tunnels that wait for a visitor in it.
 
+use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use crate::session::{Ended, Proto};
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Failure, Line, Reason, Welcome};
+use crate::wire::line::{Failure, Line, Reason, SILENCE, Welcome};
 
 /// The last line of a client that stops.
 const STOPPING: Line = Line::Bye {
@@ -45,6 +46,8 @@ pub struct Session {
 }
 
 struct State {
+    /// How many tunnels there are, whatever they do.
+    held: usize,
     /// Tunnels that are idle or being dialled, one thread each.
     spare: usize,
     /// Those that are idle, to be ended with their session.
@@ -88,6 +91,7 @@ impl Session {
             began: Instant::now(),
             control,
             state: Mutex::new(State {
+                held: 0,
                 spare: 0,
                 idle: Vec::new(),
                 served: false,
@@ -129,9 +133,21 @@ impl Session {
         (state.spare.saturating_sub(idle), idle)
     }
 
-    /// True if half of the pool is gone.
+    /// True if half of the pool is in use, or a tunnel of it is lost. One that is in use comes back: a
+    /// steady load has all the tunnels that it needs, and dials none.
     pub fn is_low(&self) -> bool {
-        self.state.lock().spare <= self.proto.pool() / 2
+        let (state, pool) = (self.state.lock(), self.proto.pool());
+        let in_all = (state.held + state.spare).saturating_sub(state.idle.len());
+        state.spare <= pool / 2 || in_all < pool
+    }
+
+    /// A tunnel is idle again.
+    pub fn spare_again(self: &Arc<Self>) -> Spare {
+        self.state.lock().spare += 1;
+        Spare {
+            session: self.clone(),
+            slot: None,
+        }
     }
 
     /// One more spare tunnel, if there are fewer than `most`, with the descriptors for its visitor.
@@ -152,16 +168,6 @@ impl Session {
         if let (Some(visitor), Some(to_server)) = (visitor.address(), &self.state.lock().to_server)
         {
             let _ = to_server.send(Line::Failed { visitor, reason });
-        }
-    }
-
-    /// To be called before a tunnel says which session it belongs to: the server may then give it a
-    /// visitor, whom a client that stops must not forget. An error once the session has ended.
-    pub fn expect_visitor(&self, pairs: &Arc<Pairs>) -> Result<Expected, NoVisitor> {
-        let state = self.state.lock();
-        match state.to_server {
-            Some(_) => Ok(pairs.expect()),
-            None => Err(NoVisitor::SessionEnded),
         }
     }
 
@@ -191,13 +197,13 @@ impl Session {
     }
 
     /// An idle tunnel is aborted when the session ends, unless it is [taken](Self::take_idle) before.
-    fn add_idle(&self, socket: &Arc<TcpStream>) -> Result<(), NoVisitor> {
+    /// False if the session has ended and its idle tunnels are cut already.
+    fn add_idle(&self, socket: &Arc<TcpStream>) -> bool {
         let mut state = self.state.lock();
-        if state.cut {
-            return Err(NoVisitor::SessionEnded);
+        if !state.cut {
+            state.idle.push(socket.clone());
         }
-        state.idle.push(socket.clone());
-        Ok(())
+        !state.cut
     }
 
     /// An error if the session's end has aborted it.
@@ -219,25 +225,45 @@ pub struct Spare {
 }
 
 impl Spare {
-    /// Waits until the server gives this tunnel a visitor.
-    pub fn wait_for_visitor(mut self, remote: Conn) -> Result<(Visitor, Conn), NoVisitor> {
-        let session = self.session.clone();
-        let slot = self.slot.take();
+    /// To be called before a tunnel says which session it belongs to: the server may then give it a
+    /// visitor, whom a client that stops must not forget. An error once the session has ended.
+    pub fn hold(&mut self, pairs: &Arc<Pairs>) -> Result<Arc<Held>, NoVisitor> {
+        let mut state = self.session.state.lock();
+        if state.to_server.is_none() {
+            return Err(NoVisitor::SessionEnded);
+        }
+        state.held += 1;
+        Ok(Arc::new(Held {
+            session: self.session.clone(),
+            _slot: self.slot.take(),
+            _expected: pairs.expect(),
+        }))
+    }
+
+    /// Waits until the server gives this tunnel a visitor. A tunnel that is idle again after the end of
+    /// the session waits, too, but not for long: the server may have given it a visitor just before, and
+    /// closes it otherwise.
+    pub fn wait_for_visitor(self, tunnel: &mut Tunnel) -> Result<Visitor, NoVisitor> {
+        let (session, conn) = (&self.session, &mut tunnel.conn);
         if session.proto == Proto::Original {
             session.state.lock().served = true;
-            return Ok((Visitor::new(None, slot), remote));
+            return Ok(Visitor::new(None, None));
         }
-        let (socket, writer) = (remote.socket().clone(), remote.writer);
-        session.add_idle(&socket)?;
-        let mut lines = Lines::new(remote.reader);
-        let visitor = read_visitor(&mut lines);
-        session.take_idle(&socket)?;
+        let socket = conn.socket().clone();
+        let is_idle = session.add_idle(&socket);
+        if !is_idle {
+            let deadline = Some(Instant::now() + SILENCE);
+            conn.reader.set_deadline(deadline).map_err(ended)?;
+        }
+        let visitor = read_visitor(&mut Lines::new(&mut conn.reader));
+        match is_idle {
+            true => session.take_idle(&socket)?,
+            false => conn.reader.set_deadline(None).map_err(ended)?,
+        }
         let visitor = visitor?;
         session.state.lock().served = true;
-        // What came behind the line is the visitor's.
-        let mut reader = lines.into_reader();
-        reader.begin_stream();
-        Ok((Visitor::new(visitor, slot), Conn { reader, writer }))
+        conn.reader.begin_stream();
+        Ok(Visitor::new(visitor, None))
     }
 }
 
@@ -251,7 +277,31 @@ impl Drop for Spare {
     }
 }
 
-fn read_visitor(lines: &mut Lines<Reader>) -> Result<Option<SocketAddr>, NoVisitor> {
+fn ended(error: io::Error) -> NoVisitor {
+    NoVisitor::Ended(error.into())
+}
+
+/// A tunnel that has named its session.
+pub struct Tunnel {
+    pub conn: Conn,
+    pub held: Arc<Held>,
+}
+
+/// What a tunnel has from its first line to its end: its place among those of the session, descriptors
+/// for itself and the local service, and that a client that stops waits for it.
+pub struct Held {
+    session: Arc<Session>,
+    _slot: Option<Slot>,
+    _expected: Expected,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.session.state.lock().held -= 1;
+    }
+}
+
+fn read_visitor(lines: &mut Lines<&mut Reader>) -> Result<Option<SocketAddr>, NoVisitor> {
     loop {
         match lines.next_line() {
             Ok(Line::New { visitor }) if lines.in_frames() => return Ok(visitor),
@@ -262,7 +312,7 @@ fn read_visitor(lines: &mut Lines<Reader>) -> Result<Option<SocketAddr>, NoVisit
                 return Err(NoVisitor::NotServer(no_server(line, lines)));
             }
             Ok(_) => {}
-            Err(error) => return Err(NoVisitor::Ended(error.into())),
+            Err(error) => return Err(ended(error)),
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::door::openings::Openings;
 use crate::os::net;
 use crate::wire::frame::{FRONT, Flow, Kind, Opener, Sealer, TAG};
 use crate::wire::handshake::{self, Bond, NoHandshake, Purpose, Secured};
+use crate::wire::line::Line;
 
 /// The shortest read time-out that is set: 0 would mean none at all.
 const LEAST_TIMEOUT: Duration = Duration::from_millis(1);
@@ -122,6 +123,13 @@ impl Reader {
     /// Whether what is read comes in frames: then an end of the connection is none of a stream.
     pub fn has_frames(&self) -> bool {
         self.opener.is_some()
+    }
+
+    /// Gives back the memory that a stream has taken.
+    pub fn release(&mut self) {
+        if let Some(opener) = &mut self.opener {
+            opener.release();
+        }
     }
 
     /// A visitor's stream comes next.
@@ -276,6 +284,21 @@ impl Writer {
         if let Some(sealer) = &mut self.sealer {
             sealer.release();
         }
+    }
+
+    /// Writes a line, all of it and at once, or fails.
+    pub fn write_now(&mut self, line: &Line) -> io::Result<()> {
+        let line = line.to_string();
+        let bytes = match &mut self.sealer {
+            None => line.as_bytes(),
+            Some(sealer) => sealer.frame(Kind::Line, line.as_bytes())?,
+        };
+        net::write_now(&self.socket, bytes)
+    }
+
+    /// True if what is written goes out in frames.
+    pub fn has_frames(&self) -> bool {
+        self.sealer.is_some()
     }
 
     /// Says, where there are plain frames, that the rest of the stream comes as it is. From then on a

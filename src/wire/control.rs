@@ -1,6 +1,7 @@
 //! Lines on a socket, as both sides read and write them: on the control link, and at the head of a
 //! tunnel.
 
+use std::borrow::BorrowMut;
 use std::io::{self, Read, Write};
 use std::time::Instant;
 
@@ -106,6 +107,13 @@ impl<R: Read> Lines<R> {
     }
 }
 
+impl<R: BorrowMut<Reader>> Lines<R> {
+    /// True if the lines come in frames.
+    pub fn in_frames(&self) -> bool {
+        self.from.borrow().has_frames()
+    }
+}
+
 impl Lines<Reader> {
     /// The next line, if all of it is there in time: otherwise an error that is a
     /// [time-out](timed_out), however slowly its bytes drip. Later lines may take their time.
@@ -137,11 +145,6 @@ impl Lines<Reader> {
                 net::abort(self.from.socket());
             }
         })
-    }
-
-    /// True if the lines come in frames.
-    pub fn in_frames(&self) -> bool {
-        self.from.has_frames()
     }
 
     /// True if nothing came behind the last line.

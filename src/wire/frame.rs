@@ -280,6 +280,14 @@ impl Opener {
         self.flow
     }
 
+    /// Gives the memory back that a stream has taken, if nothing has come behind its end.
+    pub fn release(&mut self) {
+        if self.is_empty() {
+            self.sealed = Vec::new();
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
     /// A visitor's stream comes next.
     pub fn begin_stream(&mut self) {
         self.flow = Flow::Stream;

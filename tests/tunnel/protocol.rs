@@ -127,14 +127,24 @@ fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed(protection:
     let server = RunningServer::start(server_options(protection));
     let mut client = Peer::dial_control(&server);
     let session = client.say_hello(2);
-    let tunnel = || {
-        let mut tunnel = Peer::dial_tunnel(&server, &client);
+    let tunnel = |client: &Peer| {
+        let mut tunnel = Peer::dial_tunnel(&server, client);
         tunnel.write(format!("tunnel session={session}\n"));
         tunnel
     };
-    // The server grants two idle tunnels, and closes one of three.
-    let mut three = [tunnel(), tunnel(), tunnel()];
-    let closed = wait_for_a_closed_one(&mut three);
+    // The server grants two idle tunnels. Of three that nobody needs, one is closed after 10 s.
+    let mut three = [tunnel(&client), tunnel(&client), tunnel(&client)];
+    let start = Instant::now();
+    let closed = thread::scope(|scope| {
+        let waiting = scope.spawn(|| wait_for_a_closed_one(&mut three));
+        while !waiting.is_finished() {
+            client.write("hi\n");
+            thread::sleep(Duration::from_millis(500));
+        }
+        waiting.join().unwrap()
+    });
+    let bounds = Duration::from_millis(9500)..Duration::from_millis(13000);
+    assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());
     let [mut lives, dead]: [Peer; 2] = three
         .into_iter()
         .enumerate()

@@ -13,9 +13,9 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{DEADLINE, Protection, connect, eventually};
 
-/// What a fault has taken must be given back after this time, which is three times as long as a
-/// thread stays parked.
-const RECOVERY: Duration = Duration::from_secs(15);
+/// What a fault has taken must be given back after this time: a tunnel beyond the pool stays idle for
+/// 10 s, and its threads stay parked for 5 s.
+const RECOVERY: Duration = Duration::from_secs(25);
 
 /// How a program is started.
 #[derive(Clone, Copy)]
