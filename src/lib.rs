@@ -4,7 +4,7 @@
 //!  visitor ──TCP──▶ 8007 public ┐                                ┌──▶ 127.0.0.1:8000 local service
 //!                               │ tpserver            tpclient   │
 //!                   8009 control│◀══ one control link, kept open ═│   hi both ways; new = dial one more
-//!                   8008 tunnel │◀── one connection a visitor ────┘   dialled by the client
+//!                   8008 tunnel │◀── tunnels, used again and again┘   dialled by the client
 //! ```
 //!
 //! [`Server`] and [`Client`] are the two halves. The programs `tpserver` and `tpclient` are little
@@ -68,7 +68,7 @@
 //! - **control link**: the one connection that a client keeps open to the server. It carries
 //!   short lines, never a visitor's bytes.
 //! - **tunnel**: a connection from the client to the server, **idle** until it is paired with an
-//!   accept; then it carries that visitor's bytes.
+//!   accept; then it carries that visitor's bytes, and is idle again afterwards.
 //! - **pair**, **join**: an accept and a tunnel put together, bytes copied both ways until both
 //!   directions have ended.
 //! - **session**: the time from a control link's registration to its end. Tunnels belong to one
@@ -82,13 +82,13 @@
 //!
 //! The control link:
 //!
-//! 1. The client dials the control port and says `hello proto=1 pool=8`: it wants eight idle
+//! 1. The client dials the control port and says `hello proto=2 pool=8`: it wants eight idle
 //!    tunnels. A connection that says something else, or nothing for 5 s, is closed.
-//! 2. The server answers `hello proto=1 pool=8 session=<32 hex digits> tunnel=8008 public=8007
+//! 2. The server answers `hello proto=2 pool=8 session=<32 hex digits> tunnel=8008 public=8007
 //!    client=<ip:port>`: the idle tunnels that it grants, at most 64, the session's id, its two other
 //!    ports, and where it sees the client come from. Or it says `bye reason=…`: `busy` if another
-//!    client is live, `wants-key` or `no-key` if only one side has a key, `wrong-key`, `draining` if
-//!    the server is about to stop. `control-port`, `tunnel-port` or `public-port` is the port that the
+//!    client is live, `wants-key` or `no-key` if only one side has a key, `wrong-key`, `version` if
+//!    the client speaks another version than `proto=2`, `draining` if the server is about to stop. `control-port`, `tunnel-port` or `public-port` is the port that the
 //!    client has come to by mistake.
 //! 3. Both sides write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every
 //!    idle tunnel of its session ends. So is a link whose far side is heard, but takes no line for
@@ -101,44 +101,55 @@
 //! 6. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
 //!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
-//! A tunnel:
+//! A tunnel carries frames, with a key or without. A frame is a length of two bytes, the higher one
+//! first, and that many bytes: one for its kind, and a payload. A frame with a line has at most 257
+//! bytes, others have up to 65,535.
+//!
+//! | kind | payload | may come |
+//! |---|---|---|
+//! | 0, data | bytes of a visitor's stream | while a visitor is served |
+//! | 1, end | none: the stream in this direction has ended | while a visitor is served |
+//! | 2, line | a whole line | while no visitor is |
+//! | 3, raw | none: the rest of the stream follows without frames, to the end of the connection | without a key, while a visitor is served |
 //!
 //! 1. The client dials the tunnel port and says `tunnel session=<id>`, within 5 s. A tunnel of
 //!    another session, or of none, is closed.
-//! 2. The tunnel is idle until the server writes `new visitor=<ip:port>`. Raw bytes follow in both
-//!    directions; the visitor's first ones may stand right behind the LF.
+//! 2. The tunnel is idle until the server writes `new visitor=<ip:port>`. Frames of that visitor's
+//!    stream follow in both directions.
 //! 3. Only now does the client dial the local service, so a service that speaks first speaks to
 //!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor.
+//! 4. A side that has written one end and read one is done with the visitor: the tunnel is idle there,
+//!    and the server may give it to the next visitor. Anything else than two ends aborts the tunnel with
+//!    RST. So does a frame that must not come now: no byte of one visitor can reach another.
+//! 5. A direction without a key that has shown itself to be bulk says raw, so that the kernel can move
+//!    the rest. Such a tunnel ends with its visitor.
+//! 6. When the session has ended, the server closes idle tunnels, and others once their visitor has gone.
 //!
-//! The client keeps the granted number idle: it dials more when half of them are gone, one when a
-//! visitor has left, and what is missing every 2 s. The server hands out the newest one that is
-//! still open, and closes the oldest one beyond those it granted.
+//! The client keeps the granted number of tunnels: it dials more when half of them are in use, or some
+//! are lost. The server hands out the one that has become idle last. Those beyond the granted number
+//! stay as long as they are needed, and one that was idle for 10 s is closed. So a steady load dials
+//! nothing.
 //!
 //! With a key, every control link and every tunnel is sealed from its first byte:
 //!
 //! 1. The client begins a handshake, `Noise_NNpsk0_25519_AESGCM_SHA256` of the Noise framework
-//!    with the key as its PSK. The prologue is `tp/1 control` on a control link; on a tunnel
-//!    `tp/1 tunnel`, followed by the handshake hash of its session's control link. So a tunnel
+//!    with the key as its PSK. The prologue is `tp/2 control` on a control link; on a tunnel
+//!    `tp/2 tunnel`, followed by the handshake hash of its session's control link. So a tunnel
 //!    belongs to one session, and what was recorded of one connection fits no other.
 //! 2. Neither message of the handshake has a payload. Each has 48 bytes and stands behind its length,
 //!    two bytes with the higher one first. A client with another key is told so in plain and closed.
-//! 3. Frames follow: such a length, and as many bytes of AES-GCM, which seal a type byte and a
-//!    payload. Each side counts its frames from 0, and the count is the nonce. The first frame of a
-//!    side has at most 273 bytes, later ones 65,535.
-//! 4. The payload of type 0 is data: the lines above, and behind them on a tunnel a visitor's bytes.
-//!    Where a frame ends means nothing. Type 1 has no payload and ends the stream; the connection
-//!    below stays open for the other direction.
-//! 5. After every 2^24 frames a direction changes its key, as `Rekey()` of the Noise framework
+//! 3. Frames follow, on a control link those of lines. What is behind the length is sealed by AES-GCM,
+//!    whose tag takes 16 bytes more. Each side counts its frames from 0, through all visitors of a
+//!    tunnel, and the count is the nonce.
+//! 4. After every 2^24 frames a direction changes its key, as `Rekey()` of the Noise framework
 //!    does: the next key is the first 32 bytes of what the old one makes of 32 zeros with the nonce
 //!    2^64 - 1. Both sides do so by their count of that direction's frames, which goes on. The
 //!    directions know nothing of each other.
-//! 6. The client has proved itself once its first frame has opened: before, nothing is registered,
+//! 5. The client has proved itself once its first frame has opened: before, nothing is registered,
 //!    replaced or paired. Handshake and first line have 5 s in all.
-//! 7. A frame that does not open, or an end of the connection before that of the stream, aborts
+//! 6. A frame that does not open, or an end of the connection before that of the stream, aborts
 //!    what the connection was joined with, or ends the link. A frame is waited for until all of it
 //!    is there: one whose length was changed fails when later bytes have filled it up.
-//! 8. When both directions of a tunnel have ended, the client waits for up to 1 s for the server to
-//!    close it first, so that the kernel keeps the port on the server's side (`TIME_WAIT`).
 //!
 //! With `--original` and without a key, both programs also speak [the original's
 //! protocol](docs::original).
