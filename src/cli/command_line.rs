@@ -105,8 +105,8 @@ const CLIENT: Program = Program {
     -l, --local HOST:PORT
                         the service that visitors are to reach
                         (127.0.0.1:8000)
-    -p, --pool N        idle tunnels kept ready, so that no visitor waits for
-                        one; at most 64, 0 dials on demand (8)
+    -p, --pool N        tunnels kept ready, so that no visitor waits for one;
+                        at most 64, 0 dials on demand (8)
     -k, --key-file FILE the key that the server has
         --original      serve a server of the original program, too, which has
                         no key",

@@ -657,6 +657,106 @@ mod tests {
         }
     }
 
+    /// One end of a tunnel, as the programs use it.
+    struct End {
+        sealer: Sealer,
+        opener: Opener,
+        /// On the way to this end.
+        wire: VecDeque<u8>,
+        /// Whose stream is written here, and whose is read.
+        writes: Option<u8>,
+        reads: Option<u8>,
+    }
+
+    impl End {
+        fn new(sealed: bool) -> Self {
+            let cipher = || Cipher::new(&[0x33; 32], 100).ok().filter(|_| sealed);
+            Self {
+                sealer: Sealer::new(cipher()),
+                opener: Opener::new(cipher()),
+                wire: VecDeque::new(),
+                writes: None,
+                reads: None,
+            }
+        }
+
+        fn begin(&mut self, visitor: u8) {
+            assert_eq!(
+                (self.writes, self.reads),
+                (None, None),
+                "still with another"
+            );
+            self.opener.begin_stream();
+            (self.writes, self.reads) = (Some(visitor), Some(visitor));
+        }
+
+        /// Takes what has come, a piece of a random size, and looks whose it is.
+        fn read(&mut self, numbers: &mut Numbers) {
+            let most = numbers.below(self.wire.len() + 1);
+            let piece: Vec<u8> = self.wire.drain(..most).collect();
+            let mut piece = &piece[..];
+            loop {
+                let result = match self.reads {
+                    None => self
+                        .opener
+                        .open_one(&mut piece)
+                        .map(|line| self.begin(line[0])),
+                    Some(visitor) => {
+                        let mut batch = [0; 500];
+                        let read = self.opener.read_batch(&mut piece, &mut batch);
+                        read.map(|count| match count.unwrap() {
+                            0 => self.reads = None,
+                            count => assert_eq!(batch[FRONT..FRONT + count], vec![visitor; count]),
+                        })
+                    }
+                };
+                if let Err(error) = result {
+                    // Nothing more has come.
+                    return assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                }
+            }
+        }
+    }
+
+    /// Random interleavings of visits, bytes, ends, delays and cuts: every byte is read by whom it was
+    /// written for.
+    #[test]
+    fn no_byte_of_a_visitor_reaches_another() {
+        let mut numbers = Numbers(5);
+        for sealed in [false, true] {
+            let mut visits = 0_usize;
+            for _ in 0..200 {
+                // Server and client, until a cut ends their tunnel.
+                let mut ends = [End::new(sealed), End::new(sealed)];
+                while numbers.below(500) > 0 {
+                    let at = numbers.below(2);
+                    let [near, far] = &mut ends;
+                    let (near, far) = if at == 0 { (near, far) } else { (far, near) };
+                    match (numbers.below(4), near.writes) {
+                        (0, None) if at == 0 && near.reads.is_none() => {
+                            let visitor = b'a' + (visits % 26) as u8;
+                            visits += 1;
+                            near.begin(visitor);
+                            let line = [visitor, b'\n'];
+                            far.wire
+                                .extend(near.sealer.frame(Kind::Line, &line).unwrap());
+                        }
+                        (1, Some(visitor)) => {
+                            let bytes = vec![visitor; 1 + numbers.below(400)];
+                            far.wire.extend(seal(&mut near.sealer, &bytes));
+                        }
+                        (2, Some(_)) => {
+                            near.writes = None;
+                            far.wire.extend(end(&mut near.sealer));
+                        }
+                        _ => near.read(&mut numbers),
+                    }
+                }
+            }
+            assert!(visits > 1000, "{visits} visits");
+        }
+    }
+
     /// Every frame in every flow.
     #[test]
     fn a_frame_fits_its_flow_or_ends_the_tunnel() {

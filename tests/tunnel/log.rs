@@ -143,18 +143,20 @@ fn a_status_counts_what_goes_on(protection: Protection) {
     let stays = tunnel.visit();
     assert_echo(&stays, "12345");
     let mut last = statuses();
+    // Bytes are counted when they have been passed on, and may be seen before that.
     eventually("all is counted", || {
         last = statuses();
         last.iter()
             .flatten()
-            .all(|it| (it.joined, it.idle) == (1, 8))
+            .all(|it| (it.joined, it.bytes_up, it.bytes_down) == (1, 35, 35))
     });
     let [server, client] = last.map(Option::unwrap);
     assert_eq!(server.session, client.session);
     assert_eq!(server.session.as_ref().map(String::len), Some(8));
     for status in [&server, &client] {
         assert_eq!(status.joined_total, 4);
-        assert_eq!((status.bytes_up, status.bytes_down), (35, 35));
+        // The visitor who is there uses one of the eight, or one more was dialled before they were.
+        assert!((7..=9).contains(&status.idle), "{} idle", status.idle);
         assert_eq!(
             (status.waiting, status.refused, status.timed_out),
             (0, 0, 0)
