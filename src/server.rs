@@ -7,7 +7,7 @@ mod run;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
@@ -27,17 +27,8 @@ use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::Conn;
-use crate::wire::line::{Line, MAX_POOL, NEW};
+use crate::wire::line::{Line, NEW};
 use ends::{Accept, Tunnel};
-
-/// A visitor that has waited this long, many round trips, has lost its tunnel on the way.
-const LOST_AFTER: Duration = Duration::from_secs(1);
-
-/// An idle tunnel beyond the pool that no visitor has needed for this long is closed.
-const UNUSED: Duration = Duration::from_secs(10);
-
-/// So many lost tunnels are asked for again at a time: if all are lost, more would not help.
-const MOST_ASKED_AGAIN: usize = MAX_POOL;
 
 /// The half of the tunnel that runs on the host with the public address.
 pub struct Server {
@@ -327,26 +318,19 @@ impl Shared {
         self.start("down", move |server| copy(server, down));
     }
 
-    /// Closes the visitors that waited longer than the pair timeout; meanwhile asks again for tunnels
-    /// that were lost, and looks after the pairs.
+    /// Closes the visitors that waited longer than the pair timeout; meanwhile looks after what else
+    /// needs a look now and then.
     fn release_conn_match(self: &Arc<Self>) {
         let timeout = self.options.pair_timeout;
         let mut pause = timeout;
         while self.stop.sleep(pause.min(SWEEP), Phase::Leaving) {
-            self.pairs.sweep();
+            self.look_after_pairs_and_tunnels();
             let now = Instant::now();
             let mut state = self.state.lock();
             let expired = state.conn_list_map.take_expired(now, timeout);
-            let lost = state.conn_list_map.waiting_since(now, LOST_AFTER);
             let oldest = state.conn_list_map.oldest_waiting();
             let client = state.cache.as_ref().map(|live| live.client);
-            let pool = state.cache.as_ref().map_or(0, |live| live.proto.pool());
-            let unused = state.conn_list_map.take_unused(now, pool, UNUSED);
             drop(state);
-            drop(unused);
-            for _ in 0..lost.min(MOST_ASKED_AGAIN) {
-                self.send_message(NEW);
-            }
             for accept in &expired {
                 match accept.is_client() {
                     true => self.journal.client_at_public_port(accept.visitor),

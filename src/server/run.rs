@@ -26,7 +26,7 @@ use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Line, NEW, PROTO, Reason, Welcome};
+use crate::wire::line::{Line, MAX_POOL, NEW, PROTO, Reason, Welcome};
 
 /// After a failed accept: short for a visitor, long for a processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
@@ -44,6 +44,15 @@ const SUCCESSION: Duration = Duration::from_millis(300);
 /// What a stopping server gives its threads for their last words. They need microseconds, if
 /// nothing is wrong.
 const LAST_WORDS: Duration = Duration::from_millis(250);
+
+/// A visitor that has waited this long, many round trips, has lost its tunnel on the way.
+const LOST_AFTER: Duration = Duration::from_secs(1);
+
+/// An idle tunnel beyond the pool that no visitor has needed for this long is closed.
+const UNUSED: Duration = Duration::from_secs(10);
+
+/// So many lost tunnels are asked for again at a time: if all are lost, more would not help.
+const MOST_ASKED_AGAIN: usize = MAX_POOL;
 
 /// The beginning.
 impl Shared {
@@ -292,6 +301,22 @@ impl Shared {
         let complete = state.conn_list_map.put_back(accept, accept_add_time);
         drop(state);
         if !complete {
+            self.send_message(NEW);
+        }
+    }
+
+    /// Ends pairs that nobody waits for any more, asks again for tunnels that were lost, and closes those
+    /// that nobody needs.
+    pub(super) fn look_after_pairs_and_tunnels(&self) {
+        self.pairs.sweep();
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let lost = state.conn_list_map.waiting_since(now, LOST_AFTER);
+        let pool = state.cache.as_ref().map_or(0, |live| live.proto.pool());
+        let unused = state.conn_list_map.take_unused(now, pool, UNUSED);
+        drop(state);
+        drop(unused);
+        for _ in 0..lost.min(MOST_ASKED_AGAIN) {
             self.send_message(NEW);
         }
     }
