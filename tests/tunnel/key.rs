@@ -263,12 +263,12 @@ fn a_recorded_handshake_is_of_no_use() {
     let key = Key::generate().unwrap();
     let echo = Service::echo();
     let server = server_with(&[&key]);
-    // Tunnels do not come through any more once this has been sent.
+    // New tunnels do not come through any more once this has been sent.
     let (close, closed) = mpsc::channel::<()>();
     let mut shut = false;
     let between = Between::start(&server, move |place, message| {
         shut |= closed.try_recv().is_ok();
-        if shut && place.port == Port::Tunnel {
+        if shut && place.port == Port::Tunnel && place.index == 0 {
             return Verdict::Cut(Vec::new());
         }
         Verdict::Pass(message)
@@ -287,6 +287,16 @@ fn a_recorded_handshake_is_of_no_use() {
         assert_echo(&server.visit(), "undisturbed");
     }
     close.send(()).unwrap();
+    // Tunnels that have served are idle now: each gets a visitor who stays.
+    let mut stay = Vec::new();
+    eventually("no tunnel is idle", || {
+        let status = server.handle().status().unwrap();
+        if status.joined == stay.len() && status.idle > 0 {
+            stay.push(server.visit());
+            assert_echo(&stay[stay.len() - 1], "stays");
+        }
+        status.joined == stay.len() && status.idle == 0 && !stay.is_empty()
+    });
     let waiting = server.visit();
     for _ in 0..3 {
         assert_replay_fails(server.tunnel, &tunnel);

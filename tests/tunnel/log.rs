@@ -148,15 +148,16 @@ fn a_status_counts_what_goes_on(protection: Protection) {
         last = statuses();
         last.iter()
             .flatten()
-            .all(|it| (it.joined, it.bytes_up, it.bytes_down) == (1, 35, 35))
+            .all(|it| (it.joined, it.bytes_up, it.bytes_down) == (1, 35, 35) && it.idle >= 7)
     });
     let [server, client] = last.map(Option::unwrap);
     assert_eq!(server.session, client.session);
     assert_eq!(server.session.as_ref().map(String::len), Some(8));
     for status in [&server, &client] {
         assert_eq!(status.joined_total, 4);
-        // The visitor who is there uses one of the eight, or one more was dialled before they were.
-        assert!((7..=9).contains(&status.idle), "{} idle", status.idle);
+        // The visitor who is there uses one of the eight, and for each of the four one more may have been
+        // dialled before the eight were there.
+        assert!(status.idle <= 12, "{} idle", status.idle);
         assert_eq!(
             (status.waiting, status.refused, status.timed_out),
             (0, 0, 0)
