@@ -2,7 +2,7 @@
 //! listeners. What waits in their queues waits on, and nobody is refused or reset in between.
 //!
 //! 1. A server that is told to stop waits for a moment at a local socket that is named after its
-//!    public address. No other program can, before that: a port in use is in use.
+//!    public address. A stranger who has that name already prevents the hand-over, and nothing else.
 //! 2. A server that finds its public port in use dials that socket, again and again. Both make sure
 //!    that the other one runs as the same user.
 //! 3. The old server sends its listeners and accepts no more visitors. The new one keeps visitors in
@@ -34,7 +34,6 @@ mod linux {
     use std::io::{IoSlice, IoSliceMut, Read};
     use std::mem::MaybeUninit;
     use std::os::fd::AsFd;
-    use std::os::linux::net::SocketAddrExt;
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::net::sockopt::socket_peercred;
@@ -42,22 +41,38 @@ mod linux {
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
         SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
     };
+    use socket2::{Domain, SockAddr, Socket, Type};
 
     /// Both programs answer without waiting for anything; one that does not is no server.
     const ANSWER: Duration = Duration::from_secs(1);
 
     /// A server waits for the next one in so many pieces: a host that was paused for seconds, as
-    /// virtual ones are, takes one of them at the most.
+    /// virtual ones are, takes one of them at the most. Between two pieces the server looks whether
+    /// it has ended meanwhile.
     const SLICES: u32 = 6;
+
+    /// One server asks for the listeners. The rest is room for strangers.
+    const BACKLOG: i32 = 128;
 
     /// What room the three listeners take in a message.
     const SPACE: usize = rustix::cmsg_space!(ScmRights(3));
 
-    /// The name is in no file system, and known only to the programs of the same network namespace,
-    /// which is where a port can be in use.
-    fn name(public: SocketAddr) -> io::Result<std::os::unix::net::SocketAddr> {
-        let name = format!("tunnel-proxy {public}");
-        std::os::unix::net::SocketAddr::from_abstract_name(name)
+    /// A local socket, and the name that belongs to this public address. The name is in no file
+    /// system, and known only to the programs of the same network namespace, which is where a port
+    /// can be in use.
+    pub fn socket(public: SocketAddr) -> io::Result<(Socket, SockAddr)> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        // A name that begins with a NUL is in no file system.
+        Ok((socket, SockAddr::unix(format!("\0tunnel-proxy {public}"))?))
+    }
+
+    /// Connects to the server with this public address, if it offers its listeners. A stranger who has
+    /// taken the name and accepts nobody is not waited for.
+    pub fn connect(public: SocketAddr) -> io::Result<UnixStream> {
+        let (socket, name) = socket(public)?;
+        socket.set_write_timeout(Some(ANSWER))?;
+        socket.connect(&name)?;
+        Ok(socket.into())
     }
 
     fn is_same_user(peer: &UnixStream) -> bool {
@@ -66,18 +81,26 @@ mod linux {
 
     impl Successor {
         /// Gives the listeners of a server with this public address to the one that asks for them
-        /// within this time, if one does.
+        /// within this time, if one does before the server has `ended`. Others who connect, however
+        /// many, take nothing but the time that passes.
         pub fn find(
             public: SocketAddr,
             listeners: &[&TcpListener],
             within: Duration,
+            ended: impl Fn() -> bool,
         ) -> io::Result<Option<Self>> {
-            let offer = UnixListener::bind_addr(&name(public)?)?;
+            let (offer, name) = socket(public)?;
+            offer.bind(&name)?;
+            offer.listen(BACKLOG)?;
+            let offer = UnixListener::from(offer);
             offer.set_nonblocking(true)?;
-            let slice = Timespec::try_from(within / SLICES).map_err(io::Error::other)?;
-            for _ in 0..SLICES {
+            let slice = within / SLICES;
+            let timeout = Timespec::try_from(slice).map_err(io::Error::other)?;
+            let mut left = within;
+            while !left.is_zero() && !ended() {
+                let start = Instant::now();
                 let mut polled = [PollFd::new(&offer, PollFlags::IN)];
-                match poll(&mut polled, Some(&slice)) {
+                match poll(&mut polled, Some(&timeout)) {
                     Ok(_) | Err(rustix::io::Errno::INTR) => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -93,6 +116,7 @@ mod linux {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => return Err(error),
                 }
+                left = left.saturating_sub(start.elapsed().min(slice));
             }
             Ok(None)
         }
@@ -112,20 +136,25 @@ mod linux {
     }
 
     impl Inherited {
-        /// The listener of this address, if a server that stops has left it to this one.
+        /// Takes the listener of this server's public address, if a server that stops leaves it to
+        /// this one. That server's other listeners can be [taken](Self::take) then.
+        pub fn take_public(&mut self, public: SocketAddr) -> Option<TcpListener> {
+            let mut inherited = Self::receive(public).ok()?;
+            let listener = inherited.take(public)?;
+            *self = inherited;
+            Some(listener)
+        }
+
+        /// Takes the listener of this address, if it was left together with the public one. Nobody is
+        /// asked for it: a server that has this address as its public one is another service's.
         pub fn take(&mut self, address: SocketAddr) -> Option<TcpListener> {
-            if self.from.is_none()
-                && let Ok(inherited) = Self::receive(address)
-            {
-                *self = inherited;
-            }
             let is_it = |it: &TcpListener| it.local_addr().is_ok_and(|it| it == address);
             let found = self.listeners.iter().position(is_it)?;
             Some(self.listeners.swap_remove(found))
         }
 
         fn receive(public: SocketAddr) -> io::Result<Self> {
-            let from = UnixStream::connect_addr(&name(public)?)?;
+            let from = connect(public)?;
             if !is_same_user(&from) {
                 return Err(io::ErrorKind::PermissionDenied.into());
             }
@@ -170,7 +199,12 @@ mod elsewhere {
     pub enum Successor {}
 
     impl Successor {
-        pub fn find(_: SocketAddr, _: &[&TcpListener], _: Duration) -> io::Result<Option<Self>> {
+        pub fn find(
+            _: SocketAddr,
+            _: &[&TcpListener],
+            _: Duration,
+            _: impl Fn() -> bool,
+        ) -> io::Result<Option<Self>> {
             Ok(None)
         }
     }
@@ -179,6 +213,10 @@ mod elsewhere {
     pub struct Inherited;
 
     impl Inherited {
+        pub fn take_public(&mut self, _: SocketAddr) -> Option<TcpListener> {
+            None
+        }
+
         pub fn take(&mut self, _: SocketAddr) -> Option<TcpListener> {
             None
         }
@@ -191,3 +229,78 @@ mod elsewhere {
 
 #[cfg(not(target_os = "linux"))]
 pub use elsewhere::*;
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crossbeam_channel::bounded;
+    use std::io::Read;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    fn listener() -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address)
+    }
+
+    /// Does this while a server with this public address offers these listeners, and returns whether
+    /// a successor has got them.
+    fn while_offered(public: SocketAddr, listeners: &[&TcpListener], work: impl FnOnce()) -> bool {
+        let over = AtomicBool::new(false);
+        let (looks, looking) = bounded(1);
+        let ended = || {
+            let _ = looks.try_send(());
+            over.load(Ordering::SeqCst)
+        };
+        thread::scope(|scope| {
+            let offer = scope.spawn(|| Successor::find(public, listeners, DEADLINE, ended));
+            looking.recv_timeout(DEADLINE).unwrap();
+            work();
+            over.store(true, Ordering::SeqCst);
+            // Wakes the server, if it still waits.
+            let _ = linux::connect(public);
+            offer.join().unwrap().unwrap().is_some()
+        })
+    }
+
+    #[test]
+    fn those_who_get_nothing_do_not_end_the_offer() {
+        let (listener, public) = listener();
+        // More than a message has room for, so that nobody can be given these.
+        let given = while_offered(public, &[&listener; 8], || {
+            for _ in 0..20 {
+                let mut refused = linux::connect(public).unwrap();
+                refused.set_read_timeout(Some(DEADLINE)).unwrap();
+                assert_eq!(refused.read(&mut [0]).unwrap(), 0);
+            }
+        });
+        assert!(!given);
+    }
+
+    #[test]
+    fn another_servers_public_port_is_nobodys_control_port() {
+        let ((listener, public), (other, control)) = (listener(), listener());
+        let given = while_offered(public, &[&listener, &other], || {
+            let mut inherited = Inherited::default();
+            assert!(inherited.take(public).is_none());
+            assert!(inherited.take_public(public).is_some());
+            assert!(inherited.take(control).is_some());
+        });
+        assert!(given);
+    }
+
+    #[test]
+    fn a_stranger_who_has_the_name_and_accepts_nobody_is_not_waited_for() {
+        let (_listener, public) = listener();
+        let (deaf, name) = linux::socket(public).unwrap();
+        deaf.bind(&name).unwrap();
+        deaf.listen(0).unwrap();
+        let _in_its_queue = linux::connect(public).unwrap();
+        let (tell, told) = bounded(1);
+        thread::spawn(move || tell.send(linux::connect(public).is_err()));
+        assert_eq!(told.recv_timeout(DEADLINE), Ok(true));
+    }
+}

@@ -12,7 +12,6 @@ use parking_lot::Mutex;
 
 use crate::address::Address;
 use crate::error::Error;
-use crate::os::hand_over::Inherited;
 use crate::os::net;
 use crate::stop::{Phase, Stop};
 
@@ -47,14 +46,14 @@ pub struct Listener {
 
 impl Listener {
     /// Listens on the first address of a name that works. A port in use may be that of a server that
-    /// is about to end: it is waited for until `patience` ends, or taken over if that server hands it
-    /// over. Unless `anywhere`, every address of the name must be a loopback one.
+    /// is about to end: it is waited for until `patience` ends, or until that server hands it over, and
+    /// `taken` returns it. Unless `anywhere`, every address of the name must be a loopback one.
     pub fn find(
         option: &'static str,
         address: &Address,
         anywhere: bool,
         patience: Instant,
-        inherited: &mut Inherited,
+        mut taken: impl FnMut(SocketAddr) -> Option<TcpListener>,
         told: impl Fn(Opening),
     ) -> Result<(TcpListener, SocketAddr), Error> {
         let unknown = |error| Error::Resolve(option, address.clone(), error);
@@ -71,7 +70,7 @@ impl Listener {
                 match net::listen_on(*address) {
                     Ok(listener) => return Ok(listener),
                     Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                        if let Some(listener) = inherited.take(*address) {
+                        if let Some(listener) = taken(*address) {
                             told(Opening::HandedOver(*address));
                             return Ok((listener, *address));
                         }

@@ -1,7 +1,7 @@
 //! How a server begins, and how it ends.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -154,14 +154,18 @@ fn open_ports(
     let anywhere = options.insecure || !options.keys.is_empty();
     let patience = Instant::now() + options.port_patience.min(longest);
     let mut inherited = Inherited::default();
-    let mut open = |option, address, anywhere, closes_at| {
+    type Take = fn(&mut Inherited, SocketAddr) -> Option<TcpListener>;
+    let mut open = |option, address, anywhere, closes_at, take: Take| {
         let told = |opening| Journal::opening(option, &opening);
-        let socket = Listener::find(option, address, anywhere, patience, &mut inherited, told)?;
+        let taken = |address| take(&mut inherited, address);
+        let socket = Listener::find(option, address, anywhere, patience, taken, told)?;
         Listener::new(option, socket, stop.clone(), closes_at)
     };
-    let public = open("--public", &options.public, true, Phase::Draining)?;
-    let control = open("--control", &options.control, anywhere, Phase::Leaving)?;
-    let tunnel = open("--tunnel", &options.tunnel, anywhere, Phase::Leaving)?;
+    let (public, control, tunnel) = (&options.public, &options.control, &options.tunnel);
+    let (draining, leaving) = (Phase::Draining, Phase::Leaving);
+    let public = open("--public", public, true, draining, Inherited::take_public)?;
+    let control = open("--control", control, anywhere, leaving, Inherited::take)?;
+    let tunnel = open("--tunnel", tunnel, anywhere, leaving, Inherited::take)?;
     // Nobody else takes visitors now: the old server gets the whole time for those that wait there.
     if !inherited.wait(Instant::now() + options.port_patience.min(longest)) {
         let error = io::ErrorKind::AddrInUse.into();
@@ -383,10 +387,16 @@ impl Shared {
     fn hand_over(&self, time: Duration) {
         let listeners = [&self.public, &self.control, &self.tunnel].map(Listener::socket);
         let listeners: Vec<_> = listeners.iter().flatten().map(|it| &**it).collect();
-        match Successor::find(self.public.addr, &listeners, time) {
+        let ended = || self.stop.reached(Phase::Leaving);
+        match Successor::find(self.public.addr, &listeners, time, ended) {
             Ok(Some(successor)) => {
                 Journal::handed_over();
-                *self.successor.lock() = Some(successor);
+                let mut place = self.successor.lock();
+                // A server that has finished does not look there again.
+                if !ended() {
+                    *place = Some(successor);
+                }
+                drop(place);
                 self.public.take();
             }
             Ok(None) => {}
@@ -433,12 +443,27 @@ mod tests {
     use super::*;
     use crate::address::Address;
 
-    #[test]
-    fn a_visitor_that_is_accepted_and_not_in_the_list_yet_is_waited_for() {
+    fn server() -> (Arc<Shared>, Receiver<()>) {
         let any = Address::new("127.0.0.1", 0);
         let mut options = ServerOptions::new();
         (options.public, options.tunnel, options.control) = (any.clone(), any.clone(), any);
-        let (server, _updates) = Shared::bind(options).unwrap();
+        let (server, updates) = Shared::bind(options).unwrap();
+        (Arc::new(server), updates)
+    }
+
+    /// The second call finds the server waiting for a successor.
+    #[test]
+    fn a_server_that_is_stopped_twice_waits_for_no_successor() {
+        let (server, updates) = server();
+        server.clone().stop(SUCCESSION);
+        server.clone().stop(Duration::ZERO);
+        server.run(&updates).unwrap();
+        assert_eq!(Arc::strong_count(&server), 1, "a thread has the server");
+    }
+
+    #[test]
+    fn a_visitor_that_is_accepted_and_not_in_the_list_yet_is_waited_for() {
+        let (server, _updates) = server();
         // As when another server takes over.
         server.public.take();
         assert!(!server.is_finished());
