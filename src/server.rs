@@ -143,9 +143,8 @@ impl Shared {
         };
         let (server, owned, writer) = (self.clone(), session.clone(), link.writer);
         let write = move || {
-            if let Err(ended) = owned.write_lines(writer, &to_write) {
-                server.end_session(&owned, &ended);
-            }
+            let failed = |ended: &_| server.end_session(&owned, ended);
+            owned.write_lines(writer, &to_write, failed);
         };
         let failed = |visitor, reason: &_| self.journal.client_failed(visitor, reason);
         let ended = match self.workers.start("control_writer", write) {

@@ -62,12 +62,18 @@ impl Session {
     }
 
     /// Writes what the client is [sent](Self::send), and heartbeats, until the session has ended or
-    /// nothing can be written any more.
-    pub fn write_lines(&self, writer: Writer, to_write: &Receiver<Line>) -> Result<(), Ended> {
-        let written = write_lines(writer, to_write, || ());
-        // Wakes the thread that reads.
+    /// nothing can be written any more: then calls `failed`.
+    pub fn write_lines(
+        &self,
+        writer: Writer,
+        to_write: &Receiver<Line>,
+        failed: impl FnOnce(&Ended),
+    ) {
+        if let Err(error) = write_lines(writer, to_write, || ()) {
+            // Before the thread that reads is woken: all that it finds is a closed connection.
+            failed(&Ended::Writing(error));
+        }
         let _ = self.socket.shutdown(Shutdown::Both);
-        written.map_err(Ended::Writing)
     }
 
     /// Reads the client's lines until there are no more, and returns why. Calls
@@ -91,5 +97,41 @@ impl Session {
                 Err(error) => return error.into(),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::conn::Conn;
+    use std::net::TcpListener;
+    use std::time::Duration;
+
+    #[test]
+    fn why_nothing_can_be_written_is_told_before_the_link_is_closed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, from) = listener.accept().unwrap();
+        let socket = Arc::new(socket);
+        let Conn { reader, writer } = Conn::new(socket.clone());
+        let link = Link {
+            socket: socket.clone(),
+            lines: Lines::new(reader),
+            writer: Conn::new(socket.clone()).writer,
+            proto: Proto::Original,
+            bond: None,
+        };
+        let (session, to_write) = Session::new(&link, from);
+        session.send(Line::Hi);
+        socket.shutdown(Shutdown::Write).unwrap();
+        let patience = Duration::from_millis(10);
+        socket.set_read_timeout(Some(patience)).unwrap();
+        let mut told = None;
+        session.write_lines(writer, &to_write, |ended| {
+            let closed = socket.peek(&mut [0]).is_ok();
+            told = Some((matches!(ended, Ended::Writing(_)), closed));
+        });
+        assert_eq!(told, Some((true, false)));
+        assert_eq!(socket.peek(&mut [0]).unwrap(), 0);
     }
 }
