@@ -46,9 +46,11 @@ pub struct Door {
     keys: Vec<Key>,
     /// A client that says nothing is taken for an original one.
     original: bool,
-    /// The handshakes that have been here before, at either port: what was recorded at one of them
-    /// means nothing at the other.
-    openings: Openings,
+    /// The handshakes that have been at the control port before. Those of tunnels are remembered apart:
+    /// there are many, and these would soon be forgotten among them.
+    link_openings: Openings,
+    /// The handshakes that have been at the tunnel port before.
+    tunnel_openings: Openings,
     /// Who waits at the control port, and who at the tunnel port: a flood of one is no trouble to the
     /// other.
     pub links: Arc<Lobby>,
@@ -62,7 +64,8 @@ impl Door {
         Self {
             original: original && keys.is_empty(),
             keys,
-            openings: Openings::new(),
+            link_openings: Openings::new(),
+            tunnel_openings: Openings::new(),
             links: Lobby::new(),
             tunnels: Lobby::new(),
         }
@@ -235,7 +238,11 @@ impl Door {
             no_match,
         } = handshake;
         conn.reader.set_deadline(Some(start + HANDSHAKE_TIMEOUT))?;
-        let refusal = match conn.respond(&own, elsewhere, &self.openings, || place.extend()) {
+        let openings = match port {
+            Port::Control => &self.link_openings,
+            Port::Tunnel => &self.tunnel_openings,
+        };
+        let refusal = match conn.respond(&own, elsewhere, openings, || place.extend()) {
             Ok(bond) => return Ok(bond),
             Err(NoHandshake::WrongKey) => no_match,
             Err(NoHandshake::OtherPort) => Refusal::OtherPort(port),
