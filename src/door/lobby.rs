@@ -35,12 +35,22 @@ pub struct Lobby {
 struct Unproved {
     socket: Arc<TcpStream>,
     source: Source,
-    /// Until then it stays, however full it gets.
-    stays: Instant,
+    /// When its grace began.
+    came: Instant,
     /// It began like one that has the key.
     known: bool,
     /// Shut down; its thread is about to notice, and counts until it has.
     sent_away: bool,
+}
+
+impl Unproved {
+    /// Until when it stays, however full the lobby gets.
+    fn stays(&self) -> Instant {
+        match self.known {
+            true => self.came + GRACE + KNOWN_GRACE,
+            false => self.came + GRACE,
+        }
+    }
 }
 
 impl Lobby {
@@ -74,7 +84,7 @@ impl Lobby {
             let next = &mut unproved[next];
             if net::has_unread(&next.socket) {
                 // Not the far side is late but the thread here: the host is busy.
-                next.stays = now + GRACE;
+                next.came = now;
             } else {
                 next.sent_away = true;
                 let _ = next.socket.shutdown(Shutdown::Both);
@@ -83,7 +93,7 @@ impl Lobby {
         unproved.push(Unproved {
             socket: socket.clone(),
             source: from.into(),
-            stays: Instant::now() + GRACE,
+            came: Instant::now(),
             known: false,
             sent_away: false,
         });
@@ -114,11 +124,11 @@ fn next_to_go(unproved: &[Unproved]) -> Option<(usize, Instant)> {
     let crowd = unknown().find(|(_, it)| places(it.source) > MAX_OF_ONE_SOURCE);
     if let Some((_, Unproved { source, .. })) = crowd {
         let own = unknown().filter(|(_, it)| it.source == *source);
-        let oldest = own.min_by_key(|(_, it)| it.stays);
-        return oldest.map(|(place, it)| (place, it.stays - GRACE + SHORT_GRACE));
+        let oldest = own.min_by_key(|(_, it)| it.came);
+        return oldest.map(|(place, it)| (place, it.came + SHORT_GRACE));
     }
-    let oldest = staying().min_by_key(|(_, it)| it.stays);
-    oldest.map(|(place, it)| (place, it.stays))
+    let oldest = staying().min_by_key(|(_, it)| it.stays());
+    oldest.map(|(place, it)| (place, it.stays()))
 }
 
 /// A connection's place in the lobby, left when dropped.
@@ -141,7 +151,6 @@ impl Place {
     pub fn extend(&self) {
         let mut unproved = self.lobby.unproved.lock();
         if let Some(own) = self.find(&unproved) {
-            unproved[own].stays += KNOWN_GRACE;
             unproved[own].known = true;
         }
     }

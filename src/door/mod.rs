@@ -46,8 +46,8 @@ pub struct Door {
     keys: Vec<Key>,
     /// A client that says nothing is taken for an original one.
     original: bool,
-    /// The handshakes that have been at the control port before. Those of tunnels are remembered apart:
-    /// there are many, and these would soon be forgotten among them.
+    /// The handshakes that have been at the control port before. Among those of tunnels, of which a
+    /// busy client makes thousands, they would soon be forgotten.
     link_openings: Openings,
     /// The handshakes that have been at the tunnel port before.
     tunnel_openings: Openings,
@@ -105,12 +105,10 @@ impl Door {
         let bond = match self.keys.is_empty() {
             true => None,
             false => {
-                let own = Purpose::Control(&self.keys);
-                let tunnel = live.map(Purpose::Tunnel);
                 let handshake = Handshake {
                     port: Port::Control,
-                    own,
-                    elsewhere: tunnel.as_ref(),
+                    due: Some(Purpose::Control(&self.keys)),
+                    elsewhere: live.map(Purpose::Tunnel),
                     no_match: Refusal::WrongKey,
                 };
                 Some(self.handshake(&mut conn, place, handshake, start)?)
@@ -187,15 +185,14 @@ impl Door {
         let start = Instant::now();
         let mut conn = Conn::new(place.socket.clone());
         if !self.keys.is_empty() {
-            // Where no tunnel is due, the handshake only tells who has come to the wrong port.
-            let (own, no_match) = match live {
-                Some(bond) => (Purpose::Tunnel(bond), Refusal::WrongKeyOrSession),
-                None => (Purpose::Control(&[]), Refusal::NoSession),
+            let no_match = match live {
+                Some(_) => Refusal::WrongKeyOrSession,
+                None => Refusal::NoSession,
             };
             let handshake = Handshake {
                 port: Port::Tunnel,
-                own,
-                elsewhere: Some(&Purpose::Control(&self.keys)),
+                due: live.map(Purpose::Tunnel),
+                elsewhere: Some(Purpose::Control(&self.keys)),
                 no_match,
             };
             self.handshake(&mut conn, place, handshake, start)?;
@@ -233,7 +230,7 @@ impl Door {
     ) -> Result<Bond, Refusal> {
         let Handshake {
             port,
-            own,
+            due,
             elsewhere,
             no_match,
         } = handshake;
@@ -242,7 +239,9 @@ impl Door {
             Port::Control => &self.link_openings,
             Port::Tunnel => &self.tunnel_openings,
         };
-        let refusal = match conn.respond(&own, elsewhere, openings, || place.extend()) {
+        let known = || place.extend();
+        let bond = conn.respond(due.as_ref(), elsewhere.as_ref(), openings, known);
+        let refusal = match bond {
             Ok(bond) => return Ok(bond),
             Err(NoHandshake::WrongKey) => no_match,
             Err(NoHandshake::OtherPort) => Refusal::OtherPort(port),
@@ -265,9 +264,10 @@ impl Door {
 /// Which handshake is due at a port.
 struct Handshake<'a> {
     port: Port,
-    own: Purpose<'a>,
+    /// None at the tunnel port without a session.
+    due: Option<Purpose<'a>>,
     /// Which one is due at the other port.
-    elsewhere: Option<&'a Purpose<'a>>,
+    elsewhere: Option<Purpose<'a>>,
     /// What it means if the client's half fits neither.
     no_match: Refusal,
 }

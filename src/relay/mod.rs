@@ -400,9 +400,14 @@ mod tests {
                 let mut far = Conn::new(Arc::new(far));
                 far.initiate(&Purpose::Control(&[key])).is_ok()
             });
-            near.respond(&Purpose::Control(&keys), None, &Openings::new(), || ())
-                .ok()
-                .unwrap();
+            near.respond(
+                Some(&Purpose::Control(&keys)),
+                None,
+                &Openings::new(),
+                || (),
+            )
+            .ok()
+            .unwrap();
             assert!(client.join().unwrap());
             near.reader.begin_stream();
         }

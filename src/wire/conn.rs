@@ -66,13 +66,13 @@ impl Conn {
     /// key, with an opening that `openings` do not remember.
     pub fn respond(
         &mut self,
-        purpose: &Purpose,
+        due: Option<&Purpose>,
         elsewhere: Option<&Purpose>,
         openings: &Openings,
         known: impl FnOnce(),
     ) -> Result<Bond, NoHandshake> {
         let (reader, writer) = (&mut self.reader, &mut self.writer);
-        let secured = handshake::respond(reader, writer, purpose, elsewhere, openings, known);
+        let secured = handshake::respond(reader, writer, due, elsewhere, openings, known);
         self.seal(secured)
     }
 

@@ -109,13 +109,13 @@ pub fn initiate(
 
 /// The server's half of a handshake. What was recorded of another one may get an answer, too: only
 /// the first frame shows that the client is there. It gets none if `openings` remember it.
-/// `elsewhere` is what comes to the server's other port.
+/// `due` is what comes to this port of the server's, `elsewhere` what comes to the other one.
 ///
 /// `known` is called once the client's message has opened for the first time.
 pub fn respond(
     reader: &mut impl Read,
     writer: &mut impl Write,
-    purpose: &Purpose,
+    due: Option<&Purpose>,
     elsewhere: Option<&Purpose>,
     openings: &Openings,
     known: impl FnOnce(),
@@ -126,9 +126,8 @@ pub fn respond(
     if openings.knows(id) {
         return Err(NoHandshake::Recorded);
     }
-    let Some((answer, secured)) = answer(&message, purpose)? else {
-        let other = elsewhere.map_or(Ok(None), |elsewhere| answer(&message, elsewhere));
-        return Err(match other? {
+    let Some((answer, secured)) = answer(&message, due)? else {
+        return Err(match answer(&message, elsewhere)? {
             Some(_) => NoHandshake::OtherPort,
             None => NoHandshake::WrongKey,
         });
@@ -141,13 +140,16 @@ pub fn respond(
     Ok(secured)
 }
 
-/// The server's message, and what it leads to; None if the client's does not open. Not inlined: kilobytes of a handshake's state have
-/// no place on the stack of a thread that waits for a stranger.
+/// The server's message, and what it leads to; None if the client's does not open. Not inlined:
+/// kilobytes of a handshake's state have no place on the stack of a thread that waits for a stranger.
 #[inline(never)]
 fn answer(
     message: &[u8; MESSAGE],
-    purpose: &Purpose,
+    purpose: Option<&Purpose>,
 ) -> io::Result<Option<([u8; LENGTH + MESSAGE], Secured)>> {
+    let Some(purpose) = purpose else {
+        return Ok(None);
+    };
     let prologue = purpose.prologue();
     for key in purpose.keys() {
         let mut state = begin(key, &prologue)?.build_responder().map_err(broken)?;
