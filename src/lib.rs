@@ -118,9 +118,9 @@
 //!    stream follow in both directions.
 //! 3. Only now does the client dial the local service, so a service that speaks first speaks to
 //!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor.
-//! 4. A side that has written one end and read one is done with the visitor: the tunnel is idle there,
-//!    and the server may give it to the next visitor. Anything else than two ends aborts the tunnel with
-//!    RST. So does a frame that must not come now: no byte of one visitor can reach another.
+//! 4. Each side writes an end when the stream that it writes has ended. A client that has written one
+//!    and read one, and has passed on all that came, says `idle`: only then may the server give the
+//!    tunnel to the next visitor. Anything else than two ends aborts the tunnel with RST. So does a frame that must not come now: no byte of one visitor can reach another.
 //! 5. A direction without a key that has shown itself to be bulk says raw, so that the kernel can move
 //!    the rest. Such a tunnel ends with its visitor.
 //! 6. When the session has ended, the server closes idle tunnels, and others once their visitor has gone.

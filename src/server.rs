@@ -304,13 +304,14 @@ impl Shared {
             self.options.linger,
         );
         let copy = move |server: &Arc<Self>, direction: Direction| {
-            if let Some(conn) = direction.copy() {
-                server.config_conn_list_tunnel(Tunnel {
-                    conn,
-                    from,
-                    session,
-                    has_served: true,
-                });
+            let again = direction.copy().map(|conn| Tunnel {
+                conn,
+                from,
+                session,
+                has_served: true,
+            });
+            if let Some(tunnel) = again.and_then(Tunnel::wait_until_idle) {
+                server.config_conn_list_tunnel(tunnel);
             }
         };
         self.start("up", move |server| copy(server, up));

@@ -120,7 +120,8 @@ impl Direction {
         // under the lock; before it is written, the pair is not half-closed.
         pair.check_end(way, self.reader.has_frames())
             .map_err(Failure::reading)?;
-        pair.write_to(to, || self.writer.write_end())
+        let done = pair.is_done(to);
+        pair.write_to(to, || self.writer.write_end(done))
             .map_err(writing)?;
         if pair.half_close(way) {
             self.writer.shutdown().map_err(writing)?;

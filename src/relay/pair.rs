@@ -94,6 +94,8 @@ pub struct Progress {
     pub failed: Option<Aborted>,
     /// The last look at the pair has found that it is.
     pub doomed: bool,
+    /// The other program is being told that nothing is left of the pair.
+    pub done: bool,
     /// How many directions have ended, well or not.
     pub ended: u32,
     /// Why the pair was aborted.
@@ -146,6 +148,16 @@ impl Pair {
         }
     }
 
+    /// Is the end of a direction to this side the last thing of the pair? Then nothing aborts the pair
+    /// any more but a failure to write that end. Only a client tells its server so: the server may have
+    /// written all there is long before the client has passed it on.
+    pub fn is_done(&self, to: &Side) -> bool {
+        let mut progress = self.progress.lock();
+        let well = progress.failed.is_none() && progress.aborted.is_none();
+        progress.done = to.peer == Peer::Server && progress.ended == 1 && well;
+        progress.done
+    }
+
     /// Notes that a direction has ended well. True if the far side is to be told now: after the
     /// direction that ends last, both sockets are closed, which says the same and wakes nobody.
     pub fn half_close(&self, way: Way) -> bool {
@@ -165,6 +177,9 @@ impl Pair {
     /// that the other was reset, and one that has finished notices nothing.
     pub fn check(&self) {
         let mut progress = self.progress.lock();
+        if progress.done {
+            return;
+        }
         if let Some(why) = self.why_doomed(&progress) {
             // Not at first sight: a direction may still have something to hand on.
             if std::mem::replace(&mut progress.doomed, true) {

@@ -1,14 +1,18 @@
 //! The two connections that the server joins.
 
 use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 use crate::os::limits::Slot;
 use crate::os::net;
 use crate::wire::conn::Conn;
-use crate::wire::control::send;
+use crate::wire::control::{Lines, send};
 use crate::wire::frame::begins_with_line;
 use crate::wire::handshake::OPENING;
 use crate::wire::line::{Line, Reason, SessionId};
+
+/// A thread waits this long for a client that has something left of a visitor who has gone.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A visitor's connection.
 pub struct Accept {
@@ -47,8 +51,25 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Tells the client, if the client understands that, whose bytes follow. None if the tunnel is dead,
-    /// or still full of what the last visitor has sent; the visitor may wait for another one then.
+    /// Waits until nothing of the last visitor is left on the client's side either. A tunnel where that
+    /// takes long is closed: the client still gets what is on its way.
+    pub fn wait_until_idle(mut self) -> Option<Self> {
+        let reader = &mut self.conn.reader;
+        // Most often the client has said so together with the end of its stream.
+        let waits = !reader.has_frame();
+        if waits {
+            let deadline = Some(Instant::now() + IDLE_TIMEOUT);
+            reader.set_deadline(deadline).ok()?;
+        }
+        let line = Lines::new(&mut *reader).next_line();
+        if waits {
+            reader.set_deadline(None).ok()?;
+        }
+        matches!(line, Ok(Line::Idle)).then_some(self)
+    }
+
+    /// Tells the client, if the client understands that, whose bytes follow. None if the tunnel is dead;
+    /// the visitor may wait for another one then.
     pub fn greet(mut self, accept: &Accept) -> Option<Self> {
         let (socket, visitor) = (self.conn.socket().clone(), Some(accept.visitor));
         // From here on an end would be taken for a complete and empty answer.

@@ -250,6 +250,7 @@ impl Spare {
             return Ok(Visitor::new(None, None));
         }
         let socket = conn.socket().clone();
+        conn.writer.write_idle().map_err(ended)?;
         let is_idle = session.add_idle(&socket);
         if !is_idle {
             let deadline = Some(Instant::now() + SILENCE);

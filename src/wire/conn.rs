@@ -40,6 +40,7 @@ impl Conn {
                 socket,
                 sealer: None,
                 batch: Vec::new(),
+                said_idle: true,
             },
         }
     }
@@ -123,6 +124,11 @@ impl Reader {
     /// Whether what is read comes in frames: then an end of the connection is none of a stream.
     pub fn has_frames(&self) -> bool {
         self.opener.is_some()
+    }
+
+    /// True if a frame can be read without waiting for it.
+    pub fn has_frame(&self) -> bool {
+        self.opener.as_ref().is_some_and(Opener::has_frame)
     }
 
     /// Gives back the memory that a stream has taken.
@@ -251,6 +257,8 @@ pub struct Writer {
     socket: Arc<TcpStream>,
     sealer: Option<Sealer>,
     batch: Vec<u8>,
+    /// The far side knows that nothing of the last visitor is left here.
+    said_idle: bool,
 }
 
 impl Writer {
@@ -336,12 +344,26 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes the frame that ends the stream, if there are frames. Who has none learns of the end
-    /// by [`shutdown`](Self::shutdown).
-    pub fn write_end(&mut self) -> io::Result<()> {
-        match &mut self.sealer {
-            None => Ok(()),
-            Some(sealer) => (&*self.socket).write_all(sealer.frame(Kind::End, &[])?),
+    /// Writes the frame that ends the stream, if there are frames, and with it the line `idle`, if this
+    /// side is [done](Self::write_idle) with the visitor. Who has no frames learns of the end by
+    /// [`shutdown`](Self::shutdown).
+    pub fn write_end(&mut self, done: bool) -> io::Result<()> {
+        let Some(sealer) = &mut self.sealer else {
+            return Ok(());
+        };
+        let idle = Line::Idle.to_string();
+        let frames = [(Kind::End, &b""[..]), (Kind::Line, idle.as_bytes())];
+        self.said_idle = done;
+        let frames = sealer.frames(&frames[..1 + usize::from(done)])?;
+        (&*self.socket).write_all(frames)
+    }
+
+    /// Says that nothing of the last visitor is left on this side, unless the end of its stream has
+    /// said so.
+    pub fn write_idle(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.said_idle, true) {
+            true => Ok(()),
+            false => self.write_all(Line::Idle.to_string().as_bytes()),
         }
     }
 

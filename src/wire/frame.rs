@@ -210,8 +210,16 @@ impl Sealer {
 
     /// A frame of another kind.
     pub fn frame(&mut self, kind: Kind, carried: &[u8]) -> io::Result<&[u8]> {
-        let content = [&[kind as u8], carried].concat();
-        let filled = self.seal(&content, 0)?;
+        self.frames(&[(kind, carried)])
+    }
+
+    /// Several such frames, one behind another.
+    pub fn frames(&mut self, frames: &[(Kind, &[u8])]) -> io::Result<&[u8]> {
+        let mut filled = 0;
+        for (kind, carried) in frames {
+            let content = [&[*kind as u8], *carried].concat();
+            filled = self.seal(&content, filled)?;
+        }
         Ok(&self.frames[..filled])
     }
 
@@ -288,9 +296,16 @@ impl Opener {
         }
     }
 
-    /// A visitor's stream comes next.
+    /// A visitor's stream comes next. What the last one has taken of memory is given back, also if the
+    /// line between the two came together with the end of that one.
     pub fn begin_stream(&mut self) {
+        self.release();
         self.flow = Flow::Stream;
+    }
+
+    /// True if the next frame is there.
+    pub fn has_frame(&self) -> bool {
+        matches!(self.whole_frame(), Ok(Some(_)))
     }
 
     /// What was read and not opened: after [`Flow::Raw`] the visitor's own bytes, or what a side has
@@ -666,10 +681,12 @@ mod tests {
         /// Whose stream is written here, and whose is read.
         writes: Option<u8>,
         reads: Option<u8>,
+        /// Of the client: it has to say that it is idle. Of the server: it has been told.
+        idle: bool,
     }
 
     impl End {
-        fn new(sealed: bool) -> Self {
+        fn new(sealed: bool, idle: bool) -> Self {
             let cipher = || Cipher::new(&[0x33; 32], 100).ok().filter(|_| sealed);
             Self {
                 sealer: Sealer::new(cipher()),
@@ -677,6 +694,7 @@ mod tests {
                 wire: VecDeque::new(),
                 writes: None,
                 reads: None,
+                idle,
             }
         }
 
@@ -688,6 +706,7 @@ mod tests {
             );
             self.opener.begin_stream();
             (self.writes, self.reads) = (Some(visitor), Some(visitor));
+            self.idle = false;
         }
 
         /// Takes what has come, a piece of a random size, and looks whose it is.
@@ -697,10 +716,10 @@ mod tests {
             let mut piece = &piece[..];
             loop {
                 let result = match self.reads {
-                    None => self
-                        .opener
-                        .open_one(&mut piece)
-                        .map(|line| self.begin(line[0])),
+                    None => self.opener.open_one(&mut piece).map(|line| match line[0] {
+                        b'.' => self.idle = true,
+                        visitor => self.begin(visitor),
+                    }),
                     Some(visitor) => {
                         let mut batch = [0; 500];
                         let read = self.opener.read_batch(&mut piece, &mut batch);
@@ -727,13 +746,19 @@ mod tests {
             let mut visits = 0_usize;
             for _ in 0..200 {
                 // Server and client, until a cut ends their tunnel.
-                let mut ends = [End::new(sealed), End::new(sealed)];
+                let mut ends = [End::new(sealed, true), End::new(sealed, true)];
                 while numbers.below(500) > 0 {
                     let at = numbers.below(2);
                     let [near, far] = &mut ends;
                     let (near, far) = if at == 0 { (near, far) } else { (far, near) };
+                    let is_idle = near.writes.is_none() && near.reads.is_none();
                     match (numbers.below(4), near.writes) {
-                        (0, None) if at == 0 && near.reads.is_none() => {
+                        (0, None) if at == 1 && is_idle && !near.idle => {
+                            near.idle = true;
+                            far.wire
+                                .extend(near.sealer.frame(Kind::Line, b".\n").unwrap());
+                        }
+                        (0, None) if at == 0 && is_idle && near.idle => {
                             let visitor = b'a' + (visits % 26) as u8;
                             visits += 1;
                             near.begin(visitor);

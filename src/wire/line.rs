@@ -200,6 +200,8 @@ pub enum Line {
         /// Why the visitor did not get to the local service.
         reason: Failure,
     },
+    /// `idle` from the client on a tunnel: nothing of the last visitor is left there.
+    Idle,
     /// `tunnel session=…`: the first line of a tunnel.
     Tunnel {
         /// The session that the tunnel belongs to.
@@ -268,6 +270,7 @@ impl Line {
                 welcome: Welcome::parse(arguments)?,
             },
             "hi" => Line::Hi,
+            "idle" => Line::Idle,
             "new" => Line::New {
                 visitor: argument(arguments, "visitor")?,
             },
@@ -312,6 +315,7 @@ impl fmt::Display for Line {
                 }
             }
             Line::Hi => writeln!(f, "hi"),
+            Line::Idle => writeln!(f, "idle"),
             Line::New { visitor: None } => writeln!(f, "new"),
             Line::New {
                 visitor: Some(visitor),
@@ -374,6 +378,7 @@ mod tests {
                 },
                 "hello proto=2 pool=8\n".to_owned(),
             ),
+            (Line::Idle, "idle\n".to_owned()),
             (
                 Line::Hello {
                     proto: 2,

@@ -27,6 +27,7 @@ mod namespaces;
 mod original;
 mod protocol;
 mod restarts;
+mod reuse;
 mod sealed;
 mod sessions;
 mod soak;

@@ -185,6 +185,12 @@ impl Peer {
         }
     }
 
+    /// Writes bytes of a visitor's stream: on the client's side of a tunnel, all after the first line.
+    pub fn write_data(&mut self, bytes: impl AsRef<[u8]>) {
+        let frame = self.frame(DATA, bytes.as_ref());
+        self.socket.write_all(&frame).unwrap();
+    }
+
     /// Ends what it writes, as a half-close does.
     pub fn end(&mut self) {
         match &mut self.carries {
