@@ -14,7 +14,7 @@ const LOCAL_PORT: u16 = 8000;
 pub const LOOPBACK: &str = "127.0.0.1";
 
 /// The original's time.
-const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
+pub const PAIR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Each visitor needs two descriptors on the server, and few hosts let a program have more than ten
 /// thousand.

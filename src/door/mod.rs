@@ -317,13 +317,14 @@ pub fn open_link(
     original: bool,
 ) -> Result<Answered, NoSession> {
     conn.socket().set_write_timeout(Some(SILENCE))?;
-    let start = Instant::now();
-    let (bond, deadline) = match key {
-        None => (None, start + SILENCE),
+    // Longer than a visitor waits for a tunnel by default. A server's port for visitors takes a client
+    // for one that long, and tells it then.
+    let deadline = Instant::now() + SILENCE;
+    let bond = match key {
+        None => None,
         Some(key) => {
-            let deadline = start + HANDSHAKE_TIMEOUT;
-            let bond = initiate(&mut conn, &Purpose::Control(from_ref(key)), deadline)?;
-            (Some(bond), deadline)
+            let purpose = Purpose::Control(from_ref(key));
+            Some(initiate(&mut conn, &purpose, deadline)?)
         }
     };
     let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
@@ -393,5 +394,33 @@ pub fn no_server<R: io::Read>(line: io::Result<Line>, lines: &Lines<R>) -> NoSes
         Ok(Line::Hello { proto, .. }) if proto != PROTO => NoSession::Version(proto),
         Err(error) if lines.foreign().is_none() => error.into(),
         _ => NoSession::NotServer(lines.foreign()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::PAIR_TIMEOUT;
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::thread;
+
+    /// A client that is taken for a visitor is told so after the pair timeout, and its way takes time.
+    #[test]
+    fn a_client_with_a_key_waits_longer_than_a_visitor() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (client, mut server) = (Arc::new(client), listener.accept().unwrap().0);
+        let (conn, key) = (Conn::new(client.clone()), Key::generate().unwrap());
+        let opening = thread::spawn(move || open_link(conn, Some(&key), 0, false).map(drop));
+        server.set_read_timeout(Some(SILENCE)).unwrap();
+        server.read_exact(&mut OPENING.clone()).unwrap();
+        while client.read_timeout().unwrap().is_none() {
+            thread::yield_now();
+        }
+        let patience = client.read_timeout().unwrap();
+        drop(server);
+        assert!(matches!(opening.join().unwrap(), Err(NoSession::Closed)));
+        assert!(patience > Some(PAIR_TIMEOUT), "{patience:?}");
     }
 }

@@ -233,7 +233,10 @@ impl fmt::Display for NoSession {
             Self::NotServer(Some(protocol)) => write!(f, "it speaks {protocol}: {CHECK}"),
             Self::NotServer(None) => write!(f, "its first line is not a server's hello: {CHECK}"),
             Self::BadLine(what) => write!(f, "it sent {what}: {CHECK}"),
-            Self::TooLate => write!(f, "it said nothing in time: {CHECK}"),
+            Self::TooLate => write!(
+                f,
+                "it said nothing in time, as a port for visitors does: {CHECK}"
+            ),
             Self::BadHandshake => write!(f, "its half of the handshake is not valid: {CHECK}"),
             Self::TunnelPortIsPublic(port) => write!(
                 f,
