@@ -201,23 +201,16 @@ impl Shared {
         while let Some((socket, from)) = self.accept(&self.tunnel) {
             let live = self.state.lock().cache.as_ref().map(|live| live.proto);
             if live == Some(Proto::Original) {
-                self.config_conn_list_tunnel(Tunnel {
-                    conn: Conn::new(Arc::new(socket)),
-                    from,
-                    session: None,
-                    has_served: false,
-                });
+                let conn = Conn::new(Arc::new(socket));
+                self.config_conn_list_tunnel(Tunnel::new(conn, from, None));
                 continue;
             }
             let place = self.door.tunnels.enter(socket, from);
             self.start("tunnel", move |server| {
                 match server.door.admit_tunnel(place, server.live_bond().as_ref()) {
-                    Ok((conn, id)) => server.config_conn_list_tunnel(Tunnel {
-                        conn,
-                        from,
-                        session: Some(id),
-                        has_served: false,
-                    }),
+                    Ok((conn, id)) => {
+                        server.config_conn_list_tunnel(Tunnel::new(conn, from, Some(id)));
+                    }
                     Err(refusal) => server.journal.refused_tunnel(from, &refusal),
                 }
             });

@@ -99,9 +99,8 @@ impl Door {
 
     fn open_link(&self, place: &Place, live: Option<&Bond>) -> Result<Link, Refusal> {
         let start = Instant::now();
-        let socket = place.socket.clone();
-        socket.set_write_timeout(Some(SILENCE))?;
-        let mut conn = Conn::new(socket.clone());
+        place.socket.set_write_timeout(Some(SILENCE))?;
+        let mut conn = Conn::new(place.socket.clone());
         let bond = match self.keys.is_empty() {
             true => None,
             false => {
@@ -114,19 +113,14 @@ impl Door {
                 Some(self.handshake(&mut conn, place, handshake, start)?)
             }
         };
-        self.hear_hello(conn, bond, socket, start)
+        self.hear_hello(conn, bond, start)
     }
 
     /// What follows the handshake of a control link. Apart from it, as what this function holds has no
     /// place on the stack of a thread that waits for a stranger.
     #[inline(never)]
-    fn hear_hello(
-        &self,
-        conn: Conn,
-        bond: Option<Bond>,
-        socket: Arc<TcpStream>,
-        start: Instant,
-    ) -> Result<Link, Refusal> {
+    fn hear_hello(&self, conn: Conn, bond: Option<Bond>, start: Instant) -> Result<Link, Refusal> {
+        let socket = conn.socket().clone();
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
         let patience = match self.original {
             true => HELLO_TIMEOUT,

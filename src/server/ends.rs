@@ -51,6 +51,16 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
+    /// A tunnel that nobody has come through yet.
+    pub fn new(conn: Conn, from: SocketAddr, session: Option<SessionId>) -> Self {
+        Self {
+            conn,
+            from,
+            session,
+            has_served: false,
+        }
+    }
+
     /// Waits until nothing of the last visitor is left on the client's side either. A tunnel where that
     /// takes long is closed: the client still gets what is on its way.
     pub fn wait_until_idle(mut self) -> Option<Self> {
