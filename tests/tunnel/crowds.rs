@@ -130,7 +130,7 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
-    let (mut quiet, mut attacked) = (Vec::new(), Vec::new());
+    let mut ratios = Vec::new();
     thread::scope(|scope| {
         let _over = SetOnDrop(&over);
         for address in both.addresses {
@@ -140,23 +140,21 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
         }
         let start = Instant::now();
         while start.elapsed() < TURNS {
-            quiet.extend(visits(&both));
+            let quiet = percentile_99(visits(&both));
             attack.store(true, Ordering::SeqCst);
-            attacked.extend(visits(&both));
+            let attacked = percentile_99(visits(&both));
             attack.store(false, Ordering::SeqCst);
+            ratios.push(attacked.as_secs_f64() / quiet.as_secs_f64());
         }
     });
     drop(turn);
-    eprintln!(
-        "{} quiet visits, {} attacked ones",
-        quiet.len(),
-        attacked.len()
-    );
-    let (quiet, attacked) = (percentile_99(quiet), percentile_99(attacked));
-    assert!(
-        attacked < 3 * quiet,
-        "{attacked:?} in the place of {quiet:?}"
-    );
+    ratios.sort_by(f64::total_cmp);
+    eprintln!("{ratios:.2?} times the quiet 99th percentile");
+    // Each turn has a ratio of its own: a moment in which the machine was busy with other things spoils
+    // one turn, and neither the median nor three quarters of all.
+    let [median, most] = [2, 4].map(|part| ratios[ratios.len() - 1 - ratios.len() / part]);
+    assert!(median < 2.5, "{median:.2} times the quiet 99th percentile");
+    assert!(most < 3.0, "{most:.2} times in a quarter of the turns");
     both.assert_recovered(echo);
 }
 
