@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use tunnel_proxy::{Address, Client, ClientOptions, Server, ServerOptions};
+use tunnel_proxy::{Address, Client, ClientOptions, Server, ServerOptions, Service};
 
 const PAGE: &str = "index.html";
 const IMAGE: &str = "picture.bin";
@@ -55,14 +55,15 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
     let mut options = ServerOptions::default();
     if !stay {
         let any = Address::new("127.0.0.1", 0);
-        (options.public, options.tunnel, options.control) = (any.clone(), any.clone(), any);
+        options.public = [(Service::default(), any.clone())].into();
+        (options.tunnel, options.control) = (any.clone(), any);
     }
     let server = Server::bind(options)?;
     let public = server.public_addr();
     println!("server    http://{public} for visitors");
     let mut options = ClientOptions::new();
     options.server = server.control_addr().into();
-    options.local = site.addr.into();
+    options.local = [(Service::default(), site.addr.into())].into();
     let client = Client::new(options);
     let handles = [server.handle(), client.handle()];
     let running = [server.spawn()?, client.spawn()?];

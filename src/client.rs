@@ -100,7 +100,8 @@ impl Shared {
         let control = Arc::new(control);
         self.warn_without_key(&control);
         let (key, conn) = (options.key.as_ref(), Conn::new(control.clone()));
-        let mut link = open_link(conn, key, options.pool, options.original)?;
+        let services: Vec<_> = options.local.keys().collect();
+        let mut link = open_link(conn, key, options.pool, &services, options.original)?;
         let (session, to_write) = Session::new(&link, control, options.tunnel_port)?;
         self.begin_session(&session);
         if let Err(error) = self.start_writer(&session, link.writer, to_write) {
@@ -110,7 +111,7 @@ impl Shared {
         let mut line = Ok(link.first);
         let ended = loop {
             match line {
-                Ok(Line::New { .. }) => self.one_more(&session),
+                Ok(Line::New(_)) => self.one_more(&session),
                 Ok(Line::Bye { reason }) => break Ended::Bye(reason),
                 Ok(_) => {}
                 Err(error) => break Ended::from(error),
@@ -207,8 +208,10 @@ impl Shared {
         session: &Session,
         visitor: &Visitor,
     ) -> Result<(TcpStream, Option<OwnDial>), LocalError> {
-        let address = &self.options.local;
-        if self.is_own_dial(session, visitor) {
+        let service = visitor.service();
+        let address = self.options.local.get(service);
+        let address = address.ok_or_else(|| LocalError::no_service(service))?;
+        if self.is_own_dial(session, visitor, address.port) {
             let why = format!(
                 "this visitor is this client's own connection to {address}: --local leads back to \
                  the server's port for visitors"

@@ -10,152 +10,257 @@ pub struct ConnMatch<A, T> {
     pub accept: A,
     /// When the visitor came.
     pub accept_add_time: Instant,
-    /// None as long as the visitor waits.
-    pub tunnel: Option<T>,
+    /// The tunnel.
+    pub tunnel: T,
 }
 
-/// The visitors who are not joined yet, ordered by arrival, and the idle tunnels.
+/// A client that dials tunnels, as the list sees it.
+pub trait Client<A>: Clone + PartialEq {
+    /// Returns how this client stands among those that could serve a visitor, which the lowest does:
+    /// whether it has just failed, and how many visitors it has. None if it cannot serve this one.
+    fn rank(&self, accept: &A) -> Option<(bool, usize)>;
+
+    /// Returns how many idle tunnels it keeps.
+    fn pool(&self) -> usize;
+}
+
+/// The visitors who are not joined yet, ordered by arrival, and the clients with their idle tunnels.
 ///
-/// As those who came first are served first, complete matches stand before all that wait, and there
-/// are idle tunnels only while nobody waits.
+/// As those who came first are served first, a client has idle tunnels only while nobody waits whom it
+/// could serve.
 #[derive(Debug)]
-pub struct ConnList<A, T> {
-    matches: VecDeque<ConnMatch<A, T>>,
+pub struct ConnList<A, T, C> {
+    /// Each with its client.
+    matches: VecDeque<(ConnMatch<A, T>, C)>,
+    /// Each with the time when it came.
+    waiting: VecDeque<(A, Instant)>,
+    clients: Vec<Live<T, C>>,
+}
+
+/// A client in the list.
+#[derive(Debug)]
+struct Live<T, C> {
+    client: C,
     /// Each with the time since when. The newest stands last and is taken first: it is the least likely
     /// to have died, and those that nobody needs stay unused.
     idle: VecDeque<(T, Instant)>,
+    /// How many tunnels it was asked for that have not come yet, and may never come.
+    asked: usize,
 }
 
-/// What became of a new tunnel.
+/// What became of a visitor.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Added<C> {
+    /// It got an idle tunnel: a match is complete.
+    Matched,
+    /// It waits, and this client is to dial a tunnel for it. None if no client serves it.
+    Waits(Option<C>),
+}
+
+/// What became of a tunnel.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Placed<T> {
-    /// The oldest waiting visitor got it: a match is complete.
+    /// The visitor who has waited longest got it: a match is complete.
     Matched,
     /// Nobody waits: the tunnel is idle.
     Idle,
     /// Nobody waits and the pool is full: this tunnel, the oldest idle one, is to be closed.
     Superfluous(T),
+    /// Its client is not in the list any more.
+    Homeless(T),
 }
 
-impl<A, T> ConnList<A, T> {
+impl<A, T, C: Client<A>> ConnList<A, T, C> {
     /// An empty list.
     pub fn new() -> Self {
         Self {
             matches: VecDeque::new(),
-            idle: VecDeque::new(),
+            waiting: VecDeque::new(),
+            clients: Vec::new(),
         }
     }
 
-    /// Adds a visitor, with the newest idle tunnel if there is one. Returns true if the match is
-    /// complete, and false if the visitor waits for a tunnel.
-    pub fn add_accept(&mut self, accept: A, accept_add_time: Instant) -> bool {
-        let end = self.matches.len();
+    /// Adds a client. Returns how many visitors wait whom it could serve: as many tunnels are to be
+    /// dialled.
+    pub fn add_client(&mut self, client: C) -> usize {
+        let served = |(accept, _): &&(A, Instant)| client.rank(accept).is_some();
+        let asked = self.waiting.iter().filter(served).count();
+        self.clients.push(Live {
+            client,
+            idle: VecDeque::new(),
+            asked,
+        });
+        asked
+    }
+
+    /// Takes out a client, as its session has ended, and returns its idle tunnels. None if it was not
+    /// in the list any more.
+    pub fn take_client(&mut self, client: &C) -> Option<Vec<T>> {
+        let place = self.clients.iter().position(|it| it.client == *client)?;
+        Some(self.clients.remove(place).into_idle())
+    }
+
+    /// Returns the clients, in the order in which they came.
+    pub fn clients(&self) -> impl Iterator<Item = &C> {
+        self.clients.iter().map(|it| &it.client)
+    }
+
+    /// Adds a visitor, who gets the newest idle tunnel of the client that has the fewest visitors.
+    pub fn add_accept(&mut self, accept: A, accept_add_time: Instant) -> Added<C> {
+        let end = self.waiting.len();
         self.insert(end, accept, accept_add_time)
     }
 
-    /// Puts back a visitor whose tunnel was dead, before all that wait, as this visitor has waited
-    /// longest. Returns the same as [`add_accept`](Self::add_accept).
-    pub fn put_back(&mut self, accept: A, accept_add_time: Instant) -> bool {
-        let turn = self.complete();
-        self.insert(turn, accept, accept_add_time)
+    /// Puts back a visitor whose tunnel was of no use, before all that wait, as this visitor has waited
+    /// longest.
+    pub fn put_back(&mut self, accept: A, accept_add_time: Instant) -> Added<C> {
+        self.insert(0, accept, accept_add_time)
     }
 
-    fn insert(&mut self, place: usize, accept: A, accept_add_time: Instant) -> bool {
-        let tunnel = self.idle.pop_back().map(|(tunnel, _)| tunnel);
-        let complete = tunnel.is_some();
+    fn insert(&mut self, place: usize, accept: A, accept_add_time: Instant) -> Added<C> {
+        if let Some(live) = self.first_in_rank(&accept, |it| !it.idle.is_empty())
+            && let Some((tunnel, _)) = live.idle.pop_back()
+        {
+            let client = live.client.clone();
+            self.complete(accept, accept_add_time, tunnel, client);
+            return Added::Matched;
+        }
+        let asked = self.ask_for(&accept);
+        self.waiting.insert(place, (accept, accept_add_time));
+        Added::Waits(asked)
+    }
+
+    fn complete(&mut self, accept: A, accept_add_time: Instant, tunnel: T, client: C) {
         let conn_match = ConnMatch {
             accept,
             accept_add_time,
             tunnel,
         };
-        self.matches.insert(place, conn_match);
-        complete
+        self.matches.push_back((conn_match, client));
     }
 
-    /// Gives a tunnel to the visitor who has waited longest, or else keeps it idle from `now` on, as
-    /// one of at most `most`.
-    pub fn add_tunnel(&mut self, tunnel: T, now: Instant, most: usize) -> Placed<T> {
-        let oldest = self.complete();
-        if let Some(waiting) = self.matches.get_mut(oldest) {
-            waiting.tunnel = Some(tunnel);
+    /// Finds the client that is to serve a visitor, among those that `may`. Visitors who are about to be
+    /// joined count as if they were.
+    fn first_in_rank(
+        &mut self,
+        accept: &A,
+        may: impl Fn(&Live<T, C>) -> bool,
+    ) -> Option<&mut Live<T, C>> {
+        let matches = &self.matches;
+        let rank = |it: &Live<T, C>| {
+            let (failed, visitors) = it.client.rank(accept)?;
+            let of_it = matches.iter().filter(|(_, client)| *client == it.client);
+            Some((failed, visitors + it.asked + of_it.count()))
+        };
+        let able = self.clients.iter_mut().filter(|it| may(it));
+        let ranked = able.filter_map(|it| Some((rank(it)?, it)));
+        Some(ranked.min_by_key(|(rank, _)| *rank)?.1)
+    }
+
+    /// Returns the client that is to dial a tunnel for this visitor.
+    fn ask_for(&mut self, accept: &A) -> Option<C> {
+        let live = self.first_in_rank(accept, |_| true)?;
+        live.asked += 1;
+        Some(live.client.clone())
+    }
+
+    /// Returns the clients that are to dial tunnels for those who have waited for `time` or longer, but
+    /// for `most` of them at the most: what they were promised before is lost.
+    pub fn ask_again(&mut self, now: Instant, time: Duration, most: usize) -> Vec<C> {
+        for live in &mut self.clients {
+            live.asked = 0;
+        }
+        let count = self.waiting_since(now, time).min(most);
+        // Out of the list for a moment: a client is chosen by looking at all of the list.
+        let waiting = std::mem::take(&mut self.waiting);
+        let late = waiting.range(..count);
+        let asked = late.filter_map(|(accept, _)| self.ask_for(accept));
+        let asked = asked.collect();
+        self.waiting = waiting;
+        asked
+    }
+
+    /// Gives a client's tunnel to the visitor who has waited longest among those whom it could serve,
+    /// or else keeps the tunnel idle from `now` on, as one of at most `most`.
+    pub fn add_tunnel(&mut self, client: &C, tunnel: T, now: Instant, most: usize) -> Placed<T> {
+        let Some(live) = self.clients.iter_mut().find(|it| it.client == *client) else {
+            return Placed::Homeless(tunnel);
+        };
+        live.asked = live.asked.saturating_sub(1);
+        let served = |(accept, _): &(A, Instant)| client.rank(accept).is_some();
+        let oldest = self.waiting.iter().position(served);
+        if let Some((accept, came)) = oldest.and_then(|place| self.waiting.remove(place)) {
+            let client = live.client.clone();
+            self.complete(accept, came, tunnel, client);
             return Placed::Matched;
         }
-        self.idle.push_back((tunnel, now));
-        if self.idle.len() <= most {
+        live.idle.push_back((tunnel, now));
+        if live.idle.len() <= most {
             return Placed::Idle;
         }
-        match self.idle.pop_front() {
+        match live.idle.pop_front() {
             Some((oldest, _)) => Placed::Superfluous(oldest),
             None => Placed::Idle,
         }
     }
 
-    /// Takes out the oldest complete match: the visitor, when it came, and its tunnel.
-    pub fn take_match(&mut self) -> Option<(A, Instant, T)> {
-        let tunnel = self.matches.front_mut()?.tunnel.take()?;
-        let matched = self.matches.pop_front()?;
-        Some((matched.accept, matched.accept_add_time, tunnel))
+    /// Takes out the oldest complete match.
+    pub fn take_match(&mut self) -> Option<ConnMatch<A, T>> {
+        Some(self.matches.pop_front()?.0)
     }
 
     /// Takes out the visitors who have waited for `timeout` or longer.
     pub fn take_expired(&mut self, now: Instant, timeout: Duration) -> Vec<A> {
-        let from = self.complete();
         let count = self.waiting_since(now, timeout);
-        self.matches
-            .drain(from..from + count)
-            .map(|expired| expired.accept)
+        self.waiting
+            .drain(..count)
+            .map(|(accept, _)| accept)
             .collect()
     }
 
-    /// Returns how many visitors have waited for `time` or longer.
-    pub fn waiting_since(&self, now: Instant, time: Duration) -> usize {
-        self.matches
-            .range(self.complete()..)
-            .take_while(|waiting| now.saturating_duration_since(waiting.accept_add_time) >= time)
-            .count()
+    fn waiting_since(&self, now: Instant, time: Duration) -> usize {
+        let late = |(_, came): &&(A, Instant)| now.saturating_duration_since(*came) >= time;
+        self.waiting.iter().take_while(late).count()
     }
 
     /// Returns when the visitor came who has waited longest.
     pub fn oldest_waiting(&self) -> Option<Instant> {
-        let oldest = self.matches.get(self.complete())?;
-        Some(oldest.accept_add_time)
+        Some(self.waiting.front()?.1)
     }
 
-    /// Returns how many visitors wait for a tunnel.
-    pub fn waiting(&self) -> usize {
-        self.matches.len() - self.complete()
+    /// Returns the visitors who wait for a tunnel.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &A> {
+        self.waiting.iter().map(|(accept, _)| accept)
     }
 
     /// Returns how many idle tunnels there are.
     pub fn idle(&self) -> usize {
-        self.idle.len()
+        self.clients.iter().map(|it| it.idle.len()).sum()
     }
 
-    /// Takes out those idle tunnels beyond `pool` that nobody has needed for `time` or longer.
-    pub fn take_unused(&mut self, now: Instant, pool: usize, time: Duration) -> Vec<T> {
-        let beyond = self.idle.len().saturating_sub(pool);
+    /// Takes out those idle tunnels beyond each client's pool that nobody has needed for `time` or
+    /// longer.
+    pub fn take_unused(&mut self, now: Instant, time: Duration) -> Vec<T> {
         let unused = |(_, since): &&(T, Instant)| now.saturating_duration_since(*since) >= time;
-        let count = self.idle.iter().take(beyond).take_while(unused).count();
-        self.idle.drain(..count).map(|(tunnel, _)| tunnel).collect()
+        let mut taken = Vec::new();
+        for live in &mut self.clients {
+            let beyond = live.idle.len().saturating_sub(live.client.pool());
+            let count = live.idle.iter().take(beyond).take_while(unused).count();
+            taken.extend(live.idle.drain(..count).map(|(tunnel, _)| tunnel));
+        }
+        taken
     }
 
-    /// Takes out every idle tunnel, as their session has ended.
-    pub fn take_idle(&mut self) -> Vec<T> {
-        self.idle.drain(..).map(|(tunnel, _)| tunnel).collect()
+    /// Takes out everybody who waits, and all idle tunnels, as the server stops.
+    pub fn clear(&mut self) -> (VecDeque<(A, Instant)>, Vec<T>) {
+        let idle = self.clients.drain(..).flat_map(Live::into_idle);
+        (std::mem::take(&mut self.waiting), idle.collect())
     }
+}
 
-    /// Takes out everything, as the server stops.
-    pub fn clear(&mut self) -> (VecDeque<ConnMatch<A, T>>, Vec<T>) {
-        (std::mem::take(&mut self.matches), self.take_idle())
-    }
-
-    /// Counts the complete matches, which stand first. They are few, as the matcher takes them at
-    /// once.
-    fn complete(&self) -> usize {
-        self.matches
-            .iter()
-            .take_while(|conn_match| conn_match.tunnel.is_some())
-            .count()
+impl<T, C> Live<T, C> {
+    fn into_idle(self) -> Vec<T> {
+        self.idle.into_iter().map(|(tunnel, _)| tunnel).collect()
     }
 }
 
@@ -165,150 +270,266 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 
-    fn list() -> ConnList<&'static str, u32> {
-        ConnList::new()
+    /// A client that keeps two tunnels, and serves visitors whose names begin with one of these letters.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    struct Dials {
+        from: char,
+        to: char,
+        failed: bool,
+        visitors: usize,
     }
 
-    fn served(list: &mut ConnList<&'static str, u32>) -> Vec<(&'static str, u32)> {
+    const ANY: Dials = Dials {
+        from: 'a',
+        to: 'z',
+        failed: false,
+        visitors: 0,
+    };
+
+    impl Client<&'static str> for Dials {
+        fn rank(&self, accept: &&'static str) -> Option<(bool, usize)> {
+            let serves = (self.from..=self.to).contains(&accept.chars().next()?);
+            serves.then_some((self.failed, self.visitors))
+        }
+
+        fn pool(&self) -> usize {
+            2
+        }
+    }
+
+    type List = ConnList<&'static str, u32, Dials>;
+
+    const NOW: fn() -> Instant = Instant::now;
+
+    /// A list with these clients.
+    fn list(clients: &[Dials]) -> List {
+        let mut list = ConnList::new();
+        for client in clients {
+            assert_eq!(list.add_client(*client), 0);
+        }
+        list
+    }
+
+    fn served(list: &mut List) -> Vec<(&'static str, u32)> {
         let taken = std::iter::from_fn(|| list.take_match());
-        taken
-            .map(|(visitor, _, tunnel)| (visitor, tunnel))
-            .collect()
+        taken.map(|it| (it.accept, it.tunnel)).collect()
+    }
+
+    fn idle(list: &mut List, client: Dials, tunnels: &[u32]) {
+        for tunnel in tunnels {
+            let placed = list.add_tunnel(&client, *tunnel, NOW(), 9);
+            assert_eq!(placed, Placed::Idle);
+        }
     }
 
     #[test]
     fn first_come_first_served() {
-        let (mut list, now) = (list(), Instant::now());
+        let (mut list, now) = (list(&[ANY]), NOW());
         for visitor in ["a", "b", "c"] {
-            assert!(!list.add_accept(visitor, now));
+            assert_eq!(list.add_accept(visitor, now), Added::Waits(Some(ANY)));
         }
-        assert_eq!(list.waiting(), 3);
-        assert_eq!(list.add_tunnel(1, now, 0), Placed::Matched);
-        assert_eq!(list.add_tunnel(2, now, 0), Placed::Matched);
-        assert_eq!(list.waiting(), 1);
+        assert_eq!(list.waiting().collect::<Vec<_>>(), [&"a", &"b", &"c"]);
+        assert_eq!(list.add_tunnel(&ANY, 1, now, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(&ANY, 2, now, 0), Placed::Matched);
+        assert_eq!(list.waiting().len(), 1);
         assert_eq!(served(&mut list), [("a", 1), ("b", 2)]);
-        assert_eq!(list.add_tunnel(3, now, 0), Placed::Matched);
+        assert_eq!(list.add_tunnel(&ANY, 3, now, 0), Placed::Matched);
         assert_eq!(served(&mut list), [("c", 3)]);
         assert_eq!(served(&mut list), []);
     }
 
     #[test]
+    fn without_a_client_nobody_is_asked_for_a_tunnel() {
+        let (mut list, now) = (list(&[]), NOW());
+        assert_eq!(list.add_accept("a", now), Added::Waits(None));
+        assert_eq!(list.add_tunnel(&ANY, 1, now, 9), Placed::Homeless(1));
+        // As soon as one comes, it is.
+        assert_eq!(list.add_client(ANY), 1);
+        assert_eq!(list.add_tunnel(&ANY, 1, now, 9), Placed::Matched);
+    }
+
+    #[test]
     fn the_newest_idle_tunnel_is_taken() {
-        let (mut list, now) = (list(), Instant::now());
-        for tunnel in 1..=2 {
-            assert_eq!(list.add_tunnel(tunnel, now, 8), Placed::Idle);
-        }
-        assert!(list.add_accept("a", now));
-        assert!(list.add_accept("b", now));
-        assert!(!list.add_accept("c", now));
+        let (mut list, now) = (list(&[ANY]), NOW());
+        idle(&mut list, ANY, &[1, 2]);
+        assert_eq!(list.add_accept("a", now), Added::Matched);
+        assert_eq!(list.add_accept("b", now), Added::Matched);
+        assert_eq!(list.add_accept("c", now), Added::Waits(Some(ANY)));
         assert_eq!(served(&mut list), [("a", 2), ("b", 1)]);
-        assert_eq!(list.waiting(), 1);
     }
 
     #[test]
     fn superfluous_tunnels_push_the_oldest_out() {
-        let (mut list, now) = (list(), Instant::now());
-        assert_eq!(list.add_tunnel(1, now, 0), Placed::Superfluous(1));
-        assert_eq!(list.add_tunnel(1, now, 2), Placed::Idle);
-        assert_eq!(list.add_tunnel(2, now, 2), Placed::Idle);
-        assert_eq!(list.add_tunnel(3, now, 2), Placed::Superfluous(1));
-        assert_eq!(list.take_idle(), [2, 3]);
-        assert!(list.take_idle().is_empty());
+        let (mut list, now) = (list(&[ANY]), NOW());
+        assert_eq!(list.add_tunnel(&ANY, 1, now, 0), Placed::Superfluous(1));
+        assert_eq!(list.add_tunnel(&ANY, 1, now, 2), Placed::Idle);
+        assert_eq!(list.add_tunnel(&ANY, 2, now, 2), Placed::Idle);
+        assert_eq!(list.add_tunnel(&ANY, 3, now, 2), Placed::Superfluous(1));
+        assert_eq!(list.idle(), 2);
+        assert_eq!(list.take_client(&ANY), Some(vec![2, 3]));
+        assert_eq!(list.take_client(&ANY), None);
+        assert_eq!(list.idle(), 0);
     }
 
     #[test]
     fn what_was_unused_for_longest_goes_first_and_never_the_pool() {
-        let (mut list, now) = (list(), Instant::now());
+        let (mut list, now) = (list(&[ANY]), NOW());
         let second = Duration::from_secs(1);
         for tunnel in 1..=4 {
-            list.add_tunnel(tunnel, now + tunnel * second, 9);
+            list.add_tunnel(&ANY, tunnel, now + tunnel * second, 9);
         }
-        assert_eq!(list.take_unused(now + TIMEOUT, 2, TIMEOUT), []);
-        assert_eq!(list.take_unused(now + TIMEOUT + second, 2, TIMEOUT), [1]);
+        assert_eq!(list.take_unused(now + TIMEOUT, TIMEOUT), []);
+        assert_eq!(list.take_unused(now + TIMEOUT + second, TIMEOUT), [1]);
         for visitor in ["a", "b"] {
-            assert!(list.add_accept(visitor, now));
+            assert_eq!(list.add_accept(visitor, now), Added::Matched);
         }
         assert_eq!(served(&mut list), [("a", 4), ("b", 3)]);
         for tunnel in [3, 4] {
-            list.add_tunnel(tunnel, now + 2 * TIMEOUT, 9);
+            list.add_tunnel(&ANY, tunnel, now + 2 * TIMEOUT, 9);
         }
-        assert_eq!(list.take_unused(now + 3 * TIMEOUT, 2, TIMEOUT), [2]);
-        assert_eq!(list.take_unused(now + 9 * TIMEOUT, 2, TIMEOUT), []);
-        assert_eq!(list.take_unused(now + 9 * TIMEOUT, 0, TIMEOUT), [3, 4]);
+        assert_eq!(list.take_unused(now + 3 * TIMEOUT, TIMEOUT), [2]);
+        assert_eq!(list.take_unused(now + 9 * TIMEOUT, TIMEOUT), []);
     }
 
     #[test]
     fn visitors_expire_at_the_exact_instant() {
-        let (mut list, now) = (list(), Instant::now());
+        let (mut list, now) = (list(&[ANY]), NOW());
         let nanosecond = Duration::from_nanos(1);
         assert_eq!(list.oldest_waiting(), None);
         list.add_accept("a", now);
         list.add_accept("b", now + nanosecond);
         assert_eq!(list.oldest_waiting(), Some(now));
-        assert!(
-            list.take_expired(now + TIMEOUT - nanosecond, TIMEOUT)
-                .is_empty()
-        );
+        let before = now + TIMEOUT - nanosecond;
+        assert!(list.take_expired(before, TIMEOUT).is_empty());
         assert_eq!(list.take_expired(now + TIMEOUT, TIMEOUT), ["a"]);
         assert_eq!(list.oldest_waiting(), Some(now + nanosecond));
-        assert_eq!(
-            list.take_expired(now + TIMEOUT + nanosecond, TIMEOUT),
-            ["b"]
-        );
-        assert_eq!(list.waiting(), 0);
+        let after = now + TIMEOUT + nanosecond;
+        assert_eq!(list.take_expired(after, TIMEOUT), ["b"]);
+        assert_eq!(list.waiting().len(), 0);
     }
 
     #[test]
     fn a_complete_match_does_not_expire() {
-        let (mut list, now) = (list(), Instant::now());
+        let (mut list, now) = (list(&[ANY]), NOW());
         list.add_accept("a", now);
         list.add_accept("b", now);
-        list.add_tunnel(1, now, 0);
+        list.add_tunnel(&ANY, 1, now, 0);
         assert_eq!(list.take_expired(now + 2 * TIMEOUT, TIMEOUT), ["b"]);
         assert_eq!(served(&mut list), [("a", 1)]);
     }
 
     #[test]
     fn a_dead_tunnel_costs_a_visitor_neither_its_turn_nor_its_time() {
-        let (mut list, now) = (list(), Instant::now());
+        let (mut list, now) = (list(&[ANY]), NOW());
         let later = now + Duration::from_secs(1);
         list.add_accept("a", now);
         list.add_accept("b", later);
-        list.add_tunnel(1, now, 8);
-        let (visitor, came, _dead) = list.take_match().unwrap();
-        assert!(!list.put_back(visitor, came));
+        list.add_tunnel(&ANY, 1, now, 8);
+        let dead = list.take_match().unwrap();
+        let added = list.put_back(dead.accept, dead.accept_add_time);
+        assert_eq!(added, Added::Waits(Some(ANY)));
         assert_eq!(list.oldest_waiting(), Some(now));
-        list.add_tunnel(2, now, 8);
+        list.add_tunnel(&ANY, 2, now, 8);
         assert_eq!(served(&mut list), [("a", 2)]);
         assert_eq!(list.oldest_waiting(), Some(later));
     }
 
     #[test]
     fn after_a_dead_tunnel_the_next_idle_one_is_taken() {
-        let (mut list, now) = (list(), Instant::now());
-        list.add_tunnel(1, now, 8);
-        list.add_tunnel(2, now, 8);
+        let (mut list, now) = (list(&[ANY]), NOW());
+        idle(&mut list, ANY, &[1, 2]);
         list.add_accept("a", now);
-        let (visitor, came, dead) = list.take_match().unwrap();
-        assert_eq!(dead, 2);
-        assert!(list.put_back(visitor, came));
+        let dead = list.take_match().unwrap();
+        assert_eq!(dead.tunnel, 2);
+        let added = list.put_back(dead.accept, dead.accept_add_time);
+        assert_eq!(added, Added::Matched);
         assert_eq!(served(&mut list), [("a", 1)]);
     }
 
-    /// A visitor whose tunnel has come stands before all that wait, also before one put back.
     #[test]
-    fn complete_matches_stand_first() {
-        let (mut list, now) = (list(), Instant::now());
+    fn who_came_first_is_served_first_also_when_put_back() {
+        let (mut list, now) = (list(&[ANY]), NOW());
         for visitor in ["a", "b", "c"] {
             list.add_accept(visitor, now);
         }
-        list.add_tunnel(1, now, 8);
-        list.add_tunnel(2, now, 8);
-        let (visitor, came, _dead) = list.take_match().unwrap();
-        assert!(!list.put_back(visitor, came));
+        list.add_tunnel(&ANY, 1, now, 8);
+        list.add_tunnel(&ANY, 2, now, 8);
+        let dead = list.take_match().unwrap();
+        list.put_back(dead.accept, dead.accept_add_time);
         assert_eq!(served(&mut list), [("b", 2)]);
-        list.add_tunnel(3, now, 8);
-        list.add_tunnel(4, now, 8);
+        list.add_tunnel(&ANY, 3, now, 8);
+        list.add_tunnel(&ANY, 4, now, 8);
         assert_eq!(served(&mut list), [("a", 3), ("c", 4)]);
+    }
+
+    #[test]
+    fn a_tunnel_goes_to_the_oldest_visitor_whom_its_client_serves() {
+        let early = Dials { to: 'm', ..ANY };
+        let late = Dials { from: 'n', ..ANY };
+        let (mut list, now) = (list(&[early, late]), NOW());
+        assert_eq!(list.add_accept("a", now), Added::Waits(Some(early)));
+        assert_eq!(list.add_accept("x", now), Added::Waits(Some(late)));
+        assert_eq!(list.add_accept("y", now), Added::Waits(Some(late)));
+        assert_eq!(list.add_accept("1", now), Added::Waits(None));
+        assert_eq!(list.add_tunnel(&late, 1, now, 0), Placed::Matched);
+        assert_eq!(served(&mut list), [("x", 1)]);
+        // While others wait, an idle tunnel of a client that cannot serve them stays idle.
+        list.add_tunnel(&early, 2, now, 9);
+        idle(&mut list, early, &[3]);
+        assert_eq!(list.add_accept("z", now), Added::Waits(Some(late)));
+        assert_eq!(list.add_accept("b", now), Added::Matched);
+        assert_eq!(served(&mut list), [("a", 2), ("b", 3)]);
+    }
+
+    #[test]
+    fn the_client_with_the_fewest_visitors_gets_the_next() {
+        let (one, two) = (Dials { visitors: 1, ..ANY }, Dials { visitors: 2, ..ANY });
+        let (mut list, now) = (list(&[two, one]), NOW());
+        // Those who are about to be joined, and tunnels that were asked for, count.
+        let asked = ["a", "b", "c", "d"].map(|it| list.add_accept(it, now));
+        let expected = [one, two, one, two].map(|it| Added::Waits(Some(it)));
+        assert_eq!(asked, expected);
+        for tunnel in 1..=4 {
+            list.add_tunnel(&one, tunnel, now, 9);
+        }
+        served(&mut list);
+        idle(&mut list, one, &[11, 12]);
+        idle(&mut list, two, &[21, 22]);
+        for visitor in ["a", "b", "c"] {
+            assert_eq!(list.add_accept(visitor, now), Added::Matched);
+        }
+        assert_eq!(served(&mut list), [("a", 12), ("b", 22), ("c", 11)]);
+        // Rather an idle tunnel than one that is to be dialled.
+        assert_eq!(list.add_accept("d", now), Added::Matched);
+        assert_eq!(served(&mut list), [("d", 21)]);
+    }
+
+    #[test]
+    fn a_client_that_has_failed_is_the_last_choice() {
+        let failed = Dials {
+            failed: true,
+            ..ANY
+        };
+        let busy = Dials { visitors: 9, ..ANY };
+        let (mut list, now) = (list(&[failed, busy]), NOW());
+        assert_eq!(list.add_accept("a", now), Added::Waits(Some(busy)));
+        list.take_client(&busy);
+        assert_eq!(list.add_accept("b", now), Added::Waits(Some(failed)));
+    }
+
+    #[test]
+    fn others_are_asked_when_a_client_has_gone_or_is_late() {
+        let (one, two) = (ANY, Dials { visitors: 1, ..ANY });
+        let (mut list, now) = (list(&[one, two]), NOW());
+        assert_eq!(list.add_accept("a", now), Added::Waits(Some(one)));
+        assert_eq!(list.add_accept("1", now), Added::Waits(None));
+        list.take_client(&one);
+        assert_eq!(list.ask_again(now, Duration::ZERO, 9), [two]);
+        assert_eq!(list.ask_again(now, TIMEOUT, 9), []);
+        let later = now + TIMEOUT;
+        list.add_accept("b", now);
+        assert_eq!(list.ask_again(later, TIMEOUT, 9), [two, two]);
+        assert_eq!(list.ask_again(later, TIMEOUT, 1), [two]);
+        assert_eq!(list.waiting().len(), 3);
     }
 }

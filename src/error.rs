@@ -6,6 +6,7 @@ use std::io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
 use std::net::SocketAddr;
 
 use crate::address::Address;
+use crate::service::MAX_SERVICES;
 
 /// Why a [`Server`](crate::Server) or a [`Client`](crate::Client) did not start. What fails later is
 /// logged and tried again.
@@ -20,6 +21,10 @@ pub enum Error {
     SameAddress(&'static str, &'static str, Address),
     /// The server would take no visitor at all.
     NoVisitors,
+    /// The server would take no client at all.
+    NoClients,
+    /// The option names so many services.
+    Services(&'static str, usize),
     /// The system has no random source to make a key from.
     Random(getrandom::Error),
     /// Without a key, the option would open the tunnel or control port to other hosts.
@@ -33,7 +38,11 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Self::SameAddress(..) | Self::NoVisitors | Self::NotLoopback(..)
+            Self::SameAddress(..)
+                | Self::NoVisitors
+                | Self::NoClients
+                | Self::Services(..)
+                | Self::NotLoopback(..)
         )
     }
 }
@@ -46,6 +55,11 @@ impl fmt::Display for Error {
                 "{one}: {other} listens on {address} already; give each a port of its own"
             ),
             Self::NoVisitors => write!(f, "--max-conns 0: no visitor could ever be served"),
+            Self::NoClients => write!(f, "--clients 0: no visitor could ever be served"),
+            Self::Services(option, count) => write!(
+                f,
+                "{option}: there are {count} services; give 1 to {MAX_SERVICES}"
+            ),
             Self::Random(_) => write!(f, "could not make a key"),
             Self::Resolve(option, address, _) => {
                 write!(f, "{option}: could not find the host of {address}")

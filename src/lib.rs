@@ -22,7 +22,7 @@
 //! use std::net::{TcpListener, TcpStream};
 //! use std::thread;
 //! use std::time::Duration;
-//! use tunnel_proxy::{Address, Client, ClientOptions, Key, Server, ServerOptions};
+//! use tunnel_proxy::{Address, Client, ClientOptions, Key, Server, ServerOptions, Service};
 //!
 //! // The local service: it sends back what the first visitor says.
 //! let service = TcpListener::bind("127.0.0.1:0")?;
@@ -35,14 +35,16 @@
 //! let key = Key::generate()?;
 //! let any = Address::new("127.0.0.1", 0);
 //! let mut options = ServerOptions::new();
-//! (options.public, options.tunnel, options.control) = (any.clone(), any.clone(), any);
+//! options.public = [(Service::default(), any.clone())].into();
+//! (options.tunnel, options.control) = (any.clone(), any);
 //! options.keys = vec![key.clone()];
 //! let server = Server::bind(options)?;
 //! let (public, control) = (server.public_addr(), server.control_addr());
 //! let server = server.spawn()?;
 //!
 //! let mut options = ClientOptions::new();
-//! (options.server, options.local) = (control.into(), local.into());
+//! options.server = control.into();
+//! options.local = [(Service::default(), local.into())].into();
 //! options.key = Some(key);
 //! let client = Client::new(options).spawn()?;
 //! assert!(client.handle().wait_for_session(Duration::from_secs(10)));
@@ -180,6 +182,7 @@ mod options;
 mod os;
 mod relay;
 mod server;
+mod service;
 mod session;
 mod stop;
 mod wire;
@@ -188,10 +191,11 @@ pub use address::Address;
 pub use client::Client;
 pub use error::Error;
 pub use handle::{Handle, Running};
-pub use journal::Status;
+pub use journal::{ServiceStatus, Status};
 pub use key::{Key, KeyError};
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
+pub use service::Service;
 
 /// Pages about the program, beside what its interface says.
 #[cfg(doc)]

@@ -1,9 +1,12 @@
 //! The options of a server and of a client, and their defaults.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::address::Address;
+use crate::error::Error;
 use crate::key::Key;
+use crate::service::{MAX_SERVICES, Service};
 
 /// The original's ports: visitors, tunnels, the control link, and its example of a local service.
 const PUBLIC_PORT: u16 = 8007;
@@ -31,11 +34,12 @@ const POOL: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// The address that visitors connect to.
-    pub public: Address,
-    /// The address for the client's tunnels; without a key a loopback address, unless `insecure`.
+    /// The address that the visitors of each service connect to; at least one, and at most 64.
+    pub public: BTreeMap<Service, Address>,
+    /// The address for the clients' tunnels, which may be that of the control port; without a key a
+    /// loopback address, unless `insecure`.
     pub tunnel: Address,
-    /// The address for the client's control link; without a key a loopback address, unless
+    /// The address for the clients' control links; without a key a loopback address, unless
     /// `insecure`.
     pub control: Address,
     /// How long the server waits for a port in use, which a server that is about to end may have. On
@@ -44,6 +48,9 @@ pub struct ServerOptions {
     pub port_patience: Duration,
     /// How long a visitor waits for a tunnel before it is closed.
     pub pair_timeout: Duration,
+    /// The most clients at a time; the original has one. With more, a visitor goes to the one with the
+    /// fewest, and the client says whether it reaches the local service before any byte moves.
+    pub clients: usize,
     /// The most visitors at a time; further ones wait in the kernel's backlog. The server lowers it
     /// if the process has not two descriptors for each.
     pub max_conns: usize,
@@ -71,17 +78,34 @@ impl ServerOptions {
     /// Returns what tpserver does without an option.
     pub fn new() -> Self {
         Self {
-            public: Address::new(LOOPBACK, PUBLIC_PORT),
+            public: [(Service::default(), Address::new(LOOPBACK, PUBLIC_PORT))].into(),
             tunnel: Address::new(LOOPBACK, TUNNEL_PORT),
             control: Address::new(LOOPBACK, CONTROL_PORT),
             port_patience: Duration::ZERO,
             pair_timeout: PAIR_TIMEOUT,
+            clients: 1,
             max_conns: MAX_CONNS,
             linger: LINGER,
             keys: Vec::new(),
             insecure: false,
             original: false,
         }
+    }
+
+    /// True if control links and tunnels come to one port. Port 0 stands for two different ones.
+    pub(crate) fn has_one_port(&self) -> bool {
+        self.tunnel == self.control && self.tunnel.port != 0
+    }
+}
+
+/// An error if there are no services, or too many.
+pub fn check_services(
+    option: &'static str,
+    services: &BTreeMap<Service, Address>,
+) -> Result<(), Error> {
+    match services.len() {
+        1..=MAX_SERVICES => Ok(()),
+        count => Err(Error::Services(option, count)),
     }
 }
 
@@ -94,8 +118,8 @@ pub struct ClientOptions {
     /// The server's tunnel port. With None, the client takes the one that the server tells, or 8008
     /// if it is an original one.
     pub tunnel_port: Option<u16>,
-    /// The local service.
-    pub local: Address,
+    /// Where each of the local services is; at least one, and at most 64.
+    pub local: BTreeMap<Service, Address>,
     /// How many idle tunnels to keep ready; the server grants at most 64. With 0, the client dials a
     /// tunnel when a visitor comes.
     pub pool: usize,
@@ -120,7 +144,7 @@ impl ClientOptions {
         Self {
             server: Address::new(LOOPBACK, CONTROL_PORT),
             tunnel_port: None,
-            local: Address::new(LOOPBACK, LOCAL_PORT),
+            local: [(Service::default(), Address::new(LOOPBACK, LOCAL_PORT))].into(),
             pool: POOL,
             linger: LINGER,
             key: None,

@@ -5,6 +5,7 @@
 mod ends;
 mod run;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,8 +13,8 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
-use crate::conn_match::{ConnList, Placed};
-use crate::door::{Door, Place, Refusal};
+use crate::conn_match::{Added, ConnList, ConnMatch, Placed};
+use crate::door::{Admitted, Door, Place, Refusal};
 use crate::error::Error;
 use crate::handle::{Handle, Running};
 use crate::journal::Journal;
@@ -23,12 +24,13 @@ use crate::os::limits::Slots;
 use crate::os::listener::Listener;
 use crate::os::workers::Workers;
 use crate::relay::{Direction, End, Pairs, Peer, SWEEP, Visitor};
+use crate::service::Service;
+use crate::session::Ended;
 use crate::session::of_server::Session;
-use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::Conn;
 use crate::wire::line::{Line, NEW};
-use ends::{Accept, Tunnel};
+use ends::{Accept, Public, Tunnel};
 
 /// The half of the tunnel that runs on the host with the public address.
 pub struct Server {
@@ -38,8 +40,10 @@ pub struct Server {
 
 struct Shared {
     options: ServerOptions,
-    public: Listener,
-    tunnel: Listener,
+    /// One for each service.
+    public: Vec<Public>,
+    /// None if tunnels come to the control port.
+    tunnel: Option<Listener>,
     control: Listener,
     state: Mutex<State>,
     /// "Look again": the list is the truth, so signals may merge, and a sender never waits.
@@ -56,21 +60,22 @@ struct Shared {
 }
 
 struct State {
-    /// The session with the client that is live; the original keeps its connection under this name.
-    cache: Option<Arc<Session>>,
-    conn_list_map: ConnList<Accept, Tunnel>,
-    /// Every visitor that will ever come to this server has come, and is in the list or was.
-    all_came: bool,
+    /// Visitors, tunnels, and the sessions with the clients that are live. The original has one client,
+    /// and keeps its connection apart as `cache`.
+    conn_list_map: ConnList<Accept, Tunnel, Arc<Session>>,
+    /// How many of the ports for visitors still take some. Once none does, every visitor that will ever
+    /// come to this server is in the list, or was.
+    public_open: usize,
 }
 
 impl Server {
-    /// Opens all three listeners. Nothing is accepted before [`run`](Server::run), but visitors
+    /// Opens all listeners. Nothing is accepted before [`run`](Server::run), but visitors
     /// and clients can connect from now on: the kernel keeps them until then.
     ///
     /// # Errors
     /// A host without an address, an address that cannot be listened on or that two ports share, a
-    /// tunnel or control port that other hosts could reach without `insecure`, or no place for
-    /// visitors.
+    /// tunnel or control port that other hosts could reach without `insecure`, no service, or no place
+    /// for visitors or clients.
     pub fn bind(options: ServerOptions) -> Result<Self, Error> {
         let (shared, conn_list_map_update) = Shared::bind(options)?;
         Ok(Self {
@@ -79,14 +84,22 @@ impl Server {
         })
     }
 
-    /// Where visitors come to.
+    /// Where the visitors of the first service come to, which is the one without a name if there is one.
     pub fn public_addr(&self) -> SocketAddr {
-        self.shared.public.addr
+        self.shared.public[0].listener.addr
+    }
+
+    /// Where the visitors of each service come to.
+    pub fn public_addrs(&self) -> BTreeMap<Service, SocketAddr> {
+        let public = self.shared.public.iter();
+        public
+            .map(|public| (public.service.clone(), public.listener.addr))
+            .collect()
     }
 
     /// Where tunnels come to.
     pub fn tunnel_addr(&self) -> SocketAddr {
-        self.shared.tunnel.addr
+        self.shared.tunnel_addr()
     }
 
     /// Where the control link comes to.
@@ -102,7 +115,7 @@ impl Server {
     /// Serves until it is stopped through its [`handle`](Server::handle).
     ///
     /// # Errors
-    /// The system refuses one of the first four threads.
+    /// The system refuses one of the first threads: three, and one for each service.
     pub fn run(self) -> Result<(), Error> {
         self.shared.run(&self.conn_list_map_update)
     }
@@ -119,7 +132,7 @@ impl Server {
 impl Shared {
     /// Listens for control links. Whether one becomes the client is decided on its own thread.
     fn make_control(self: &Arc<Self>) {
-        while let Some((socket, from)) = self.accept(&self.control) {
+        while let Some((socket, from, ())) = self.accept(&self.control, || Some(())) {
             let place = self.door.links.enter(socket, from);
             self.start("control", move |server| server.control(place));
         }
@@ -129,9 +142,12 @@ impl Shared {
     /// among the rest.
     fn control(self: &Arc<Self>, place: Place) {
         let from = place.from;
-        // The live session only matters for telling a tunnel that it has come to the wrong port.
-        let mut link = match self.door.admit_link(place, self.live_bond().as_ref()) {
-            Ok(link) => link,
+        let mut link = match self.door.admit_link(place, &self.live()) {
+            Ok(Admitted::Link(link)) => link,
+            // There is one port for both.
+            Ok(Admitted::Tunnel(conn, id)) => {
+                return self.config_conn_list_tunnel(Tunnel::new(conn, from, Some(id)));
+            }
             Err(refusal) => return self.journal.refused_link(from, &refusal),
         };
         let (session, to_write) = match self.begin_session(&link, from) {
@@ -154,21 +170,25 @@ impl Shared {
         self.end_session(&session, &ended);
     }
 
-    /// Listens for visitors. When all places are taken, further ones wait in the kernel's backlog:
-    /// a place comes first, as a visitor that was accepted without one would be in nobody's hands.
-    fn make_accept(self: &Arc<Self>) {
-        while let Some(slot) = self.slots.take(|| self.journal.full()) {
-            let Some((socket, visitor)) = self.accept(&self.public) else {
-                break;
-            };
-            self.journal.visitor_came(visitor);
+    /// Listens for the visitors of a service. When all places are taken, further ones wait in the
+    /// kernel's backlog: a place comes first, as a visitor that was accepted without one would be in
+    /// nobody's hands.
+    fn make_accept(self: &Arc<Self>, service: usize) {
+        let Public {
+            service: name,
+            listener,
+        } = &self.public[service];
+        let place = || self.slots.take(|| self.journal.full());
+        while let Some((socket, visitor, slot)) = self.accept(listener, place) {
+            self.journal.visitor_came(visitor, name);
             self.add_conn_match_accept(Accept {
                 socket,
                 visitor,
+                service,
                 slot,
             });
         }
-        self.take_no_more();
+        self.take_no_more(listener);
     }
 
     /// Puts a visitor into the list, and asks for a tunnel if no idle one is there.
@@ -178,18 +198,17 @@ impl Shared {
             // Nobody would join it, and nobody release it.
             return;
         }
-        let complete = state.conn_list_map.add_accept(accept, Instant::now());
+        let added = state.conn_list_map.add_accept(accept, Instant::now());
         drop(state);
-        if complete {
-            self.update();
-        } else {
-            self.send_message(NEW);
+        match added {
+            Added::Matched => self.update(),
+            Added::Waits(client) => self.send_message(NEW, client.as_ref()),
         }
     }
 
-    /// Hands a line to the control link, or says that no client is there.
-    fn send_message(&self, message: Line) {
-        match &self.state.lock().cache {
+    /// Hands a line to a client's control link, or says that no client is there.
+    fn send_message(&self, message: Line, client: Option<&Arc<Session>>) {
+        match client {
             Some(session) => session.send(message),
             None => self.journal.no_client(),
         }
@@ -198,16 +217,18 @@ impl Shared {
     /// Listens for tunnels. Each proves on its own thread which session it belongs to; those of an
     /// original client cannot, and go straight to a visitor.
     fn make_forward(self: &Arc<Self>) {
-        while let Some((socket, from)) = self.accept(&self.tunnel) {
-            let live = self.state.lock().cache.as_ref().map(|live| live.proto);
-            if live == Some(Proto::Original) {
+        let Some(tunnel) = &self.tunnel else {
+            return;
+        };
+        while let Some((socket, from, ())) = self.accept(tunnel, || Some(())) {
+            if self.has_original_client() {
                 let conn = Conn::new(Arc::new(socket));
                 self.config_conn_list_tunnel(Tunnel::new(conn, from, None));
                 continue;
             }
             let place = self.door.tunnels.enter(socket, from);
             self.start("tunnel", move |server| {
-                match server.door.admit_tunnel(place, server.live_bond().as_ref()) {
+                match server.door.admit_tunnel(place, &server.live()) {
                     Ok((conn, id)) => {
                         server.config_conn_list_tunnel(Tunnel::new(conn, from, Some(id)));
                     }
@@ -217,33 +238,32 @@ impl Shared {
         }
     }
 
-    /// Gives a tunnel of the live session to the visitor that has waited longest, and signals the
-    /// matcher. Without such a visitor the tunnel is idle, or closed if there are enough.
+    /// Gives a tunnel of a live session to the visitor that has waited longest, and signals the matcher.
+    /// Without such a visitor the tunnel is idle, or closed if there are enough.
     fn config_conn_list_tunnel(&self, tunnel: Tunnel) {
         let Tunnel {
-            from, has_served, ..
+            from,
+            session: id,
+            has_served,
+            ..
         } = tunnel;
         let mut state = self.state.lock();
-        let live = state.cache.as_ref().map(|live| live.proto);
-        let Some(proto) = live.filter(|proto| proto.id() == tunnel.session) else {
-            drop(state);
-            if !has_served {
-                self.journal.refused_tunnel(from, &Refusal::OldSession);
+        let list = &mut state.conn_list_map;
+        let live = list.clients().find(|live| live.proto.id() == id).cloned();
+        let placed = match live {
+            Some(session) => {
+                let most = session.most_idle(self.options.max_conns);
+                list.add_tunnel(&session, tunnel, Instant::now(), most)
             }
-            return;
+            None => Placed::Homeless(tunnel),
         };
-        let most = match proto {
-            Proto::Original => 0,
-            // Each visitor may leave a tunnel idle.
-            Proto::Tp2 { pool, .. } => pool + self.options.max_conns,
-        };
-        let now = Instant::now();
-        let placed = state.conn_list_map.add_tunnel(tunnel, now, most);
         drop(state);
         match placed {
             Placed::Matched => self.update(),
             Placed::Idle => self.journal.tunnel_idle(from),
             Placed::Superfluous(_) => self.journal.tunnel_superfluous(),
+            Placed::Homeless(_) if has_served => {}
+            Placed::Homeless(_) => self.journal.refused_tunnel(from, &Refusal::OldSession),
         }
     }
 
@@ -252,8 +272,13 @@ impl Shared {
     fn tcp_forward(self: &Arc<Self>, conn_list_map_update: &Receiver<()>) {
         loop {
             let complete = self.state.lock().conn_list_map.take_match();
-            if let Some((accept, accept_add_time, tunnel)) = complete {
-                match tunnel.greet(&accept) {
+            if let Some(complete) = complete {
+                let ConnMatch {
+                    accept,
+                    accept_add_time,
+                    tunnel,
+                } = complete;
+                match tunnel.greet(&accept, self.service_of(&accept)) {
                     Some(tunnel) => self.join_conn2(accept, tunnel),
                     None => self.put_back(accept, accept_add_time),
                 }
@@ -273,10 +298,12 @@ impl Shared {
     /// Joins a visitor with its tunnel, whose client has been told: two copy threads. The one that ends
     /// last gives the tunnel to the next visitor.
     fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel) {
+        let service = self.service_of(&accept).clone();
         let Accept {
             socket,
             visitor,
             slot,
+            ..
         } = accept;
         let Tunnel {
             conn,
@@ -285,7 +312,7 @@ impl Shared {
             ..
         } = tunnel;
         let (up, down) = self.pairs.join(
-            Visitor::new(Some(visitor), Some(slot)),
+            Visitor::new(Some(visitor), service, Some(slot)),
             End {
                 peer: Peer::Visitor,
                 conn: Conn::new(Arc::new(socket)),
@@ -322,13 +349,9 @@ impl Shared {
             let mut state = self.state.lock();
             let expired = state.conn_list_map.take_expired(now, timeout);
             let oldest = state.conn_list_map.oldest_waiting();
-            let client = state.cache.as_ref().map(|live| live.client);
             drop(state);
             for accept in &expired {
-                match accept.is_client() {
-                    true => self.journal.client_at_public_port(accept.visitor),
-                    false => self.journal.timed_out(accept.visitor, timeout, client),
-                }
+                self.say_expired(accept);
             }
             if !expired.is_empty() {
                 // A stop waits for those that wait.

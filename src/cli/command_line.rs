@@ -1,5 +1,6 @@
 //! The command lines of both programs: words in, options out. Nothing is read or printed here.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -14,6 +15,7 @@ use crate::address::{Address, parse_host, parse_port};
 use crate::cli::error::Error;
 use crate::key::Key;
 use crate::options::{ClientOptions, LOOPBACK, ServerOptions};
+use crate::service::{MAX_SERVICES, Service};
 use crate::wire::line::MAX_POOL;
 
 /// A visitor with a page or a download of some size is through by then, and nobody minds a restart
@@ -53,15 +55,18 @@ pub struct Program {
     /// A line that begins with a dash declares an option, and a value if its name is one space before
     /// another word.
     options: &'static str,
+    /// The options that may be given several times.
+    repeatable: &'static [&'static str],
     examples: &'static str,
 }
 
 pub const SERVER: Program = Program {
     name: "tpserver",
     options: "
-    -b, --bind HOST     host of all three ports (127.0.0.1)
-    -p, --public HOST:PORT
-                        where visitors come to (127.0.0.1:8007)
+    -b, --bind HOST     host of all ports (127.0.0.1)
+    -p, --public [NAME=]HOST:PORT
+                        where visitors come to (127.0.0.1:8007); several times,
+                        for services of different names
     -t, --tunnel HOST:PORT
                         where the client's tunnels come to (127.0.0.1:8008)
     -c, --control HOST:PORT
@@ -79,6 +84,7 @@ pub const SERVER: Program = Program {
                         client or read along
         --original      take a client that says nothing for one of the
                         original program, which has no key",
+    repeatable: &["public", "key-file"],
     examples: "
   Try it on one machine (start tpclient and `python3 -m http.server` beside it):
     tpserver
@@ -102,14 +108,16 @@ const CLIENT: Program = Program {
                         its tunnel port, if it is another one than the server
                         tells
         --tunnel PORT   the same as --tunnel-port
-    -l, --local HOST:PORT
+    -l, --local [NAME=]HOST:PORT
                         the service that visitors are to reach
-                        (127.0.0.1:8000)
+                        (127.0.0.1:8000); several times, for those of the
+                        server's --public of the same names
     -p, --pool N        tunnels kept ready, so that no visitor waits for one;
                         at most 64, 0 dials on demand (8)
     -k, --key-file FILE the key that the server has
         --original      serve a server of the original program, too, which has
                         no key",
+    repeatable: &["local"],
     examples: "
   Try it on one machine (start tpserver and `python3 -m http.server` beside it):
     tpclient
@@ -146,16 +154,18 @@ Environment:
 pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<ServerOptions>, Error> {
     SERVER.read(words, |given| {
         let mut options = ServerOptions::default();
-        if let Some(host) = value(given, "bind", host)? {
-            for address in [
-                &mut options.public,
-                &mut options.tunnel,
-                &mut options.control,
-            ] {
-                address.host.clone_from(&host);
-            }
+        let host = value(given, "bind", host)?;
+        let host = host.unwrap_or_else(|| LOOPBACK.to_owned());
+        for address in options
+            .public
+            .values_mut()
+            .chain([&mut options.tunnel, &mut options.control])
+        {
+            address.host.clone_from(&host);
         }
-        listening(&mut options.public, given, "public")?;
+        services(&mut options.public, given, "public", |text| {
+            listen_address(text, &host)
+        })?;
         listening(&mut options.tunnel, given, "tunnel")?;
         listening(&mut options.control, given, "control")?;
         set(&mut options.pair_timeout, given, "pair-timeout", seconds(1))?;
@@ -177,7 +187,7 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
             let port = value(given, name, number(1..=u16::MAX))?;
             options.tunnel_port = port.or(options.tunnel_port);
         }
-        set(&mut options.local, given, "local", |text| {
+        services(&mut options.local, given, "local", |text| {
             match address(text, LOOPBACK) {
                 Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
                 Err(why) if text.starts_with(':') => {
@@ -269,7 +279,7 @@ impl Program {
             let mut words = long.trim_start_matches('-').split(' ');
             let (name, value) = (words.next().unwrap_or_default(), words.next());
             let has_value = value.is_some_and(|value| !value.is_empty());
-            let many = name == "verbose" || name == "key-file" && self.name == SERVER.name;
+            let many = self.repeatable.contains(&name) || name == "verbose";
             grammar.opt(
                 short.trim_end_matches(", "),
                 name,
@@ -367,13 +377,53 @@ fn value<T>(
         .transpose()
 }
 
+/// Replaces the default by the services that are given, each of them `[NAME=]` and what `read` reads.
+fn services(
+    default: &mut BTreeMap<Service, Address>,
+    given: &Matches,
+    option: &str,
+    read: impl Fn(&str) -> Result<Address, String>,
+) -> Result<(), Error> {
+    let mut services = BTreeMap::new();
+    for text in given.opt_strs(option) {
+        let add = || {
+            let (service, address) = match text.split_once('=') {
+                Some((name, address)) => (name.parse()?, address),
+                None => (Service::default(), &*text),
+            };
+            match services.insert(service.clone(), read(address)?) {
+                None => Ok(()),
+                Some(_) if service.has_name() => Err(format!("{service} is given twice")),
+                Some(_) => Err("a second service needs a name: NAME=HOST:PORT".to_owned()),
+            }
+        };
+        let mut add = add;
+        add().map_err(|why: String| usage(format!("--{option} '{text}': {why}")))?;
+    }
+    if services.len() > MAX_SERVICES {
+        let count = services.len();
+        return Err(usage(format!(
+            "--{option}: {count} services, and at most {MAX_SERVICES} are possible"
+        )));
+    }
+    if !services.is_empty() {
+        *default = services;
+    }
+    Ok(())
+}
+
 /// Replaces the default of an address to listen on. A port alone keeps the default's host.
 fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(), Error> {
     let host = default.host.clone();
-    set(default, given, option, |text| match address(text, &host) {
+    set(default, given, option, |text| listen_address(text, &host))
+}
+
+/// Reads an address to listen on, or a port alone as one of this host.
+fn listen_address(text: &str, host: &str) -> Result<Address, String> {
+    match address(text, host) {
         Err(why) if text.starts_with(':') => Err(format!("{why}; for all addresses: [::]{text}")),
         other => other,
-    })
+    }
 }
 
 /// Reads an address, or a port alone as one of this host.
@@ -438,24 +488,31 @@ mod tests {
         }
     }
 
+    /// The one service's address.
+    fn of(services: &BTreeMap<Service, Address>) -> String {
+        assert_eq!(services.len(), 1);
+        services[&Service::default()].to_string()
+    }
+
     #[test]
     fn the_defaults_are_the_originals_ports() {
         let server = server_options("");
         assert_eq!(server, ServerOptions::default());
-        assert_eq!(server.public.to_string(), "127.0.0.1:8007");
+        assert_eq!(of(&server.public), "127.0.0.1:8007");
         assert_eq!(server.tunnel.to_string(), "127.0.0.1:8008");
         assert_eq!(server.control.to_string(), "127.0.0.1:8009");
         let client = client_options("");
         assert_eq!(client, ClientOptions::default());
-        assert_eq!(client.local.to_string(), "127.0.0.1:8000");
+        assert_eq!(of(&client.local), "127.0.0.1:8000");
     }
 
     #[test]
     fn every_option_is_taken_in_both_spellings() {
         let expected = ServerOptions {
-            public: Address::new("::", 80),
+            public: [(Service::default(), Address::new("::", 80))].into(),
             tunnel: Address::new("localhost", 81),
             control: Address::new("192.0.2.1", 82),
+            clients: 1,
             port_patience: Duration::ZERO,
             pair_timeout: Duration::from_secs(7),
             max_conns: 9,
@@ -474,7 +531,7 @@ mod tests {
         let expected = ClientOptions {
             server: Address::new("::1", 1),
             tunnel_port: Some(2),
-            local: Address::new("db", 3),
+            local: [(Service::default(), Address::new("db", 3))].into(),
             pool: 0,
             linger: Duration::from_secs(11),
             key: None,
@@ -511,7 +568,7 @@ mod tests {
     #[test]
     fn bind_is_the_host_of_what_is_not_given() {
         let options = server_options("--tunnel 192.0.2.1:1 --bind ::");
-        assert_eq!(options.public.to_string(), "[::]:8007");
+        assert_eq!(of(&options.public), "[::]:8007");
         assert_eq!(options.tunnel.to_string(), "192.0.2.1:1");
         assert_eq!(options.control.to_string(), "[::]:8009");
     }
@@ -519,11 +576,61 @@ mod tests {
     #[test]
     fn a_port_alone_is_enough() {
         let options = server_options("--bind :: --public 8080 -t 192.0.2.1:1 -c 0");
-        assert_eq!(options.public.to_string(), "[::]:8080");
+        assert_eq!(of(&options.public), "[::]:8080");
         assert_eq!(options.control.to_string(), "[::]:0");
-        assert_eq!(server_options("-p 80").public.to_string(), "127.0.0.1:80");
-        assert_eq!(client_options("-l 80").local.to_string(), "127.0.0.1:80");
+        assert_eq!(of(&server_options("-p 80").public), "127.0.0.1:80");
+        assert_eq!(of(&client_options("-l 80").local), "127.0.0.1:80");
         assert_eq!(client_options("-p 64").pool, 64);
+    }
+
+    #[test]
+    fn services_have_names() {
+        let addresses = |services: BTreeMap<Service, Address>| {
+            let all = services.iter();
+            let all: Vec<_> = all.map(|(name, at)| format!("{name}={at}")).collect();
+            all.join(" ")
+        };
+        let options = server_options("-b :: -p web=80 -p 8007 --public ssh=192.0.2.1:22");
+        assert_eq!(
+            addresses(options.public),
+            "=[::]:8007 ssh=192.0.2.1:22 web=[::]:80"
+        );
+        let options = client_options("--local web=80 -l ssh=nas:22");
+        assert_eq!(addresses(options.local), "ssh=nas:22 web=127.0.0.1:80");
+        let many = |count: usize| {
+            let all = (0..count).map(|number| format!("-p s{number}={}", 8000 + number));
+            all.collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(server_options(&many(64)).public.len(), 64);
+        for (line, why) in [
+            ("-p web=80 -p web=81", "'web=81': web is given twice"),
+            (
+                "-p 80 -p 81",
+                "'81': a second service needs a name: NAME=HOST:PORT",
+            ),
+            ("-p Web=80", "'Web=80': a service's name has 1 to 32 of a-z"),
+            ("-p =80", "'=80': a service's name has"),
+            ("-p web=", "'web=': no port"),
+            (
+                "-p web=:80",
+                "'web=:80': no host; for all addresses: [::]:80",
+            ),
+            (
+                &many(65),
+                "--public: 65 services, and at most 64 are possible",
+            ),
+        ] {
+            let error = server(words(line)).unwrap_err().to_string();
+            assert!(error.contains(why), "{line}: {error}");
+        }
+        for (line, why) in [
+            ("-l web=80 -l web=81", "'web=81': web is given twice"),
+            ("-l web=0", "'web=0': the port is 0"),
+            ("-l w.b=80", "'w.b=80': a service's name has"),
+        ] {
+            let error = client(words(line)).unwrap_err().to_string();
+            assert!(error.contains(why), "{line}: {error}");
+        }
     }
 
     #[test]
@@ -644,8 +751,8 @@ mod tests {
         };
         let default = ServerOptions::default();
         for shown in [
-            format!("three ports ({})", default.public.host),
-            format!("({})", default.public),
+            format!("all ports ({LOOPBACK})"),
+            format!("({})", of(&default.public)),
             format!("({})", default.tunnel),
             format!("({})", default.control),
             format!("({})", default.pair_timeout.as_secs()),
@@ -662,7 +769,7 @@ mod tests {
         for shown in [
             format!("({})", default.server),
             format!("({})", default.server.port),
-            format!("({})", default.local),
+            format!("({})", of(&default.local)),
             format!("at most {MAX_POOL}, 0 dials on demand ({})", default.pool),
             format!("({})", default.linger.as_secs()),
             format!("({})", DRAIN.as_secs()),

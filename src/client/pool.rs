@@ -9,6 +9,7 @@ use crate::client::Shared;
 use crate::door::NoSession;
 use crate::os::net::timed_out;
 use crate::relay::Visitor;
+use crate::service::Service;
 use crate::session::of_client::{LocalError, NoVisitor, Session, Spare};
 use crate::stop::Phase;
 use crate::wire::conn::Conn;
@@ -96,8 +97,8 @@ impl Shared {
 
     /// True if a visitor is one of this client's connections to the local service. Behind a NAT the
     /// server sees another address, but most often the same port.
-    pub(super) fn is_own_dial(&self, session: &Session, visitor: &Visitor) -> bool {
-        let Some(from) = visitor.address().filter(|_| self.may_loop(session)) else {
+    pub(super) fn is_own_dial(&self, session: &Session, visitor: &Visitor, local: u16) -> bool {
+        let Some(from) = visitor.address().filter(|_| session.may_loop(local)) else {
             return false;
         };
         let own_dials = self.own_dials.lock();
@@ -114,18 +115,12 @@ impl Shared {
         session: &Session,
         local: &TcpStream,
     ) -> io::Result<Option<OwnDial>> {
-        if !self.may_loop(session) {
+        if !session.may_loop(local.peer_addr()?.port()) {
             return Ok(None);
         }
         let from = local.local_addr()?;
         self.own_dials.lock().insert(from);
         Ok(Some(OwnDial(self.clone(), from)))
-    }
-
-    /// Elsewhere than to the server's port, an address says nothing: the system lets a visitor and
-    /// this client dial two ports from one address.
-    fn may_loop(&self, session: &Session) -> bool {
-        session.public == Some(self.options.local.port)
     }
 }
 
@@ -135,6 +130,16 @@ pub struct OwnDial(Arc<Shared>, SocketAddr);
 impl Drop for OwnDial {
     fn drop(&mut self) {
         self.0.own_dials.lock().remove(&self.1);
+    }
+}
+
+impl LocalError {
+    /// The visitor's service is none of those that this client offers.
+    pub fn no_service(service: &Service) -> Self {
+        let option = service.option();
+        let why = format!("it is not offered here (--local {option}HOST:PORT)");
+        let reason = Failure::NoService;
+        Self { reason, why }
     }
 }
 

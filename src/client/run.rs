@@ -92,9 +92,9 @@ impl Shared {
 
     /// From now on this is the session that a stop ends.
     pub(super) fn begin_session(&self, session: &Arc<Session>) {
-        let (options, sealed) = (&self.options, session.bond.is_some());
+        let options = &self.options;
         self.journal
-            .connected(&options.server, session.proto, sealed, &options.local);
+            .connected(&options.server, session, &options.local);
         *self.session.lock() = Some(session.clone());
         if self.stop.reached(Phase::Leaving) {
             // The stop may have come too early to find this session.
@@ -161,8 +161,10 @@ impl Half for Shared {
             .clone()
             .filter(|session| session.is_live());
         let (dialled, idle) = session.as_ref().map_or((0, 0), |session| session.tunnels());
-        let name = session.map(|session| session.proto.name());
-        self.journal.status(name, &self.pairs, dialled, idle)
+        let names = session.iter().map(|session| session.proto.name());
+        let mut status = self.journal.status(names.collect(), &self.pairs, idle);
+        status.waiting = dialled;
+        status
     }
 
     fn wait_for_session(&self, limit: Duration) -> bool {

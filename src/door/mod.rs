@@ -1,5 +1,6 @@
 //! The door: what a connection says before it is trusted, on both sides.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
 use std::slice::from_ref;
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use crate::key::Key;
 use crate::os::net::{self, timed_out};
+use crate::service::{MAX_SERVICES, Service};
 use crate::session::Proto;
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, send};
@@ -36,9 +38,27 @@ pub struct Link {
     pub writer: Writer,
     /// What the session that begins with it speaks.
     pub proto: Proto,
+    /// The services that the client offers.
+    pub offers: Offers,
     /// What its tunnels will be tied to. None without a key.
     pub bond: Option<Bond>,
 }
+
+/// Services, each with the server's port for its visitors if a server tells of them.
+pub type Offers = BTreeMap<Service, Option<u16>>;
+
+/// What has come to a port.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "each is taken apart at once, on the stack"
+)]
+pub enum Admitted {
+    Link(Link),
+    Tunnel(Conn, SessionId),
+}
+
+/// A session that is live, as its tunnels see it: they name its id, and with a key are tied to it.
+type Live = (SessionId, Option<Bond>);
 
 /// What a server asks of whoever comes to its control and tunnel ports.
 pub struct Door {
@@ -46,6 +66,8 @@ pub struct Door {
     keys: Vec<Key>,
     /// A client that says nothing is taken for an original one.
     original: bool,
+    /// Tunnels come to the control port, too.
+    one_port: bool,
     /// The handshakes that have been at the control port before. Among those of tunnels, of which a
     /// busy client makes thousands, they would soon be forgotten.
     link_openings: Openings,
@@ -59,11 +81,13 @@ pub struct Door {
 }
 
 impl Door {
-    /// For clients with one of these keys. An original client has none.
-    pub fn new(keys: Vec<Key>, original: bool) -> Self {
+    /// For clients with one of these keys, whose links and tunnels come to `one_port` or to two. An
+    /// original client has no key.
+    pub fn new(keys: Vec<Key>, original: bool, one_port: bool) -> Self {
         Self {
             original: original && keys.is_empty(),
             keys,
+            one_port,
             link_openings: Openings::new(),
             tunnel_openings: Openings::new(),
             links: Lobby::new(),
@@ -84,58 +108,95 @@ impl Door {
         Some((place + 1, self.keys.len()))
     }
 
-    /// What a control link begins with: the handshake, if there is a key, and hello. `live` is what
-    /// the tunnels of the live session are tied to.
+    /// What a control link begins with: the handshake, if there is a key, and hello. If there is one
+    /// port, it may be a tunnel of one of the `live` sessions.
     ///
     /// # Errors
     /// The client has been told, where it helps.
-    pub fn admit_link(&self, place: Place, live: Option<&Bond>) -> Result<Link, Refusal> {
-        let link = self.open_link(&place, live);
+    pub fn admit_link(&self, place: Place, live: &[Live]) -> Result<Admitted, Refusal> {
+        let admitted = self.open_link(&place, live);
         match place.leave() {
-            true => link,
+            true => admitted,
             false => Err(Refusal::CrowdedOut),
         }
     }
 
-    fn open_link(&self, place: &Place, live: Option<&Bond>) -> Result<Link, Refusal> {
+    fn open_link(&self, place: &Place, live: &[Live]) -> Result<Admitted, Refusal> {
         let start = Instant::now();
         place.socket.set_write_timeout(Some(SILENCE))?;
         let mut conn = Conn::new(place.socket.clone());
-        let bond = match self.keys.is_empty() {
-            true => None,
-            false => {
-                let handshake = Handshake {
-                    port: Port::Control,
-                    due: Some(Purpose::Control(&self.keys)),
-                    elsewhere: live.map(Purpose::Tunnel),
-                    no_match: Refusal::WrongKey,
-                };
-                Some(self.handshake(&mut conn, place, handshake, start)?)
+        if self.keys.is_empty() {
+            return self.hear_hello(conn, None, start);
+        }
+        let control = (Purpose::Control(&self.keys), &self.link_openings);
+        let (mut due, mut elsewhere) = (vec![control], Vec::new());
+        let mut no_match = Refusal::WrongKey;
+        match self.one_port {
+            true => {
+                due.extend(self.due_tunnels(live));
+                no_match = Refusal::WrongKeyOrTunnel;
             }
+            false => elsewhere.extend(purposes(live)),
+        }
+        let handshake = Handshake {
+            port: Port::Control,
+            due,
+            elsewhere,
+            no_match,
         };
-        self.hear_hello(conn, bond, start)
+        match self.handshake(&mut conn, place, handshake, start)? {
+            (bond, 0) => self.hear_hello(conn, Some(bond), start),
+            (_, tunnel) => {
+                let (conn, id) = Self::hear_session(conn, Some(live[tunnel - 1].0), start)?;
+                Ok(Admitted::Tunnel(conn, id))
+            }
+        }
+    }
+
+    fn due_tunnels<'a>(
+        &'a self,
+        live: &'a [Live],
+    ) -> impl Iterator<Item = (Purpose<'a>, &'a Openings)> {
+        purposes(live).map(|purpose| (purpose, &self.tunnel_openings))
     }
 
     /// What follows the handshake of a control link. Apart from it, as what this function holds has no
     /// place on the stack of a thread that waits for a stranger.
     #[inline(never)]
-    fn hear_hello(&self, conn: Conn, bond: Option<Bond>, start: Instant) -> Result<Link, Refusal> {
+    fn hear_hello(
+        &self,
+        conn: Conn,
+        bond: Option<Bond>,
+        start: Instant,
+    ) -> Result<Admitted, Refusal> {
         let socket = conn.socket().clone();
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
         let patience = match self.original {
             true => HELLO_TIMEOUT,
             false => HANDSHAKE_TIMEOUT,
         };
+        let mut offers = unnamed();
         let proto = match lines.next_line_by(start + patience) {
             Ok(Line::Hello {
-                proto: PROTO, pool, ..
+                proto: PROTO,
+                pool,
+                offers: count,
+                ..
             }) => {
+                let heard = hear_offers(&mut lines, count, start + HANDSHAKE_TIMEOUT);
+                offers = heard.map_err(|error| Refusal::of(error, Step::Hello))?;
                 // From now on its silence means something.
                 lines.limit_silence();
                 Proto::Tp2 {
                     id: SessionId::random().map_err(io::Error::other)?,
                     pool: pool.min(MAX_POOL),
                 }
+            }
+            // No line begins like that, but a frame does: this is a tunnel.
+            Err(_) if self.one_port && bond.is_none() && lines.rest().starts_with(&[0]) => {
+                let reader = lines.into_reader();
+                let (conn, id) = Self::hear_session(Conn { reader, writer }, None, start)?;
+                return Ok(Admitted::Tunnel(conn, id));
             }
             Err(error) if self.original && timed_out(&error) && lines.rest().is_empty() => {
                 // An original client never writes, so its silence means nothing.
@@ -145,25 +206,22 @@ impl Door {
             Ok(Line::Hello { proto, .. }) => return Err(Refusal::Version(proto).tell(&mut writer)),
             other => return Err(stranger(other, &lines, Port::Control).tell(&mut writer)),
         };
-        Ok(Link {
+        Ok(Admitted::Link(Link {
             socket,
             lines,
             writer,
             proto,
+            offers,
             bond,
-        })
+        }))
     }
 
     /// What a tunnel begins with: the handshake, if there is a key, and the line that names its
-    /// session. The client says no more before it is told a visitor. `live` is as above.
+    /// session, one of those that are `live`. The client says no more before it is told a visitor.
     ///
     /// # Errors
     /// The client has been told, where it helps.
-    pub fn admit_tunnel(
-        &self,
-        place: Place,
-        live: Option<&Bond>,
-    ) -> Result<(Conn, SessionId), Refusal> {
+    pub fn admit_tunnel(&self, place: Place, live: &[Live]) -> Result<(Conn, SessionId), Refusal> {
         let tunnel = self.open_tunnel(&place, live);
         match place.leave() {
             true => tunnel,
@@ -171,32 +229,35 @@ impl Door {
         }
     }
 
-    fn open_tunnel(
-        &self,
-        place: &Place,
-        live: Option<&Bond>,
-    ) -> Result<(Conn, SessionId), Refusal> {
+    fn open_tunnel(&self, place: &Place, live: &[Live]) -> Result<(Conn, SessionId), Refusal> {
         let start = Instant::now();
         let mut conn = Conn::new(place.socket.clone());
-        if !self.keys.is_empty() {
-            let no_match = match live {
-                Some(_) => Refusal::WrongKeyOrSession,
-                None => Refusal::NoSession,
-            };
-            let handshake = Handshake {
-                port: Port::Tunnel,
-                due: live.map(Purpose::Tunnel),
-                elsewhere: Some(Purpose::Control(&self.keys)),
-                no_match,
-            };
-            self.handshake(&mut conn, place, handshake, start)?;
+        if self.keys.is_empty() {
+            return Self::hear_session(conn, None, start);
         }
-        Self::hear_session(conn, start)
+        let handshake = Handshake {
+            port: Port::Tunnel,
+            due: self.due_tunnels(live).collect(),
+            elsewhere: vec![Purpose::Control(&self.keys)],
+            no_match: match live {
+                [] => Refusal::NoSession,
+                _ => Refusal::WrongKeyOrSession,
+            },
+        };
+        let (_, tunnel) = self.handshake(&mut conn, place, handshake, start)?;
+        Self::hear_session(conn, Some(live[tunnel].0), start)
     }
 
-    /// What follows the handshake of a tunnel, apart from it as above.
+    /// What follows the handshake of a tunnel, apart from it as above. With a key, the tunnel is tied to
+    /// a session, and must name that one.
     #[inline(never)]
-    fn hear_session(mut conn: Conn, start: Instant) -> Result<(Conn, SessionId), Refusal> {
+    fn hear_session(
+        mut conn: Conn,
+        tied_to: Option<SessionId>,
+        start: Instant,
+    ) -> Result<(Conn, SessionId), Refusal> {
+        // At one port, it was taken for a control link.
+        conn.socket().set_write_timeout(None)?;
         conn.begin_frames();
         let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
         let first = lines.next_line_by(start + HANDSHAKE_TIMEOUT);
@@ -204,6 +265,9 @@ impl Door {
             writer.end_frames();
         }
         match first {
+            Ok(Line::Tunnel { session }) if tied_to.is_some_and(|tied_to| tied_to != session) => {
+                Err(Refusal::OldSession)
+            }
             Ok(Line::Tunnel { session }) if lines.nothing_behind() && lines.in_frames() => {
                 let reader = lines.into_reader();
                 Ok((Conn { reader, writer }, session))
@@ -221,7 +285,7 @@ impl Door {
         place: &Place,
         handshake: Handshake,
         start: Instant,
-    ) -> Result<Bond, Refusal> {
+    ) -> Result<(Bond, usize), Refusal> {
         let Handshake {
             port,
             due,
@@ -229,13 +293,7 @@ impl Door {
             no_match,
         } = handshake;
         conn.reader.set_deadline(Some(start + HANDSHAKE_TIMEOUT))?;
-        let openings = match port {
-            Port::Control => &self.link_openings,
-            Port::Tunnel => &self.tunnel_openings,
-        };
-        let known = || place.extend();
-        let bond = conn.respond(due.as_ref(), elsewhere.as_ref(), openings, known);
-        let refusal = match bond {
+        let refusal = match conn.respond(&due, &elsewhere, || place.extend()) {
             Ok(bond) => return Ok(bond),
             Err(NoHandshake::WrongKey) => no_match,
             Err(NoHandshake::OtherPort) => Refusal::OtherPort(port),
@@ -258,12 +316,45 @@ impl Door {
 /// Which handshake is due at a port.
 struct Handshake<'a> {
     port: Port,
-    /// None at the tunnel port without a session.
-    due: Option<Purpose<'a>>,
-    /// Which one is due at the other port.
-    elsewhere: Option<Purpose<'a>>,
+    /// Each with those that are remembered. None at the tunnel port without a session.
+    due: Vec<(Purpose<'a>, &'a Openings)>,
+    /// Which ones are due at the other port.
+    elsewhere: Vec<Purpose<'a>>,
     /// What it means if the client's half fits neither.
     no_match: Refusal,
+}
+
+/// What the tunnels of live sessions with a key begin with.
+fn purposes(live: &[Live]) -> impl Iterator<Item = Purpose<'_>> {
+    live.iter()
+        .filter_map(|(_, bond)| Some(Purpose::Tunnel(bond.as_ref()?)))
+}
+
+/// The service of a side that offers no others.
+fn unnamed() -> Offers {
+    [(Service::default(), None)].into()
+}
+
+/// The services that a side offers behind its hello, which has told their number.
+fn hear_offers(
+    lines: &mut Lines<Reader>,
+    count: Option<usize>,
+    deadline: Instant,
+) -> io::Result<Offers> {
+    let Some(count) = count else {
+        return Ok(unnamed());
+    };
+    if count > MAX_SERVICES {
+        let what = format!("an offer of {count} services, and {MAX_SERVICES} are allowed");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
+    let mut offers = Offers::new();
+    for _ in 0..count {
+        if let Line::Offer { service, port } = lines.next_line_by(deadline)? {
+            offers.insert(service, port);
+        }
+    }
+    Ok(offers)
 }
 
 /// What is wrong with a connection that did not begin as it should at this port.
@@ -298,6 +389,8 @@ pub struct Answered {
     pub proto: Proto,
     /// What the server's hello told besides. None from an original one.
     pub welcome: Option<Welcome>,
+    /// The services that the server has a port for, as far as it told.
+    pub offers: Offers,
     /// What its tunnels will be tied to. None without a key.
     pub bond: Option<Bond>,
 }
@@ -308,6 +401,7 @@ pub fn open_link(
     mut conn: Conn,
     key: Option<&Key>,
     pool: usize,
+    services: &[&Service],
     original: bool,
 ) -> Result<Answered, NoSession> {
     conn.socket().set_write_timeout(Some(SILENCE))?;
@@ -322,24 +416,36 @@ pub fn open_link(
         }
     };
     let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+    let has_names = services.iter().any(|service| service.has_name());
     let hello = Line::Hello {
         proto: PROTO,
         pool,
+        offers: has_names.then_some(services.len()),
         welcome: None,
     };
     send(&mut writer, &hello)?;
+    for service in services.iter().filter(|_| has_names) {
+        let (service, port) = ((*service).clone(), None);
+        send(&mut writer, &Line::Offer { service, port })?;
+    }
     let first = lines.next_line_by(deadline);
+    let mut offers = unnamed();
     let (proto, welcome) = match first.as_ref().ok() {
         Some(Line::Hello {
             proto: PROTO,
             pool: granted,
+            offers: count,
             welcome: Some(welcome),
         }) => {
+            offers.insert(Service::default(), welcome.public);
+            if count.is_some() {
+                offers = hear_offers(&mut lines, *count, deadline)?;
+            }
             let (id, pool) = (welcome.session, pool.min(*granted));
             (Proto::Tp2 { id, pool }, Some(welcome.clone()))
         }
         // The original has no key.
-        Some(Line::Hi | Line::New { visitor: None }) if bond.is_none() => match original {
+        Some(Line::Hi | Line::New(None)) if bond.is_none() => match original {
             true => (Proto::Original, None),
             false => return Err(NoSession::Original),
         },
@@ -352,6 +458,7 @@ pub fn open_link(
         first: first?,
         proto,
         welcome,
+        offers,
         bond,
     })
 }
@@ -406,7 +513,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (client, mut server) = (Arc::new(client), listener.accept().unwrap().0);
         let (conn, key) = (Conn::new(client.clone()), Key::generate().unwrap());
-        let opening = thread::spawn(move || open_link(conn, Some(&key), 0, false).map(drop));
+        let opening = thread::spawn(move || open_link(conn, Some(&key), 0, &[], false).map(drop));
         server.set_read_timeout(Some(SILENCE)).unwrap();
         server.read_exact(&mut OPENING.clone()).unwrap();
         while client.read_timeout().unwrap().is_none() {

@@ -19,6 +19,8 @@ pub enum Refusal {
     TooLate(Step),
     /// It has none of the server's keys.
     WrongKey,
+    /// It has none of the server's keys, or is a tunnel of a session that has ended.
+    WrongKeyOrTunnel,
     /// It has another key than the live session, or belongs to an earlier session.
     WrongKeyOrSession,
     /// Its handshake is one that has been here before.
@@ -37,8 +39,8 @@ pub enum Refusal {
     BadLine(String),
     /// It closed the connection.
     Closed,
-    /// Another client is live.
-    Busy(SocketAddr),
+    /// These clients are live, and there is no room for another one.
+    Busy(Vec<SocketAddr>),
     /// The server is about to stop.
     Stopping,
     /// No client is connected that a tunnel could belong to.
@@ -78,7 +80,7 @@ impl Refusal {
     /// What the client is told in the place of a session, where it helps a person at the other end.
     pub fn reason(&self) -> Option<Reason> {
         Some(match self {
-            Self::WrongKey => Reason::WrongKey,
+            Self::WrongKey | Self::WrongKeyOrTunnel => Reason::WrongKey,
             Self::NoKey => Reason::WantsKey,
             Self::HasKey => Reason::NoKey,
             Self::OtherPort(Port::Control) => Reason::ControlPort,
@@ -118,6 +120,7 @@ impl fmt::Display for Refusal {
             Self::TooLate(Step::Hello) => f.write_str("its hello took too long"),
             Self::TooLate(Step::Session) => f.write_str("it did not name its session in time"),
             Self::WrongKey => f.write_str("wrong key"),
+            Self::WrongKeyOrTunnel => f.write_str("wrong key, or a tunnel of an earlier session"),
             Self::WrongKeyOrSession => f.write_str("wrong key, or its session is not the live one"),
             Self::Recorded => f.write_str("its handshake was recorded: it has been here before"),
             Self::NoKey => f.write_str("it came without a key (--key-file)"),
@@ -138,7 +141,10 @@ impl fmt::Display for Refusal {
             ),
             Self::BadLine(what) => write!(f, "it sent {what}"),
             Self::Closed => f.write_str("it closed the connection"),
-            Self::Busy(client) => write!(f, "client {client} is connected"),
+            Self::Busy(clients) => match &clients[..] {
+                [client] => write!(f, "client {client} is connected (--clients)"),
+                clients => write!(f, "{} clients are connected (--clients)", clients.len()),
+            },
             Self::Stopping => f.write_str("the server stops"),
             Self::NoSession => f.write_str("no client is connected"),
             Self::OldSession => f.write_str("its session is not the live one"),
@@ -191,7 +197,7 @@ impl fmt::Display for NoSession {
         const CHECK: &str = "is this tpserver's control port (--control-port)?";
         match self {
             Self::Bye(reason) => f.write_str(match reason {
-                Reason::Busy => "it has another client, and takes one only",
+                Reason::Busy => "it has as many clients as it takes (--clients of tpserver)",
                 Reason::Draining => "it is about to stop",
                 Reason::NoKey => "it has no key, and this client has one (--key-file of tpserver)",
                 Reason::WantsKey => "it wants a key (--key-file)",

@@ -1,6 +1,7 @@
 //! What a server or a client tells: log lines and their limits, counts, status. Each event has a
 //! method, and nothing is logged elsewhere but in `cli`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -17,14 +18,15 @@ use crate::door::{NoSession, Refusal};
 use crate::options::ServerOptions;
 use crate::os::listener::Opening;
 use crate::relay::{Pairs, Visit, Visitor};
-use crate::session::of_client::{LocalError, NoVisitor};
+use crate::service::{MAX_SERVICES, Service};
+use crate::session::of_client::{LocalError, NoVisitor, Session};
 use crate::session::{Ended, Proto};
 use crate::wire::line::{Failure, Reason};
 
 mod limit;
 mod status;
 
-pub use status::Status;
+pub use status::{ServiceStatus, Status};
 
 use limit::{LogLimit, SourceLogLimit};
 
@@ -55,6 +57,7 @@ struct Limits {
     tunnel_refused: SourceLogLimit,
     client_came: SourceLogLimit,
     client_left: SourceLogLimit,
+    unserved: SourceLogLimit,
     timed_out: SourceLogLimit,
     local_failed: LogLimit,
     tunnel_failed: LogLimit,
@@ -83,6 +86,7 @@ impl Journal {
                 tunnel_refused: of_each_source(),
                 client_came: SourceLogLimit::new(client_lines),
                 client_left: SourceLogLimit::new(client_lines),
+                unserved: SourceLogLimit::new(MAX_SERVICES as u32),
                 timed_out: of_each_source(),
                 local_failed: once_a_second(),
                 tunnel_failed: once_a_second(),
@@ -93,25 +97,20 @@ impl Journal {
         }
     }
 
-    /// Returns what a server or a client does now and has done.
-    pub fn status(
-        &self,
-        session: Option<String>,
-        pairs: &Pairs,
-        waiting: usize,
-        idle: usize,
-    ) -> Status {
-        let (joined, joined_total, [bytes_up, bytes_down]) = pairs.totals();
+    /// Returns what a server or a client does now and has done, but for whom it has waiting.
+    pub fn status(&self, sessions: Vec<String>, pairs: &Pairs, idle: usize) -> Status {
+        let services = pairs.totals();
         Status {
             uptime: self.since.elapsed(),
-            session,
-            joined,
+            sessions,
+            joined: services.values().map(|it| it.joined).sum(),
             max: self.max,
-            joined_total,
-            waiting,
+            joined_total: services.values().map(|it| it.joined_total).sum(),
+            waiting: 0,
             idle,
-            bytes_up,
-            bytes_down,
+            bytes_up: services.values().map(|it| it.bytes_up).sum(),
+            bytes_down: services.values().map(|it| it.bytes_down).sum(),
+            services,
             refused: self.refused.load(Ordering::Relaxed),
             timed_out: self.timed_out.load(Ordering::Relaxed),
             last_error: self.last_error.lock().clone(),
@@ -153,6 +152,11 @@ impl Journal {
     }
 }
 
+/// What a client lacks that does not offer this service.
+fn local_option(service: &Service) -> String {
+    format!("(--local {}HOST:PORT of tpclient)", service.option())
+}
+
 /// A thread panicked, which is a fault in this program.
 pub fn panicked(job: &str) {
     error!("the {job} thread panicked; its sockets are closed, all else goes on");
@@ -179,13 +183,15 @@ impl Journal {
     }
 
     /// The server listens.
-    pub fn listening(
+    pub fn listening<'a>(
         options: &ServerOptions,
-        public: SocketAddr,
+        public: impl Iterator<Item = (&'a Service, SocketAddr)>,
         tunnel: SocketAddr,
         control: SocketAddr,
     ) {
-        info!("listening on {public} for visitors");
+        for (service, public) in public {
+            info!("listening on {public} for visitors{}", service.of());
+        }
         info!("listening on {tunnel} for tunnels");
         info!("listening on {control} for the control link");
         let sealed = !options.keys.is_empty();
@@ -260,6 +266,13 @@ impl Journal {
         self.limits.client_came.say(client, Info, what);
     }
 
+    /// With this client, there is no one yet that offers the service.
+    pub fn unserved(&self, client: SocketAddr, service: &Service) {
+        let (of, option) = (service.of(), local_option(service));
+        let what = format_args!("no client serves visitors{of} {option}");
+        self.limits.unserved.say(client, Warn, what);
+    }
+
     /// A session ended.
     pub fn client_left(&self, client: SocketAddr, ended: &Ended) {
         let what = format_args!("client {client} left: {ended}");
@@ -280,8 +293,8 @@ impl Journal {
 /// The server's visitors.
 impl Journal {
     /// A visitor came.
-    pub fn visitor_came(&self, visitor: SocketAddr) {
-        self.detail(format_args!("visitor {visitor} came"));
+    pub fn visitor_came(&self, visitor: SocketAddr, service: &Service) {
+        self.detail(format_args!("visitor {visitor}{} came", service.of()));
     }
 
     /// There is no place for a further visitor.
@@ -306,14 +319,25 @@ impl Journal {
         ));
     }
 
-    /// A visitor waited for too long, with this client connected or none.
-    pub fn timed_out(&self, visitor: SocketAddr, time: Duration, client: Option<SocketAddr>) {
+    /// A visitor waited for too long. `connected` is how many clients there are, and `serve` are those
+    /// that offer the service.
+    pub fn timed_out(
+        &self,
+        visitor: SocketAddr,
+        service: &Service,
+        time: Duration,
+        connected: usize,
+        serve: &[SocketAddr],
+    ) {
         count(&self.timed_out);
-        let why = match client {
-            Some(client) => format!("client {client} dialled no tunnel for it"),
-            None => "no client is connected".to_owned(),
+        let why = match (connected, serve) {
+            (0, _) => "no client is connected".to_owned(),
+            (_, []) => format!("no client offers it {}", local_option(service)),
+            (_, [client]) => format!("client {client} dialled no tunnel for it"),
+            (_, clients) => format!("{} clients dialled no tunnel for it", clients.len()),
         };
-        let what = format_args!("closed visitor {visitor} after {time:?}: {why}");
+        let of = service.of();
+        let what = format_args!("closed visitor {visitor}{of} after {time:?}: {why}");
         self.limits.timed_out.say(visitor, Warn, what);
     }
 
@@ -355,11 +379,46 @@ impl Journal {
         });
     }
 
-    /// A session began.
-    pub fn connected(&self, server: &Address, proto: Proto, sealed: bool, local: &Address) {
+    /// A session began. Says where visitors come to and where they go to, and what one side offers and
+    /// the other does not.
+    pub fn connected(
+        &self,
+        server: &Address,
+        session: &Session,
+        local: &BTreeMap<Service, Address>,
+    ) {
         *self.last_error.lock() = None;
+        let (proto, sealed) = (session.proto, session.bond.is_some());
         let sealed = if sealed { ", sealed" } else { "" };
-        info!("connected to {server}: {proto}{sealed}; visitors go to {local}");
+        info!("connected to {server}: {proto}{sealed}");
+        let host = &server.host;
+        for (service, local) in local {
+            let name = match service.has_name() {
+                true => format!(" ({service})"),
+                false => String::new(),
+            };
+            match session.public.get(service) {
+                Some(Some(port)) => {
+                    info!("{} → {local}{name}", Address::new(host, *port));
+                }
+                Some(None) => info!("visitors go to {local}{name}"),
+                None => warn!(
+                    "the server has no port for visitors{} (--public {}PORT of tpserver)",
+                    service.of(),
+                    service.option()
+                ),
+            }
+        }
+        let missing = session
+            .public
+            .iter()
+            .filter(|(service, _)| !local.contains_key(service));
+        for (service, _) in missing.filter(|(_, port)| port.is_some()) {
+            let (of, option) = (service.of(), service.option());
+            info!(
+                "the server has visitors{of}, which this client does not serve (--local {option}HOST:PORT)"
+            );
+        }
     }
 
     /// There is no session, and the server is dialled again after a pause.

@@ -1,20 +1,23 @@
 //! How a server that stops leaves its ports to the next one without a gap: it gives it the very
 //! listeners. What waits in their queues waits on, and nobody is refused or reset in between.
 //!
-//! 1. A server that is told to stop waits for a moment at a local socket that is named after its
-//!    public address. A stranger who has that name already prevents the hand-over, and nothing else.
-//! 2. A server that finds its public port in use dials that socket, again and again. Both make sure
+//! 1. A server that is told to stop waits for a moment at a local socket that is named after the address
+//!    of its control port. A stranger who has that name already prevents the hand-over, and nothing else.
+//! 2. A server that finds its control port in use dials that socket, again and again. Both make sure
 //!    that the other one runs as the same user.
 //! 3. The old server sends its listeners and accepts no more visitors. The new one keeps visitors in
 //!    the queue.
 //! 4. Once nobody waits for a tunnel at the old server any more, it closes the local socket, and
-//!    ends its session. The new one accepts from all three ports from now on.
+//!    ends its sessions. The new one accepts from all ports from now on.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 #[cfg(target_os = "linux")]
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
+
+#[cfg(target_os = "linux")]
+use crate::service::MAX_SERVICES;
 
 /// The server that takes over; dropped, it may accept from all ports.
 #[cfg(target_os = "linux")]
@@ -54,22 +57,23 @@ mod linux {
     /// One server asks for the listeners. The rest is room for strangers.
     const BACKLOG: i32 = 128;
 
-    /// What room the three listeners take in a message.
-    const SPACE: usize = rustix::cmsg_space!(ScmRights(3));
+    /// What room the listeners take in a message: the control and the tunnel port, and one for each
+    /// service.
+    const SPACE: usize = rustix::cmsg_space!(ScmRights(2 + MAX_SERVICES));
 
-    /// A local socket, and the name that belongs to this public address. The name is in no file
+    /// A local socket, and the name that belongs to this control address. The name is in no file
     /// system, and known only to the programs of the same network namespace, which is where a port
     /// can be in use.
-    pub fn socket(public: SocketAddr) -> io::Result<(Socket, SockAddr)> {
+    pub fn socket(control: SocketAddr) -> io::Result<(Socket, SockAddr)> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         // A name that begins with a NUL is in no file system.
-        Ok((socket, SockAddr::unix(format!("\0tunnel-proxy {public}"))?))
+        Ok((socket, SockAddr::unix(format!("\0tunnel-proxy {control}"))?))
     }
 
-    /// Connects to the server with this public address, if it offers its listeners. A stranger who has
+    /// Connects to the server with this control address, if it offers its listeners. A stranger who has
     /// taken the name and accepts nobody is not waited for.
-    pub fn connect(public: SocketAddr) -> io::Result<UnixStream> {
-        let (socket, name) = socket(public)?;
+    pub fn connect(control: SocketAddr) -> io::Result<UnixStream> {
+        let (socket, name) = socket(control)?;
         socket.set_write_timeout(Some(ANSWER))?;
         socket.connect(&name)?;
         Ok(socket.into())
@@ -80,16 +84,16 @@ mod linux {
     }
 
     impl Successor {
-        /// Gives the listeners of a server with this public address to the one that asks for them
+        /// Gives the listeners of a server with this control address to the one that asks for them
         /// within this time, if one does before the server has `ended`. Others who connect, however
         /// many, take nothing but the time that passes.
         pub fn find(
-            public: SocketAddr,
+            control: SocketAddr,
             listeners: &[&TcpListener],
             within: Duration,
             ended: impl Fn() -> bool,
         ) -> io::Result<Option<Self>> {
-            let (offer, name) = socket(public)?;
+            let (offer, name) = socket(control)?;
             offer.bind(&name)?;
             offer.listen(BACKLOG)?;
             let offer = UnixListener::from(offer);
@@ -136,25 +140,25 @@ mod linux {
     }
 
     impl Inherited {
-        /// Takes the listener of this server's public address, if a server that stops leaves it to
+        /// Takes the listener of this server's control address, if a server that stops leaves it to
         /// this one. That server's other listeners can be [taken](Self::take) then.
-        pub fn take_public(&mut self, public: SocketAddr) -> Option<TcpListener> {
-            let mut inherited = Self::receive(public).ok()?;
-            let listener = inherited.take(public)?;
+        pub fn take_control(&mut self, control: SocketAddr) -> Option<TcpListener> {
+            let mut inherited = Self::receive(control).ok()?;
+            let listener = inherited.take(control)?;
             *self = inherited;
             Some(listener)
         }
 
-        /// Takes the listener of this address, if it was left together with the public one. Nobody is
-        /// asked for it: a server that has this address as its public one is another service's.
+        /// Takes the listener of this address, if it was left together with that of the control port.
+        /// Nobody is asked for it: a server that has this address as its control one is another one.
         pub fn take(&mut self, address: SocketAddr) -> Option<TcpListener> {
             let is_it = |it: &TcpListener| it.local_addr().is_ok_and(|it| it == address);
             let found = self.listeners.iter().position(is_it)?;
             Some(self.listeners.swap_remove(found))
         }
 
-        fn receive(public: SocketAddr) -> io::Result<Self> {
-            let from = connect(public)?;
+        fn receive(control: SocketAddr) -> io::Result<Self> {
+            let from = connect(control)?;
             if !is_same_user(&from) {
                 return Err(io::ErrorKind::PermissionDenied.into());
             }
@@ -213,7 +217,7 @@ mod elsewhere {
     pub struct Inherited;
 
     impl Inherited {
-        pub fn take_public(&mut self, _: SocketAddr) -> Option<TcpListener> {
+        pub fn take_control(&mut self, _: SocketAddr) -> Option<TcpListener> {
             None
         }
 
@@ -246,9 +250,9 @@ mod tests {
         (listener, address)
     }
 
-    /// Does this while a server with this public address offers these listeners, and returns whether
+    /// Does this while a server with this control address offers these listeners, and returns whether
     /// a successor has got them.
-    fn while_offered(public: SocketAddr, listeners: &[&TcpListener], work: impl FnOnce()) -> bool {
+    fn while_offered(control: SocketAddr, listeners: &[&TcpListener], work: impl FnOnce()) -> bool {
         let over = AtomicBool::new(false);
         let (looks, looking) = bounded(1);
         let ended = || {
@@ -256,23 +260,23 @@ mod tests {
             over.load(Ordering::SeqCst)
         };
         thread::scope(|scope| {
-            let offer = scope.spawn(|| Successor::find(public, listeners, DEADLINE, ended));
+            let offer = scope.spawn(|| Successor::find(control, listeners, DEADLINE, ended));
             looking.recv_timeout(DEADLINE).unwrap();
             work();
             over.store(true, Ordering::SeqCst);
             // Wakes the server, if it still waits.
-            let _ = linux::connect(public);
+            let _ = linux::connect(control);
             offer.join().unwrap().unwrap().is_some()
         })
     }
 
     #[test]
     fn those_who_get_nothing_do_not_end_the_offer() {
-        let (listener, public) = listener();
+        let (listener, control) = listener();
         // More than a message has room for, so that nobody can be given these.
-        let given = while_offered(public, &[&listener; 8], || {
+        let given = while_offered(control, &[&listener; 80], || {
             for _ in 0..20 {
-                let mut refused = linux::connect(public).unwrap();
+                let mut refused = linux::connect(control).unwrap();
                 refused.set_read_timeout(Some(DEADLINE)).unwrap();
                 assert_eq!(refused.read(&mut [0]).unwrap(), 0);
             }
@@ -281,26 +285,26 @@ mod tests {
     }
 
     #[test]
-    fn another_servers_public_port_is_nobodys_control_port() {
-        let ((listener, public), (other, control)) = (listener(), listener());
-        let given = while_offered(public, &[&listener, &other], || {
+    fn another_servers_control_port_is_nobodys_control_port() {
+        let ((listener, control), (other, tunnel)) = (listener(), listener());
+        let given = while_offered(control, &[&listener, &other], || {
             let mut inherited = Inherited::default();
-            assert!(inherited.take(public).is_none());
-            assert!(inherited.take_public(public).is_some());
-            assert!(inherited.take(control).is_some());
+            assert!(inherited.take(control).is_none());
+            assert!(inherited.take_control(control).is_some());
+            assert!(inherited.take(tunnel).is_some());
         });
         assert!(given);
     }
 
     #[test]
     fn a_stranger_who_has_the_name_and_accepts_nobody_is_not_waited_for() {
-        let (_listener, public) = listener();
-        let (deaf, name) = linux::socket(public).unwrap();
+        let (_listener, control) = listener();
+        let (deaf, name) = linux::socket(control).unwrap();
         deaf.bind(&name).unwrap();
         deaf.listen(0).unwrap();
-        let _in_its_queue = linux::connect(public).unwrap();
+        let _in_its_queue = linux::connect(control).unwrap();
         let (tell, told) = bounded(1);
-        thread::spawn(move || tell.send(linux::connect(public).is_err()));
+        thread::spawn(move || tell.send(linux::connect(control).is_err()));
         assert_eq!(told.recv_timeout(DEADLINE), Ok(true));
     }
 }

@@ -118,22 +118,32 @@ impl Listener {
         })
     }
 
-    /// The next connection, or why there is none at the moment. None once the listener is taken, or
-    /// closed and its queue is empty.
-    pub fn accept(&self) -> Option<io::Result<(TcpStream, SocketAddr)>> {
+    /// The next connection and its place, or why there is none at the moment. None once the listener is
+    /// taken, or closed and its queue is empty, or no place is left. Where the system can tell, `place` is
+    /// called when somebody has come, so that no port keeps a place that another one needs.
+    pub fn accept<P>(
+        &self,
+        place: impl Fn() -> Option<P>,
+    ) -> Option<io::Result<(TcpStream, SocketAddr, P)>> {
         let socket = self.socket()?;
+        let mut kept = None;
         loop {
             let waited = self.wait(&socket);
             // Taken meanwhile?
             self.socket()?;
             let closed = self.stop.reached(self.closes_at);
+            // It comes first: a connection that was accepted without one would be in nobody's hands.
+            let taken = match kept.take() {
+                Some(taken) => taken,
+                None => place()?,
+            };
             match waited.and_then(|()| net::accept(&socket)) {
                 // Most likely it is the one that was to wake this thread.
                 Ok(_) if closed && cfg!(not(target_os = "linux")) => return None,
-                Ok(accepted) => return Some(Ok(accepted)),
+                Ok((accepted, from)) => return Some(Ok((accepted, from, taken))),
                 Err(_) if closed => return None,
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => kept = Some(taken),
                     _ => return Some(Err(error)),
                 },
             }

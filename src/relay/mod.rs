@@ -8,7 +8,7 @@
 mod direction;
 mod pair;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -18,8 +18,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::journal::ServiceStatus;
 use crate::os::limits::{Slot, Slots, affordable_pipes};
 use crate::os::net;
+use crate::service::Service;
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
 use direction::BULK;
@@ -72,8 +74,9 @@ struct PairsState {
     joined: HashMap<u64, Weak<Pair>>,
     /// How many were joined in all.
     next_key: u64,
-    /// Bytes up and down of those that are joined no more.
-    moved: [u64; 2],
+    /// Of each service: how many were joined in all, and the bytes up and down of those that are joined
+    /// no more.
+    totals: BTreeMap<Service, (u64, [u64; 2])>,
     /// How many more may be joined before long.
     expected: usize,
 }
@@ -88,7 +91,7 @@ impl Pairs {
             state: Mutex::new(PairsState {
                 joined: HashMap::new(),
                 next_key: 0,
-                moved: [0; 2],
+                totals: BTreeMap::new(),
                 expected: 0,
             }),
             changed: Condvar::new(),
@@ -118,6 +121,7 @@ impl Pairs {
             }
             net::limit_write(&side.socket, write_limit);
         }
+        let service = visitor.service.clone();
         let mut state = self.state.lock();
         let key = state.next_key;
         state.next_key += 1;
@@ -132,11 +136,13 @@ impl Pairs {
             visitor,
             joined: Joined {
                 key,
+                service,
                 moved: Default::default(),
                 pairs: self.clone(),
             },
         });
         state.joined.insert(key, Arc::downgrade(&pair));
+        state.total_of(&pair.joined.service).0 += 1;
         drop(state);
         if self.stop.reached(Phase::Done) {
             pair.abort(Aborted::CutOff);
@@ -201,17 +207,33 @@ impl Pairs {
         }
     }
 
-    /// How many pairs are joined now and how many were in all, and the bytes that they have moved up
-    /// and down.
-    pub fn totals(&self) -> (usize, u64, [u64; 2]) {
+    /// What the pairs of each service do now and have done.
+    pub fn totals(&self) -> BTreeMap<Service, ServiceStatus> {
         let state = self.state.lock();
-        let (now, in_all, mut moved) = (state.joined.len(), state.next_key, state.moved);
+        let totals = state
+            .totals
+            .iter()
+            .map(|(service, (joined_total, [up, down]))| {
+                let status = ServiceStatus {
+                    joined_total: *joined_total,
+                    bytes_up: *up,
+                    bytes_down: *down,
+                    ..ServiceStatus::default()
+                };
+                (service.clone(), status)
+            });
+        let mut totals: BTreeMap<_, _> = totals.collect();
         let pairs = state.all();
         drop(state);
         for pair in &pairs {
-            add(&mut moved, pair.joined.moved());
+            let Joined { service, .. } = &pair.joined;
+            let status = totals.entry(service.clone()).or_default();
+            let [up, down] = pair.joined.moved();
+            status.joined += 1;
+            status.bytes_up += up;
+            status.bytes_down += down;
         }
-        (now, in_all, moved)
+        totals
     }
 
     fn all(&self) -> Vec<Arc<Pair>> {
@@ -220,6 +242,10 @@ impl Pairs {
 }
 
 impl PairsState {
+    fn total_of(&mut self, service: &Service) -> &mut (u64, [u64; 2]) {
+        self.totals.entry(service.clone()).or_default()
+    }
+
     /// Not to be dropped under the lock: the last one to hold a pair takes it.
     fn all(&self) -> Vec<Arc<Pair>> {
         self.joined.values().filter_map(Weak::upgrade).collect()
@@ -239,21 +265,26 @@ impl Drop for Expected {
 /// Who is served by a pair.
 pub struct Visitor {
     address: Option<SocketAddr>,
+    service: Service,
     _slot: Option<Slot>,
 }
 
 impl Visitor {
-    /// A visitor from `address`, which the client of an original server is not told. `slot` is its
-    /// place on the server, given back when the pair has ended.
-    pub fn new(address: Option<SocketAddr>, slot: Option<Slot>) -> Self {
+    /// A visitor of a service from `address`, which the client of an original server is not told. `slot`
+    /// is its place on the server, given back when the pair has ended.
+    pub fn new(address: Option<SocketAddr>, service: Service, slot: Option<Slot>) -> Self {
         Self {
             address,
+            service,
             _slot: slot,
         }
     }
-}
 
-impl Visitor {
+    /// What the visitor comes for.
+    pub fn service(&self) -> &Service {
+        &self.service
+    }
+
     /// Where the visitor comes from, if that is known.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
@@ -263,7 +294,7 @@ impl Visitor {
 impl fmt::Display for Visitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.address {
-            Some(address) => write!(f, "visitor {address}"),
+            Some(address) => write!(f, "visitor {address}{}", self.service.of()),
             None => write!(f, "a visitor"),
         }
     }
@@ -356,11 +387,6 @@ impl End {
     }
 }
 
-fn add(sum: &mut [u64; 2], more: [u64; 2]) {
-    sum[0] += more[0];
-    sum[1] += more[1];
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -400,14 +426,9 @@ mod tests {
                 let mut far = Conn::new(Arc::new(far));
                 far.initiate(&Purpose::Control(&[key])).is_ok()
             });
-            near.respond(
-                Some(&Purpose::Control(&keys)),
-                None,
-                &Openings::new(),
-                || (),
-            )
-            .ok()
-            .unwrap();
+            near.respond(&[(Purpose::Control(&keys), &Openings::new())], &[], || ())
+                .ok()
+                .unwrap();
             assert!(client.join().unwrap());
             near.reader.begin_stream();
         }
@@ -430,7 +451,7 @@ mod tests {
             let conn = Conn::new(Arc::new(near));
             let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
             let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
-            let visitor = Visitor::new(None, None);
+            let visitor = Visitor::new(None, Service::default(), None);
             let (up, down) = new_pairs().join(visitor, from, to, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
             up.copy();
@@ -456,7 +477,7 @@ mod tests {
             let conn = Conn::new(Arc::new(socket));
             End { peer, conn }
         });
-        let from = Visitor::new(from.parse().ok(), None);
+        let from = Visitor::new(from.parse().ok(), Service::default(), None);
         let (up, down) = pairs.join(from, near, far, Duration::from_secs(600));
         workers.start("up", move || drop(up.copy())).unwrap();
         workers.start("down", move || drop(down.copy())).unwrap();
@@ -480,7 +501,16 @@ mod tests {
         }
         drop((before, after));
         workers.wait(Duration::from_secs(10));
-        assert_eq!(pairs.totals(), (0, 3, [10, 0]));
+        let totals = &pairs.totals()[&Service::default()];
+        let ServiceStatus {
+            joined,
+            joined_total,
+            bytes_up,
+            bytes_down,
+            ..
+        } = totals;
+        assert_eq!((*joined, *joined_total), (0, 3));
+        assert_eq!((*bytes_up, *bytes_down), (10, 0));
         let lines = log.lock();
         let said = |text: &str| lines.iter().any(|line| line.contains(text));
         assert!(

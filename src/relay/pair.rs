@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::os::net;
-use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visit, Visitor, add};
+use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visit, Visitor};
+use crate::service::Service;
 use crate::wire::conn::{Conn, Reader, Writer};
 
 /// What a direction that has failed has written before gets this long to leave, before the reset.
@@ -82,6 +83,7 @@ pub struct Pair {
 /// A pair's place among all that are joined.
 pub struct Joined {
     pub key: u64,
+    pub service: Service,
     /// Bytes up and down.
     pub moved: [AtomicU64; 2],
     pub pairs: Arc<Pairs>,
@@ -328,7 +330,9 @@ impl Drop for Joined {
     fn drop(&mut self) {
         let mut state = self.pairs.state.lock();
         state.joined.remove(&self.key);
-        add(&mut state.moved, self.moved());
+        let ([up, down], (_, total)) = (self.moved(), state.total_of(&self.service));
+        total[0] += up;
+        total[1] += down;
         drop(state);
         self.pairs.changed.notify_all();
     }

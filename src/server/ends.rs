@@ -1,23 +1,46 @@
 //! The two connections that the server joins.
 
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::conn_match::Client;
 use crate::os::limits::Slot;
+use crate::os::listener::Listener;
 use crate::os::net;
+use crate::service::Service;
+use crate::session::of_server::Session;
 use crate::wire::conn::Conn;
 use crate::wire::control::{Lines, send};
 use crate::wire::frame::begins_with_line;
 use crate::wire::handshake::OPENING;
-use crate::wire::line::{Line, Reason, SessionId};
+use crate::wire::line::{Arrival, Line, Reason, SessionId};
 
 /// A thread waits this long for a client that has something left of a visitor who has gone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A port for visitors.
+pub struct Public {
+    pub service: Service,
+    pub listener: Listener,
+}
+
+impl Public {
+    /// What the thread is called that accepts here. Linux shows 15 bytes of it.
+    pub fn thread_name(&self) -> String {
+        match self.service.has_name() {
+            true => format!("accept {}", self.service),
+            false => "make_accept".to_owned(),
+        }
+    }
+}
 
 /// A visitor's connection.
 pub struct Accept {
     pub socket: TcpStream,
     pub visitor: SocketAddr,
+    /// Which of the server's services the visitor came for, counted from 0.
+    pub service: usize,
     /// The visitor's place among those that are served at a time.
     pub slot: Slot,
 }
@@ -39,7 +62,17 @@ impl Accept {
     }
 }
 
-/// A tunnel of the live session.
+impl Client<Accept> for Arc<Session> {
+    fn rank(&self, accept: &Accept) -> Option<(bool, usize)> {
+        self.serves(accept.service).then_some((false, 0))
+    }
+
+    fn pool(&self) -> usize {
+        self.proto.pool()
+    }
+}
+
+/// A tunnel of a live session.
 pub struct Tunnel {
     pub conn: Conn,
     pub from: SocketAddr,
@@ -80,8 +113,8 @@ impl Tunnel {
 
     /// Tells the client, if the client understands that, whose bytes follow. None if the tunnel is dead;
     /// the visitor may wait for another one then.
-    pub fn greet(mut self, accept: &Accept) -> Option<Self> {
-        let (socket, visitor) = (self.conn.socket().clone(), Some(accept.visitor));
+    pub fn greet(mut self, accept: &Accept, service: &Service) -> Option<Self> {
+        let socket = self.conn.socket().clone();
         // From here on an end would be taken for a complete and empty answer.
         net::reset_on_close(&accept.socket, true);
         if self.session.is_none() {
@@ -89,7 +122,17 @@ impl Tunnel {
             return Some(self);
         }
         let is_quiet = self.conn.reader.is_empty() && net::is_quiet(&socket);
-        if is_quiet && self.conn.writer.write_now(&Line::New { visitor }).is_ok() {
+        let arrival = Arrival {
+            visitor: accept.visitor,
+            service: service.clone(),
+        };
+        if is_quiet
+            && self
+                .conn
+                .writer
+                .write_now(&Line::New(Some(arrival)))
+                .is_ok()
+        {
             self.conn.reader.begin_stream();
             return Some(self);
         }

@@ -1,5 +1,6 @@
 //! How a server begins, and how it ends.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -9,24 +10,26 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, bounded};
 use parking_lot::Mutex;
 
-use crate::conn_match::ConnList;
+use crate::address::Address;
+use crate::conn_match::{Added, ConnList, ConnMatch};
 use crate::door::{Door, Link, Refusal};
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
-use crate::options::ServerOptions;
+use crate::options::{ServerOptions, check_services};
 use crate::os::hand_over::{Inherited, Successor};
 use crate::os::limits::{Slots, affordable_visitors};
 use crate::os::listener::Listener;
 use crate::os::workers::Workers;
 use crate::relay::Pairs;
-use crate::server::ends::Accept;
+use crate::server::ends::{Accept, Public};
 use crate::server::{Shared, State};
+use crate::service::Service;
 use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Line, MAX_POOL, NEW, PROTO, Reason, Welcome};
+use crate::wire::line::{Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
 
 /// After a failed accept: short for a visitor, long for a processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
@@ -63,6 +66,10 @@ impl Shared {
         if options.max_conns == 0 {
             return Err(Error::NoVisitors);
         }
+        if options.clients == 0 {
+            return Err(Error::NoClients);
+        }
+        check_services("--public", &options.public)?;
         let affordable = affordable_visitors();
         if affordable < options.max_conns {
             Journal::few_descriptors(options.max_conns, affordable);
@@ -71,22 +78,21 @@ impl Shared {
         check_apart(&options)?;
         let sealed = !options.keys.is_empty();
         let stop = Stop::new();
-        let [public, control, tunnel] = open_ports(&options, &stop, longest)?;
+        let (public, control, tunnel) = open_ports(&options, &stop, longest)?;
         let journal = Arc::new(Journal::new(options.max_conns, sealed));
         let (conn_list_map_update, updates) = bounded(1);
         let shared = Self {
             slots: Slots::new(options.max_conns),
-            door: Door::new(options.keys.clone(), options.original),
+            door: Door::new(options.keys.clone(), options.original, tunnel.is_none()),
             pairs: Pairs::new(stop.clone(), journal.tells_of_visits()),
             options,
+            state: Mutex::new(State {
+                conn_list_map: ConnList::new(),
+                public_open: public.len(),
+            }),
             public,
             tunnel,
             control,
-            state: Mutex::new(State {
-                cache: None,
-                conn_list_map: ConnList::new(),
-                all_came: false,
-            }),
             conn_list_map_update,
             workers: Workers::new(journal::panicked),
             stop,
@@ -98,27 +104,31 @@ impl Shared {
 
     /// Runs the threads that the server consists of, until it has ended.
     pub(super) fn run(self: &Arc<Self>, updates: &Receiver<()>) -> Result<(), Error> {
-        let (public, tunnel, control) = (self.public.addr, self.tunnel.addr, self.control.addr);
-        Journal::listening(&self.options, public, tunnel, control);
+        let public = self.public.iter();
+        let public = public.map(|public| (&public.service, public.listener.addr));
+        Journal::listening(&self.options, public, self.tunnel_addr(), self.control.addr);
+        type Work<'a> = Box<dyn FnOnce() + Send + 'a>;
+        let mut threads: Vec<(String, Work)> = vec![
+            ("make_control".to_owned(), Box::new(|| self.make_control())),
+            ("make_forward".to_owned(), Box::new(|| self.make_forward())),
+            ("release".to_owned(), Box::new(|| self.release_conn_match())),
+        ];
+        for (service, public) in self.public.iter().enumerate() {
+            let accept = move || self.make_accept(service);
+            threads.push((public.thread_name(), Box::new(accept)));
+        }
         thread::scope(|scope| {
-            let start = |name: &str, work: fn(&Arc<Self>)| {
-                let thread = thread::Builder::new().name(name.to_owned());
+            for (name, work) in threads {
                 let work = move || {
                     let _all = AllOrNone(self);
-                    work(self);
+                    work();
                 };
-                match thread.spawn_scoped(scope, work) {
-                    Ok(_) => Ok(()),
-                    Err(error) => {
-                        self.finish();
-                        Err(Error::Thread(error))
-                    }
+                let started = thread::Builder::new().name(name).spawn_scoped(scope, work);
+                if let Err(error) = started {
+                    self.finish();
+                    return Err(Error::Thread(error));
                 }
-            };
-            start("make_control", Self::make_control)?;
-            start("make_accept", Self::make_accept)?;
-            start("make_forward", Self::make_forward)?;
-            start("release", Self::release_conn_match)?;
+            }
             let _all = AllOrNone(self);
             self.tcp_forward(updates);
             Ok(())
@@ -129,49 +139,67 @@ impl Shared {
     }
 }
 
-/// An error if two of the three ports would be the same one: the second would be waited for in vain.
+/// An error if two ports would be the same one: the second would be waited for in vain. Tunnels may come
+/// to the very address of the control port.
 fn check_apart(options: &ServerOptions) -> Result<(), Error> {
-    let (public, control, tunnel) = (&options.public, &options.control, &options.tunnel);
-    for (option, address, other, taken) in [
-        ("--control", control, "--public", public),
-        ("--tunnel", tunnel, "--public", public),
-        ("--tunnel", tunnel, "--control", control),
-    ] {
-        if address.overlaps(taken) {
-            return Err(Error::SameAddress(option, other, taken.clone()));
+    let (control, tunnel) = (&options.control, &options.tunnel);
+    let mut taken: Vec<(&str, &Address)> = Vec::new();
+    let public = options.public.values().map(|address| ("--public", address));
+    let tunnel = Some(("--tunnel", tunnel)).filter(|_| !options.has_one_port());
+    for (option, address) in public.chain([("--control", control)]).chain(tunnel) {
+        if let Some((other, taken)) = taken.iter().find(|(_, taken)| address.overlaps(taken)) {
+            return Err(Error::SameAddress(option, other, (*taken).clone()));
         }
+        taken.push((option, address));
     }
     Ok(())
 }
 
-/// The public, the control, and the tunnel port. The public one comes first: visitors can come while
-/// the others are waited for.
+/// The ports for visitors, the control port, and the tunnel port if that is another one. The control
+/// port comes first, as it is the one that two servers have in common if one takes the place of the
+/// other; the old one hands over all of its ports at once.
 fn open_ports(
     options: &ServerOptions,
     stop: &Arc<Stop>,
     longest: Duration,
-) -> Result<[Listener; 3], Error> {
+) -> Result<(Vec<Public>, Listener, Option<Listener>), Error> {
     let anywhere = options.insecure || !options.keys.is_empty();
-    let patience = Instant::now() + options.port_patience.min(longest);
+    let patience = options.port_patience.min(longest);
+    let until = Instant::now() + patience;
     let mut inherited = Inherited::default();
     type Take = fn(&mut Inherited, SocketAddr) -> Option<TcpListener>;
     let mut open = |option, address, anywhere, closes_at, take: Take| {
         let told = |opening| Journal::opening(option, &opening);
         let taken = |address| take(&mut inherited, address);
-        let socket = Listener::find(option, address, anywhere, patience, taken, told)?;
+        let socket = Listener::find(option, address, anywhere, until, taken, told)?;
         Listener::new(option, socket, stop.clone(), closes_at)
     };
-    let (public, control, tunnel) = (&options.public, &options.control, &options.tunnel);
     let (draining, leaving) = (Phase::Draining, Phase::Leaving);
-    let public = open("--public", public, true, draining, Inherited::take_public)?;
-    let control = open("--control", control, anywhere, leaving, Inherited::take)?;
-    let tunnel = open("--tunnel", tunnel, anywhere, leaving, Inherited::take)?;
+    let control = &options.control;
+    let control = open(
+        "--control",
+        control,
+        anywhere,
+        leaving,
+        Inherited::take_control,
+    )?;
+    let public = options.public.iter().map(|(service, address)| {
+        Ok(Public {
+            service: service.clone(),
+            listener: open("--public", address, true, draining, Inherited::take)?,
+        })
+    });
+    let public = public.collect::<Result<_, Error>>()?;
+    let tunnel = Some(&options.tunnel).filter(|_| !options.has_one_port());
+    let tunnel = tunnel
+        .map(|tunnel| open("--tunnel", tunnel, anywhere, leaving, Inherited::take))
+        .transpose()?;
     // Nobody else takes visitors now: the old server gets the whole time for those that wait there.
-    if !inherited.wait(Instant::now() + options.port_patience.min(longest)) {
+    if !inherited.wait(Instant::now() + patience) {
         let error = io::ErrorKind::AddrInUse.into();
         return Err(Error::Listen(control.option, control.addr, error));
     }
-    Ok([public, control, tunnel])
+    Ok((public, control, tunnel))
 }
 
 /// Ends the server when one of the threads that it consists of panics: without one of them it would
@@ -189,10 +217,15 @@ impl Drop for AllOrNone<'_> {
 
 /// What the ten functions need besides one another.
 impl Shared {
-    /// The next connection of a listener; None once the server accepts no more from it.
-    pub(super) fn accept(&self, listener: &Listener) -> Option<(TcpStream, SocketAddr)> {
+    /// The next connection of a listener, and the place that was taken for it; None once the server
+    /// accepts no more from there.
+    pub(super) fn accept<P>(
+        &self,
+        listener: &Listener,
+        place: impl Fn() -> Option<P>,
+    ) -> Option<(TcpStream, SocketAddr, P)> {
         loop {
-            match listener.accept()? {
+            match listener.accept(&place)? {
                 Ok(accepted) => return Some(accepted),
                 // Out of descriptors or memory, or the connection was reset in the backlog. All
                 // pass; to end, or to try again at once, would make them worse.
@@ -218,95 +251,169 @@ impl Shared {
         }
     }
 
-    /// What the live session's tunnels are tied to, if there is a session with a key.
-    pub(super) fn live_bond(&self) -> Option<Bond> {
-        self.state.lock().cache.as_ref()?.bond.clone()
+    /// The sessions that a tunnel may belong to, and with a key what their tunnels are tied to.
+    pub(super) fn live(&self) -> Vec<(SessionId, Option<Bond>)> {
+        let state = self.state.lock();
+        let live = state.conn_list_map.clients();
+        live.filter_map(|live| Some((live.proto.id()?, live.bond.clone())))
+            .collect()
     }
 
-    /// Makes a link's client the one that is live, if none is. One that said hello takes the place of
-    /// one that did not. Also returns what is to be written to it.
+    /// True if the tunnels that come are those of an original client, which name no session.
+    pub(super) fn has_original_client(&self) -> bool {
+        let state = self.state.lock();
+        let mut live = state.conn_list_map.clients();
+        live.any(|live| live.proto == Proto::Original)
+    }
+
+    /// The service that a visitor came for.
+    pub(super) fn service_of(&self, accept: &Accept) -> &Service {
+        &self.public[accept.service].service
+    }
+
+    /// Where tunnels come to.
+    pub(super) fn tunnel_addr(&self) -> SocketAddr {
+        self.tunnel.as_ref().unwrap_or(&self.control).addr
+    }
+
+    /// Makes a link's client one of those that are live, if there is room. One that said hello takes the
+    /// place of one that did not. Also returns what is to be written to it.
     pub(super) fn begin_session(
         &self,
         link: &Link,
         client: SocketAddr,
     ) -> Result<(Arc<Session>, Receiver<Line>), Refusal> {
-        let (session, to_write) = Session::new(link, client);
-        session.send(self.first_line(link.proto, client));
+        let serves = self.public.iter();
+        let serves = serves.map(|public| link.offers.contains_key(&public.service));
+        let (session, to_write) = Session::new(link, client, serves.collect());
+        for line in self.first_lines(link.proto, client) {
+            session.send(line);
+        }
         self.forget_hung_up();
         let mut state = self.state.lock();
         if self.stop.reached(Phase::Leaving) {
             return Err(Refusal::Stopping);
         }
-        if let Some(live) = &state.cache
-            && (live.proto != Proto::Original || link.proto == Proto::Original)
-        {
-            return Err(Refusal::Busy(live.client));
+        let list = &mut state.conn_list_map;
+        let live: Vec<_> = list.clients().cloned().collect();
+        let mut replaced = None;
+        if live.len() >= self.options.clients {
+            let original = live.iter().find(|live| live.proto == Proto::Original);
+            replaced = original.filter(|_| link.proto != Proto::Original);
+            let Some(before) = replaced else {
+                return Err(Refusal::Busy(live.iter().map(|live| live.client).collect()));
+            };
+            list.take_client(before);
         }
-        for _ in 0..state.conn_list_map.waiting() {
+        for _ in 0..list.add_client(session.clone()) {
             session.send(NEW);
         }
-        let replaced = state.cache.replace(session.clone());
         drop(state);
-        if let Some(before) = &replaced {
+        if let Some(before) = replaced {
             before.end();
         }
         let key = link.bond.as_ref().and_then(|bond| self.door.key_of(bond));
         let replaced = replaced.map(|before| before.client);
         self.journal.client_came(client, link.proto, key, replaced);
+        self.say_unserved(&session);
         self.stop.notify();
         Ok((session, to_write))
     }
 
-    /// The server's first line to a client.
-    fn first_line(&self, proto: Proto, client: SocketAddr) -> Line {
-        match proto {
-            Proto::Original => Line::Hi,
-            Proto::Tp2 { id, pool } => Line::Hello {
-                proto: PROTO,
-                pool,
-                welcome: Some(Welcome {
-                    session: id,
-                    tunnel: Some(self.tunnel.addr.port()),
-                    public: Some(self.public.addr.port()),
-                    client: Some(client),
-                }),
-            },
+    /// Names the services that no client offers, now that this one has come.
+    fn say_unserved(&self, session: &Session) {
+        let state = self.state.lock();
+        let live: Vec<_> = state.conn_list_map.clients().cloned().collect();
+        drop(state);
+        for (number, public) in self.public.iter().enumerate() {
+            if !live.iter().any(|live| live.serves(number)) {
+                self.journal.unserved(session.client, &public.service);
+            }
         }
     }
 
-    /// Ends the live session if its client has gone and its own thread has not noticed yet: the next
-    /// client may be quicker, above all when this program slept and finds all at once what came
-    /// meanwhile.
+    /// The server's first lines to a client.
+    fn first_lines(&self, proto: Proto, client: SocketAddr) -> Vec<Line> {
+        let Proto::Tp2 { id, pool } = proto else {
+            return vec![Line::Hi];
+        };
+        let port = |public: &Public| public.listener.addr.port();
+        let unnamed = self.public.iter().find(|it| !it.service.has_name());
+        let has_names = self.public.iter().any(|it| it.service.has_name());
+        let hello = Line::Hello {
+            proto: PROTO,
+            pool,
+            offers: has_names.then_some(self.public.len()),
+            welcome: Some(Welcome {
+                session: id,
+                tunnel: Some(self.tunnel_addr().port()),
+                public: unnamed.map(port),
+                client: Some(client),
+            }),
+        };
+        let offers = self.public.iter().filter(|_| has_names);
+        let offers = offers.map(|public| Line::Offer {
+            service: public.service.clone(),
+            port: Some(port(public)),
+        });
+        std::iter::once(hello).chain(offers).collect()
+    }
+
+    /// Ends the sessions whose client has gone and whose own thread has not noticed yet: the next client
+    /// may be quicker, above all when this program slept and finds all at once what came meanwhile.
     fn forget_hung_up(&self) {
-        let live = self.state.lock().cache.clone();
-        if let Some(live) = live.filter(|live| live.has_hung_up()) {
-            self.end_session(&live, &Ended::HungUp);
+        let state = self.state.lock();
+        let live: Vec<_> = state.conn_list_map.clients().cloned().collect();
+        drop(state);
+        for gone in live.iter().filter(|live| live.has_hung_up()) {
+            self.end_session(gone, &Ended::HungUp);
         }
     }
 
-    /// Ends a session, if it is still the live one, and closes its idle tunnels.
+    /// Ends a session, if it is still live, closes its idle tunnels, and lets other clients dial tunnels
+    /// for those who wait.
     pub(super) fn end_session(&self, session: &Arc<Session>, ended: &Ended) {
         session.end();
         let mut state = self.state.lock();
-        let is_it = |live: &mut Arc<Session>| Arc::ptr_eq(live, session);
-        if state.cache.take_if(is_it).is_none() {
+        let list = &mut state.conn_list_map;
+        let Some(idle) = list.take_client(session) else {
             return;
-        }
-        let idle = state.conn_list_map.take_idle();
+        };
+        let asked = list.ask_again(Instant::now(), Duration::ZERO, usize::MAX);
         drop(state);
         drop(idle);
         self.journal.client_left(session.client, ended);
+        for client in asked {
+            client.send(NEW);
+        }
     }
 
     /// Lets a visitor whose tunnel was dead wait for another one, in its turn.
     pub(super) fn put_back(&self, accept: Accept, accept_add_time: Instant) {
         self.journal.dead_tunnel(accept.visitor);
         let mut state = self.state.lock();
-        let complete = state.conn_list_map.put_back(accept, accept_add_time);
+        let added = state.conn_list_map.put_back(accept, accept_add_time);
         drop(state);
-        if !complete {
-            self.send_message(NEW);
+        match added {
+            Added::Matched => self.update(),
+            Added::Waits(client) => self.send_message(NEW, client.as_ref()),
         }
+    }
+
+    /// Tells who got no tunnel in time, and why.
+    pub(super) fn say_expired(&self, accept: &Accept) {
+        if accept.is_client() {
+            return self.journal.client_at_public_port(accept.visitor);
+        }
+        let state = self.state.lock();
+        let list = &state.conn_list_map;
+        let serve = list.clients().filter(|live| live.serves(accept.service));
+        let serve: Vec<_> = serve.map(|live| live.client).collect();
+        let connected = list.clients().count();
+        drop(state);
+        let (service, timeout) = (self.service_of(accept), self.options.pair_timeout);
+        self.journal
+            .timed_out(accept.visitor, service, timeout, connected, &serve);
     }
 
     /// Ends pairs that nobody waits for any more, asks again for tunnels that were lost, and closes those
@@ -315,13 +422,14 @@ impl Shared {
         self.pairs.sweep();
         let now = Instant::now();
         let mut state = self.state.lock();
-        let lost = state.conn_list_map.waiting_since(now, LOST_AFTER);
-        let pool = state.cache.as_ref().map_or(0, |live| live.proto.pool());
-        let unused = state.conn_list_map.take_unused(now, pool, UNUSED);
+        let asked = state
+            .conn_list_map
+            .ask_again(now, LOST_AFTER, MOST_ASKED_AGAIN);
+        let unused = state.conn_list_map.take_unused(now, UNUSED);
         drop(state);
         drop(unused);
-        for _ in 0..lost.min(MOST_ASKED_AGAIN) {
-            self.send_message(NEW);
+        for client in asked {
+            client.send(NEW);
         }
     }
 
@@ -331,21 +439,27 @@ impl Shared {
         let _ = self.conn_list_map_update.try_send(());
     }
 
-    /// The visitor that was put into the list last is the last one.
-    pub(super) fn take_no_more(&self) {
-        self.public.take();
-        self.state.lock().all_came = true;
+    /// The visitor of this port that was put into the list last is the last one.
+    pub(super) fn take_no_more(&self, listener: &Listener) {
+        listener.take();
+        self.state.lock().public_open -= 1;
         self.update();
     }
 
     /// True once nobody waits for a tunnel any more, or may wait, in a server that was told to stop.
-    /// A public port that is closed already, or handed over, does not say so: the last visitor may
+    /// A port for visitors that is closed already, or handed over, does not say so: the last visitor may
     /// have been accepted, and not be in the list yet.
     pub(super) fn is_finished(&self) -> bool {
         let state = self.state.lock();
-        let all_served = state.all_came && state.conn_list_map.waiting() == 0;
+        let all_served = state.public_open == 0 && state.conn_list_map.waiting().len() == 0;
         drop(state);
         all_served || self.stop.reached(Phase::Leaving) || self.stop.time_is_up()
+    }
+
+    /// All ports, those for visitors first.
+    fn listeners(&self) -> impl Iterator<Item = &Listener> {
+        let public = self.public.iter().map(|public| &public.listener);
+        public.chain([&self.control]).chain(&self.tunnel)
     }
 }
 
@@ -370,25 +484,35 @@ impl Half for Shared {
 
     fn status(&self) -> Status {
         let state = self.state.lock();
-        let session = state.cache.as_ref().map(|live| live.proto.name());
-        let (waiting, idle) = (state.conn_list_map.waiting(), state.conn_list_map.idle());
+        let list = &state.conn_list_map;
+        let sessions = list.clients().map(|live| live.proto.name()).collect();
+        let mut waiting: BTreeMap<_, _> = self.options.public.keys().map(|it| (it, 0)).collect();
+        for accept in list.waiting() {
+            *waiting.entry(self.service_of(accept)).or_default() += 1;
+        }
+        let idle = list.idle();
         drop(state);
-        self.journal.status(session, &self.pairs, waiting, idle)
+        let mut status = self.journal.status(sessions, &self.pairs, idle);
+        for (service, waiting) in waiting {
+            status.waiting += waiting;
+            status.services.entry(service.clone()).or_default().waiting = waiting;
+        }
+        status
     }
 
     fn wait_for_session(&self, limit: Duration) -> bool {
-        self.stop
-            .wait_for(limit, || self.state.lock().cache.is_some())
+        let is_live = || self.state.lock().conn_list_map.clients().next().is_some();
+        self.stop.wait_for(limit, is_live)
     }
 }
 
 impl Shared {
     /// Leaves the visitors to the server that takes this one's place, if it asks for them in time.
     fn hand_over(&self, time: Duration) {
-        let listeners = [&self.public, &self.control, &self.tunnel].map(Listener::socket);
-        let listeners: Vec<_> = listeners.iter().flatten().map(|it| &**it).collect();
+        let listeners: Vec<_> = self.listeners().filter_map(Listener::socket).collect();
+        let listeners: Vec<_> = listeners.iter().map(|it| &**it).collect();
         let ended = || self.stop.reached(Phase::Leaving);
-        match Successor::find(self.public.addr, &listeners, time, ended) {
+        match Successor::find(self.control.addr, &listeners, time, ended) {
             Ok(Some(successor)) => {
                 Journal::handed_over();
                 let mut place = self.successor.lock();
@@ -397,13 +521,17 @@ impl Shared {
                     *place = Some(successor);
                 }
                 drop(place);
-                self.public.take();
+                for public in &self.public {
+                    public.listener.take();
+                }
             }
             Ok(None) => {}
             Err(error) => self.journal.hand_over_failed(&error),
         }
         self.stop.advance(Phase::Draining);
-        self.public.wake();
+        for public in &self.public {
+            public.listener.wake();
+        }
         self.slots.close();
     }
 
@@ -411,7 +539,7 @@ impl Shared {
     /// that were complete before are joined, and the session ends.
     pub(super) fn finish(self: &Arc<Self>) {
         self.stop.advance(Phase::Leaving);
-        for listener in [&self.public, &self.tunnel, &self.control] {
+        for listener in self.listeners() {
             listener.take();
         }
         // It may accept from all of them now.
@@ -419,18 +547,19 @@ impl Shared {
         self.slots.close();
         self.door.close();
         let mut state = self.state.lock();
-        let session = state.cache.take();
-        let promised = std::iter::from_fn(|| state.conn_list_map.take_match());
+        let list = &mut state.conn_list_map;
+        let sessions: Vec<_> = list.clients().cloned().collect();
+        let promised = std::iter::from_fn(|| list.take_match());
         let promised: Vec<_> = promised.collect();
-        let unjoined = state.conn_list_map.clear();
+        let unjoined = list.clear();
         drop(state);
         drop(unjoined);
-        for (accept, _, tunnel) in promised {
-            if let Some(tunnel) = tunnel.greet(&accept) {
+        for ConnMatch { accept, tunnel, .. } in promised {
+            if let Some(tunnel) = tunnel.greet(&accept, self.service_of(&accept)) {
                 self.join_conn2(accept, tunnel);
             }
         }
-        if let Some(session) = session {
+        for session in sessions {
             let reason = Reason::Draining;
             session.send(Line::Bye { reason });
             session.end();
@@ -441,12 +570,12 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::address::Address;
 
     fn server() -> (Arc<Shared>, Receiver<()>) {
         let any = Address::new("127.0.0.1", 0);
         let mut options = ServerOptions::new();
-        (options.public, options.tunnel, options.control) = (any.clone(), any.clone(), any);
+        options.public = [(Service::default(), any.clone())].into();
+        (options.tunnel, options.control) = (any.clone(), any);
         let (server, updates) = Shared::bind(options).unwrap();
         (Arc::new(server), updates)
     }
@@ -465,9 +594,10 @@ mod tests {
     fn a_visitor_that_is_accepted_and_not_in_the_list_yet_is_waited_for() {
         let (server, _updates) = server();
         // As when another server takes over.
-        server.public.take();
+        let public = &server.public[0].listener;
+        public.take();
         assert!(!server.is_finished());
-        server.take_no_more();
+        server.take_no_more(public);
         assert!(server.is_finished());
     }
 }

@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex};
 
-use crate::door::{Answered, NoSession, no_server};
+use crate::door::{Answered, NoSession, Offers, no_server};
 use crate::options::TUNNEL_PORT;
 use crate::os::limits::Slot;
 use crate::os::net;
 use crate::relay::{Expected, Pairs, Visitor};
+use crate::service::Service;
 use crate::session::{Ended, Proto};
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Failure, Line, Reason, SILENCE, Welcome};
+use crate::wire::line::{Arrival, Failure, Line, Reason, SILENCE, Welcome};
 
 /// The last line of a client that stops.
 const STOPPING: Line = Line::Bye {
@@ -33,8 +34,8 @@ pub struct Session {
     pub proto: Proto,
     /// What its tunnels are tied to. None without a key.
     pub bond: Option<Bond>,
-    /// The server's port for visitors, as far as the server told it.
-    pub public: Option<u16>,
+    /// The services that the server has visitors for, with its port as far as the server told it.
+    pub public: Offers,
     /// Where the server sees this client's connections come from.
     pub seen_as: Option<IpAddr>,
     /// When it began.
@@ -77,9 +78,10 @@ impl Session {
         let told = |port: fn(&Welcome) -> Option<u16>| welcome.and_then(port);
         let port = tunnel_port.or(told(|welcome| welcome.tunnel));
         tunnel_addr.set_port(port.unwrap_or(TUNNEL_PORT));
-        let public = told(|welcome| welcome.public);
-        if public == Some(tunnel_addr.port()) {
-            return Err(NoSession::TunnelPortIsPublic(tunnel_addr.port()));
+        let public = answered.offers.clone();
+        let port = tunnel_addr.port();
+        if public.values().any(|public| *public == Some(port)) {
+            return Err(NoSession::TunnelPortIsPublic(port));
         }
         let (to_server, to_write) = unbounded();
         let session = Self {
@@ -114,6 +116,12 @@ impl Session {
         }
         // Wakes the thread that reads.
         let _ = self.control.shutdown(Shutdown::Both);
+    }
+
+    /// True if a dial of this port may lead back to the server. A dial of another port does not, and its
+    /// address says nothing: the system lets a visitor and this client dial two ports from one address.
+    pub fn may_loop(&self, local: u16) -> bool {
+        self.public.values().any(|public| *public == Some(local))
     }
 
     /// True until the session has ended.
@@ -247,7 +255,7 @@ impl Spare {
         let (session, conn) = (&self.session, &mut tunnel.conn);
         if session.proto == Proto::Original {
             session.state.lock().served = true;
-            return Ok(Visitor::new(None, None));
+            return Ok(Visitor::new(None, Service::default(), None));
         }
         let socket = conn.socket().clone();
         conn.writer.write_idle().map_err(ended)?;
@@ -261,10 +269,10 @@ impl Spare {
             true => session.take_idle(&socket)?,
             false => conn.reader.set_deadline(None).map_err(ended)?,
         }
-        let visitor = visitor?;
+        let Arrival { visitor, service } = visitor?;
         session.state.lock().served = true;
         conn.reader.begin_stream();
-        Ok(Visitor::new(visitor, None))
+        Ok(Visitor::new(Some(visitor), service, None))
     }
 }
 
@@ -302,10 +310,10 @@ impl Drop for Held {
     }
 }
 
-fn read_visitor(lines: &mut Lines<&mut Reader>) -> Result<Option<SocketAddr>, NoVisitor> {
+fn read_visitor(lines: &mut Lines<&mut Reader>) -> Result<Arrival, NoVisitor> {
     loop {
         match lines.next_line() {
-            Ok(Line::New { visitor }) if lines.in_frames() => return Ok(visitor),
+            Ok(Line::New(Some(arrival))) if lines.in_frames() => return Ok(arrival),
             line @ Ok(Line::Bye { .. }) => {
                 return Err(NoVisitor::NotServer(no_server(line, lines)));
             }

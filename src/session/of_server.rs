@@ -14,6 +14,13 @@ use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
 use crate::wire::line::{Failure, Line, Reason};
 
+/// Two sessions are the same only if they are one.
+impl PartialEq for Session {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
 /// A session, from the registration of a client's control link to its end.
 pub struct Session {
     /// Where the client's control link comes from.
@@ -22,6 +29,8 @@ pub struct Session {
     pub proto: Proto,
     /// What the tunnels of this session are tied to. None without a key.
     pub bond: Option<Bond>,
+    /// Which of the server's services the client offers.
+    serves: Vec<bool>,
     socket: Arc<TcpStream>,
     /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
     /// adds a few lines at the most, and a writer that is stuck ends with its link. None once the
@@ -30,17 +39,33 @@ pub struct Session {
 }
 
 impl Session {
-    /// The session that a control link is to begin; and what is to be written to its client.
-    pub fn new(link: &Link, client: SocketAddr) -> (Arc<Self>, Receiver<Line>) {
+    /// The session that a control link is to begin; and what is to be written to its client. `serves`
+    /// says of each of the server's services whether the client offers it.
+    pub fn new(link: &Link, client: SocketAddr, serves: Vec<bool>) -> (Arc<Self>, Receiver<Line>) {
         let (to_client, to_write) = unbounded();
         let session = Self {
             client,
             proto: link.proto,
             bond: link.bond.clone(),
+            serves,
             socket: link.socket.clone(),
             to_client: Mutex::new(Some(to_client)),
         };
         (Arc::new(session), to_write)
+    }
+
+    /// True if the client offers this one of the server's services.
+    pub fn serves(&self, service: usize) -> bool {
+        self.serves[service]
+    }
+
+    /// How many tunnels of the client's may be idle, if there are this many visitors at a time: each
+    /// of them may leave one behind. The tunnels of an original client come on demand.
+    pub fn most_idle(&self, max_conns: usize) -> usize {
+        match self.proto {
+            Proto::Original => 0,
+            Proto::Tp2 { pool, .. } => pool + max_conns,
+        }
     }
 
     /// Hands a line to the thread that writes to the client. If that has just ended, the session is
@@ -104,6 +129,7 @@ impl Session {
 mod tests {
     use super::*;
     use crate::wire::conn::Conn;
+    use std::collections::BTreeMap;
     use std::net::TcpListener;
     use std::time::Duration;
 
@@ -119,9 +145,10 @@ mod tests {
             lines: Lines::new(reader),
             writer: Conn::new(socket.clone()).writer,
             proto: Proto::Original,
+            offers: BTreeMap::new(),
             bond: None,
         };
-        let (session, to_write) = Session::new(&link, from);
+        let (session, to_write) = Session::new(&link, from, Vec::new());
         session.send(Line::Hi);
         socket.shutdown(Shutdown::Write).unwrap();
         let patience = Duration::from_millis(10);

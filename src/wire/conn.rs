@@ -62,19 +62,22 @@ impl Conn {
         self.seal(secured)
     }
 
-    /// The server's handshake; it must be over by the reader's deadline. `elsewhere` is what comes
-    /// to the server's other port. `known` is called when the client has begun as if it had the
-    /// key, with an opening that `openings` do not remember.
+    /// The server's handshake; it must be over by the reader's deadline. `due` and `elsewhere` are what
+    /// comes to this port and to the server's other one. `known` is called when the client has begun as
+    /// if it had the key, with an opening that is not remembered. Also returns which of `due` it is.
     pub fn respond(
         &mut self,
-        due: Option<&Purpose>,
-        elsewhere: Option<&Purpose>,
-        openings: &Openings,
+        due: &[(Purpose, &Openings)],
+        elsewhere: &[Purpose],
         known: impl FnOnce(),
-    ) -> Result<Bond, NoHandshake> {
+    ) -> Result<(Bond, usize), NoHandshake> {
         let (reader, writer) = (&mut self.reader, &mut self.writer);
-        let secured = handshake::respond(reader, writer, due, elsewhere, openings, known);
-        self.seal(secured)
+        let secured = handshake::respond(reader, writer, due, elsewhere, known);
+        let (secured, place) = match secured {
+            Ok((secured, place)) => (Ok(secured), place),
+            Err(error) => (Err(error), 0),
+        };
+        Ok((self.seal(secured)?, place))
     }
 
     /// After a handshake: frames from now on. Where the other side makes none, its bytes are to be

@@ -193,7 +193,9 @@ pub fn write_lines(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::Service;
     use crate::wire::conn::Conn;
+    use crate::wire::line::Arrival;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
     use std::time::Duration;
@@ -215,8 +217,11 @@ mod tests {
             let mut lines = Lines::new(Pieces(bytes, piece));
             assert_eq!(lines.next_line().unwrap(), Line::Hi);
             assert_eq!(lines.next_line().unwrap(), Line::Unknown);
-            let visitor = Some("127.0.0.1:9".parse().unwrap());
-            assert_eq!(lines.next_line().unwrap(), Line::New { visitor });
+            let new = Line::New(Some(Arrival {
+                visitor: "127.0.0.1:9".parse().unwrap(),
+                service: Service::default(),
+            }));
+            assert_eq!(lines.next_line().unwrap(), new);
             let behind = [lines.rest(), lines.from.0].concat();
             assert_eq!(behind, b"GET /");
             let error = lines.next_line().unwrap_err();

@@ -109,35 +109,40 @@ pub fn initiate(
 
 /// The server's half of a handshake. What was recorded of another one may get an answer, too: only
 /// the first frame shows that the client is there. It gets none if `openings` remember it.
-/// `due` is what comes to this port of the server's, `elsewhere` what comes to the other one.
+/// `due` is what comes to this port of the server's, with what is remembered of that; `elsewhere` is what
+/// comes to the other one. To try them all costs no curve arithmetic. Also returns which one it is.
 ///
 /// `known` is called once the client's message has opened for the first time.
 pub fn respond(
     reader: &mut impl Read,
     writer: &mut impl Write,
-    due: Option<&Purpose>,
-    elsewhere: Option<&Purpose>,
-    openings: &Openings,
+    due: &[(Purpose, &Openings)],
+    elsewhere: &[Purpose],
     known: impl FnOnce(),
-) -> Result<Secured, NoHandshake> {
+) -> Result<(Secured, usize), NoHandshake> {
     let message = read_message(reader)?;
     let mut id = OpeningId::default();
     id.copy_from_slice(&message[..size_of::<OpeningId>()]);
-    if openings.knows(id) {
+    if due.iter().any(|(_, openings)| openings.knows(id)) {
         return Err(NoHandshake::Recorded);
     }
-    let Some((answer, secured)) = answer(&message, due)? else {
-        return Err(match answer(&message, elsewhere)? {
-            Some(_) => NoHandshake::OtherPort,
-            None => NoHandshake::WrongKey,
-        });
-    };
-    if !openings.remember(id) {
-        return Err(NoHandshake::Recorded);
+    for (place, (purpose, openings)) in due.iter().enumerate() {
+        let Some((answer, secured)) = answer(&message, purpose)? else {
+            continue;
+        };
+        if !openings.remember(id) {
+            return Err(NoHandshake::Recorded);
+        }
+        known();
+        writer.write_all(&answer)?;
+        return Ok((secured, place));
     }
-    known();
-    writer.write_all(&answer)?;
-    Ok(secured)
+    for purpose in elsewhere {
+        if answer(&message, purpose)?.is_some() {
+            return Err(NoHandshake::OtherPort);
+        }
+    }
+    Err(NoHandshake::WrongKey)
 }
 
 /// The server's message, and what it leads to; None if the client's does not open. Not inlined:
@@ -145,11 +150,8 @@ pub fn respond(
 #[inline(never)]
 fn answer(
     message: &[u8; MESSAGE],
-    purpose: Option<&Purpose>,
+    purpose: &Purpose,
 ) -> io::Result<Option<([u8; LENGTH + MESSAGE], Secured)>> {
-    let Some(purpose) = purpose else {
-        return Ok(None);
-    };
     let prologue = purpose.prologue();
     for key in purpose.keys() {
         let mut state = begin(key, &prologue)?.build_responder().map_err(broken)?;

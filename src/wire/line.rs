@@ -11,6 +11,8 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::service::Service;
+
 /// The version of the protocol that this crate speaks.
 pub const PROTO: u32 = 2;
 
@@ -39,7 +41,7 @@ pub const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Asks the client for one more tunnel.
-pub const NEW: Line = Line::New { visitor: None };
+pub const NEW: Line = Line::New(None);
 
 /// A fixed set of words of the protocol, each of which stands for a variant.
 macro_rules! words {
@@ -117,6 +119,8 @@ words! {
         Exhausted = "exhausted",
         /// The local service is the server's own public port.
         Loop = "loop",
+        /// The client does not offer this service.
+        NoService = "no-service",
         /// Something else; the client's log says what.
         Error = "error",
     }
@@ -171,23 +175,32 @@ impl FromStr for SessionId {
 /// A line that a side understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// `hello proto=2 pool=8` from the client; the server's has a [`Welcome`] besides.
+    /// `hello proto=2 pool=8` from the client; the server's has a [`Welcome`] besides. `offers=2` says
+    /// that so many [offers](Line::Offer) follow.
     Hello {
         /// The highest version of the protocol that the side speaks.
         proto: u32,
         /// The idle tunnels that the client asks for, or that the server grants.
         pool: usize,
+        /// How many lines behind this one name a service each. None if there is one service, and that is
+        /// the one without a name.
+        offers: Option<usize>,
         /// Only from the server.
         welcome: Option<Welcome>,
     },
     /// `hi`: the heartbeat.
     Hi,
+    /// `offer service=web` from a client that serves visitors of this service, `offer service=web
+    /// port=8080` from a server that has a port for them.
+    Offer {
+        /// The service.
+        service: Service,
+        /// Only from the server.
+        port: Option<u16>,
+    },
     /// `new` on the control link: dial one more tunnel. `new visitor=ip:port` on an idle tunnel:
     /// this visitor's bytes follow.
-    New {
-        /// Only on a tunnel: where the visitor comes from.
-        visitor: Option<SocketAddr>,
-    },
+    New(Option<Arrival>),
     /// `bye reason=…`: the side ends the link on purpose.
     Bye {
         /// Why.
@@ -209,6 +222,15 @@ pub enum Line {
     },
     /// A word that this version does not know, and ignores.
     Unknown,
+}
+
+/// The visitor that a tunnel is given: `new visitor=ip:port service=web`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// Where the visitor comes from.
+    pub visitor: SocketAddr,
+    /// What the visitor comes for.
+    pub service: Service,
 }
 
 /// What a server's hello tells a client: ` session=… tunnel=8008 public=8007 client=ip:port`.
@@ -267,13 +289,22 @@ impl Line {
             "hello" => Line::Hello {
                 proto: argument(arguments, "proto")?.ok_or(LineError::Argument("proto"))?,
                 pool: argument(arguments, "pool")?.unwrap_or(0),
+                offers: argument(arguments, "offers")?,
                 welcome: Welcome::parse(arguments)?,
             },
             "hi" => Line::Hi,
             "idle" => Line::Idle,
-            "new" => Line::New {
-                visitor: argument(arguments, "visitor")?,
+            "offer" => Line::Offer {
+                service: argument(arguments, "service")?.unwrap_or_default(),
+                port: argument(arguments, "port")?,
             },
+            "new" => Line::New(match argument(arguments, "visitor")? {
+                None => None,
+                Some(visitor) => Some(Arrival {
+                    visitor,
+                    service: argument(arguments, "service")?.unwrap_or_default(),
+                }),
+            }),
             "bye" => Line::Bye {
                 reason: argument(arguments, "reason")?.unwrap_or(Reason::Other(String::new())),
             },
@@ -306,9 +337,13 @@ impl fmt::Display for Line {
             Line::Hello {
                 proto,
                 pool,
+                offers,
                 welcome,
             } => {
                 write!(f, "hello proto={proto} pool={pool}")?;
+                if let Some(offers) = offers {
+                    write!(f, " offers={offers}")?;
+                }
                 match welcome {
                     Some(welcome) => writeln!(f, "{welcome}"),
                     None => writeln!(f),
@@ -316,10 +351,24 @@ impl fmt::Display for Line {
             }
             Line::Hi => writeln!(f, "hi"),
             Line::Idle => writeln!(f, "idle"),
-            Line::New { visitor: None } => writeln!(f, "new"),
-            Line::New {
-                visitor: Some(visitor),
-            } => writeln!(f, "new visitor={visitor}"),
+            Line::Offer { service, port } => {
+                f.write_str("offer")?;
+                if service.has_name() {
+                    write!(f, " service={service}")?;
+                }
+                match port {
+                    Some(port) => writeln!(f, " port={port}"),
+                    None => writeln!(f),
+                }
+            }
+            Line::New(None) => writeln!(f, "new"),
+            Line::New(Some(Arrival { visitor, service })) => {
+                write!(f, "new visitor={visitor}")?;
+                match service.has_name() {
+                    true => writeln!(f, " service={service}"),
+                    false => writeln!(f),
+                }
+            }
             Line::Bye { reason } => writeln!(f, "bye reason={reason}"),
             Line::Failed { visitor, reason } => {
                 writeln!(f, "failed visitor={visitor} reason={reason}")
@@ -366,6 +415,24 @@ mod tests {
         ID.parse().unwrap()
     }
 
+    fn service(name: &str) -> Service {
+        name.parse().unwrap_or_default()
+    }
+
+    fn offer(name: &str) -> Line {
+        Line::Offer {
+            service: service(name),
+            port: Some(8080).filter(|_| !name.is_empty()),
+        }
+    }
+
+    fn new(visitor: SocketAddr, name: &str) -> Line {
+        Line::New(Some(Arrival {
+            visitor,
+            service: service(name),
+        }))
+    }
+
     #[test]
     fn every_line_has_its_exact_bytes_and_is_read_back() {
         let visitor = "[2001:db8::1]:50000".parse().unwrap();
@@ -374,6 +441,7 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    offers: None,
                     welcome: None,
                 },
                 "hello proto=2 pool=8\n".to_owned(),
@@ -383,6 +451,7 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    offers: None,
                     welcome: Some(Welcome {
                         session: session(),
                         tunnel: None,
@@ -396,6 +465,7 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    offers: None,
                     welcome: Some(Welcome {
                         session: session(),
                         tunnel: Some(8008),
@@ -409,12 +479,25 @@ mod tests {
                 ),
             ),
             (Line::Hi, "hi\n".to_owned()),
-            (Line::New { visitor: None }, "new\n".to_owned()),
             (
-                Line::New {
-                    visitor: Some(visitor),
+                Line::Hello {
+                    proto: 2,
+                    pool: 8,
+                    offers: Some(2),
+                    welcome: None,
                 },
+                "hello proto=2 pool=8 offers=2\n".to_owned(),
+            ),
+            (offer(""), "offer\n".to_owned()),
+            (offer("web"), "offer service=web port=8080\n".to_owned()),
+            (NEW, "new\n".to_owned()),
+            (
+                new(visitor, ""),
                 "new visitor=[2001:db8::1]:50000\n".to_owned(),
+            ),
+            (
+                new(visitor, "web"),
+                "new visitor=[2001:db8::1]:50000 service=web\n".to_owned(),
             ),
             (
                 Line::Bye {
@@ -455,9 +538,7 @@ mod tests {
         assert_eq!(Line::parse(b"hi colour=blue"), Ok(Line::Hi));
         assert_eq!(
             Line::parse(b"new colour=blue =x y visitor=127.0.0.1:9 visitor=127.0.0.1:10"),
-            Ok(Line::New {
-                visitor: Some("127.0.0.1:9".parse().unwrap())
-            })
+            Ok(new("127.0.0.1:9".parse().unwrap(), ""))
         );
         assert_eq!(
             Line::parse(b"bye"),
@@ -484,7 +565,11 @@ mod tests {
             ("hello proto=one", "proto"),
             ("hello proto=2 pool=-1", "pool"),
             ("hello proto=2 session=ab", "session"),
+            ("hello proto=2 offers=many", "offers"),
+            ("offer service=Web", "service"),
+            ("offer port=99999", "port"),
             ("new visitor=here", "visitor"),
+            ("new visitor=127.0.0.1:9 service=", "service"),
             (
                 "hello proto=2 session=00112233445566778899aabbccddeeff tunnel=x",
                 "tunnel",
@@ -519,7 +604,7 @@ mod tests {
     #[test]
     fn random_lines_never_panic() {
         let words =
-            b"hello hi new bye tunnel failed proto=2 pool=8 session= visitor= reason=x \0\xff\r";
+            b"hello hi new offer bye tunnel failed proto=2 pool=8 session= visitor= service=a reason=x \0\xff\r";
         let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = move |below: usize| {
             seed ^= seed << 13;

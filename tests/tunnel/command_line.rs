@@ -86,7 +86,10 @@ fn bad_usage_is_exit_code_2() {
         ("--linger -5", &["linger"]),
         ("one two", &["'one'"]),
         ("-v -q", &["-v and -q"]),
-        ("-p 127.0.0.1:0 -p 127.0.0.1:0", &["'public'"]),
+        (
+            "-p 127.0.0.1:0 -p 127.0.0.1:0",
+            &["a second service needs a name"],
+        ),
         ("--public http://h:80", &["leave out http://"]),
         ("--control [::1]", &["--control '[::1]'", "no port"]),
         ("--public :8080", &["for all addresses: [::]:8080"]),
@@ -127,7 +130,7 @@ fn two_ports_at_one_address_are_refused_at_once() {
             ["--control: --public", "127.0.0.1:9"],
         ),
         (
-            "-c 127.0.0.1:9 -t 127.0.0.1:9",
+            "-c 127.0.0.1:9 -t localhost:9",
             ["--tunnel: --control", "127.0.0.1:9"],
         ),
         (

@@ -394,7 +394,7 @@ fn a_handshake_has_five_seconds_in_all() {
     });
     let client = RunningClient::start(between.options(echo.addr, Some(&key)));
     eventually("the client is there", || {
-        client.handle().status().unwrap().session.is_some()
+        client.handle().status().unwrap().sessions.len() == 1
     });
     assert_echo(&server.visit(), "served");
     let opening = [0, 48];

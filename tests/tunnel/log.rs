@@ -151,8 +151,11 @@ fn a_status_counts_what_goes_on(protection: Protection) {
             .all(|it| (it.joined, it.bytes_up, it.bytes_down) == (1, 35, 35) && it.idle >= 7)
     });
     let [server, client] = last.map(Option::unwrap);
-    assert_eq!(server.session, client.session);
-    assert_eq!(server.session.as_ref().map(String::len), Some(8));
+    assert_eq!(server.sessions, client.sessions);
+    assert_eq!(
+        server.sessions.iter().map(String::len).collect::<Vec<_>>(),
+        [8]
+    );
     for status in [&server, &client] {
         assert_eq!(status.joined_total, 4);
         // The visitor who is there uses one of the eight, and for each of the four one more may have been

@@ -29,6 +29,7 @@ mod protocol;
 mod restarts;
 mod reuse;
 mod sealed;
+mod services;
 mod sessions;
 mod soak;
 mod stop;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::support::peer::Peer;
 use crate::support::{
     Protection, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended,
-    closed_port, connect, expect_pattern, send_pattern, server_options, with,
+    closed_port, connect, expect_pattern, send_pattern, server_options, unnamed, with,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
 
@@ -158,7 +158,7 @@ impl OriginalServer {
         let client = RunningClient::start(with!(ClientOptions::default();
                     server: controls.local_addr().unwrap().into(),
                     tunnel_port: Some(tunnels.local_addr().unwrap().port()),
-                    local: local.into(),
+                    local: unnamed(local),
                     original: true,
         ));
         let mut control = Peer::accept_control(&controls, Protection::Plain);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::support::peer::Peer;
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
-    client_options, closed_port, connect, plain_and_sealed, server_options, with,
+    client_options, closed_port, connect, plain_and_sealed, server_options, unnamed, with,
 };
 use tunnel_proxy::{Address, ClientOptions};
 
@@ -134,12 +134,12 @@ fn a_server_that_restarts_on_its_ports_serves_within_three_seconds(protection: P
     };
     let service = Service::echo();
     let mut options = with!(server_options(protection);
-            public: any.clone(),
+            public: unnamed(any.clone()),
             tunnel: any.clone(),
             control: any,
     );
     let mut server = RunningServer::start(options.clone());
-    options.public = server.public.into();
+    options.public = unnamed(server.public);
     options.tunnel = server.tunnel.into();
     options.control = server.control.into();
     let _client = RunningClient::start(client_options(&server, service.addr));

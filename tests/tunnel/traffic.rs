@@ -7,7 +7,7 @@ use std::thread;
 
 use crate::support::{
     Protection, Service, Tunnel, assert_echo, assert_ended, expect_pattern, plain_and_sealed,
-    send_pattern, with,
+    send_pattern, unnamed, with,
 };
 use std::net::Shutdown;
 
@@ -118,13 +118,13 @@ fn ipv6_and_names_work(protection: Protection) {
 
     let service = Service::echo();
     let server = RunningServer::start(with!(server_options(protection);
-            public: Address::new("::", 0),
+            public: unnamed(Address::new("::", 0)),
             tunnel: Address::new("::1", 0),
             control: Address::new("::1", 0),
     ));
     let _client = RunningClient::start(with!(client_options(&server, service.addr);
             // The client tries both addresses of the name: the service has only one of them.
-            local: Address::new("localhost", service.addr.port()),
+            local: unnamed(Address::new("localhost", service.addr.port())),
     ));
     let port = server.public.port();
     for host in ["[::1]", "127.0.0.1"] {

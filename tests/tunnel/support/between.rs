@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tunnel_proxy::{ClientOptions, Key};
 
-use super::{DEADLINE, RunningServer, Service, connect, with};
+use super::{DEADLINE, RunningServer, Service, connect, unnamed, with};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
@@ -94,7 +94,7 @@ impl Between {
         with!(ClientOptions::default();
                     server: self.control.addr.into(),
                     tunnel_port: Some(self.tunnel.addr.port()),
-                    local: local.into(),
+                    local: unnamed(local),
                     key: key.cloned(),
         )
     }

@@ -1,6 +1,7 @@
 //! What the tests share: a tunnel in this process, local services, and bytes that can be told
 //! apart. Every wait has a deadline.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -131,7 +132,7 @@ pub fn closed_port() -> ClosedPort {
 /// The server's options for tests: the defaults on free ports.
 pub fn server_options(protection: Protection) -> ServerOptions {
     with!(ServerOptions::default();
-            public: any(),
+            public: unnamed(any()),
             tunnel: any(),
             control: any(),
             keys: protection.keys(),
@@ -142,9 +143,14 @@ pub fn server_options(protection: Protection) -> ServerOptions {
 pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOptions {
     with!(ClientOptions::default();
             server: server.control.into(),
-            local: local.into(),
+            local: unnamed(local),
             key: server.key.clone(),
     )
+}
+
+/// The one service without a name, at this address.
+pub fn unnamed(address: impl Into<Address>) -> BTreeMap<tunnel_proxy::Service, Address> {
+    [(tunnel_proxy::Service::default(), address.into())].into()
 }
 
 /// Lets this process have as many descriptors as its user may, for a test that needs thousands.
@@ -394,6 +400,7 @@ impl Drop for Service {
 /// A server in this process, until dropped.
 pub struct RunningServer {
     pub public: SocketAddr,
+    pub public_addrs: BTreeMap<tunnel_proxy::Service, SocketAddr>,
     pub tunnel: SocketAddr,
     pub control: SocketAddr,
     /// The first one of its keys, if it has any.
@@ -408,6 +415,7 @@ impl RunningServer {
         Self {
             key,
             public: server.public_addr(),
+            public_addrs: server.public_addrs(),
             tunnel: server.tunnel_addr(),
             control: server.control_addr(),
             running: Running::start(server.handle(), move || server.run()),
@@ -452,7 +460,7 @@ impl RunningClient {
         Self::start(with!(ClientOptions::default();
                     server: controls.local_addr().unwrap().into(),
                     tunnel_port: Some(tunnels.local_addr().unwrap().port()),
-                    local: local.into(),
+                    local: unnamed(local),
                     pool,
                     key: protection.key(),
         ))

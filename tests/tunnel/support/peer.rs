@@ -290,7 +290,13 @@ impl Peer {
             return self.receive_frame();
         }
         let mut bytes = vec![0; 4096];
-        let count = self.socket.read(&mut bytes)?;
+        let count = loop {
+            match self.socket.read(&mut bytes) {
+                // A read that has a deadline is not begun again by itself.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
         bytes.truncate(count);
         Ok(match count {
             0 => Came::End,
@@ -338,13 +344,15 @@ impl Peer {
     /// Says hello as a client, and returns the session id that the server gives.
     pub fn say_hello(&mut self, pool: usize) -> String {
         self.write(format!("hello proto=2 pool={pool}\n"));
-        let line = self.line();
-        let session = line
-            .split("session=")
-            .nth(1)
-            .unwrap_or_else(|| panic!("{line:?}"));
-        session.split(' ').next().unwrap().to_owned()
+        session_in(&self.line())
     }
+}
+
+/// The session id in a server's hello.
+pub fn session_in(hello: &str) -> String {
+    let session = hello.split("session=").nth(1);
+    let session = session.unwrap_or_else(|| panic!("{hello:?}"));
+    session.split(' ').next().unwrap().to_owned()
 }
 
 /// A server made by hand, with a client that has said hello to it.

@@ -96,6 +96,11 @@ impl<'a> Launch<'a> {
         self.start(env!("CARGO_BIN_EXE_tpclient"), &all)
     }
 
+    /// `tpserver` with these options and no others.
+    pub fn bare_server(self, arguments: &[&str]) -> Program {
+        self.start(env!("CARGO_BIN_EXE_tpserver"), arguments)
+    }
+
     /// `tpclient` with these options and no others.
     pub fn bare_client(self, arguments: &[&str]) -> Program {
         self.start(env!("CARGO_BIN_EXE_tpclient"), arguments)
@@ -191,11 +196,23 @@ impl Program {
 
     /// Where a server listens, by its log.
     pub fn addresses(&self) -> [SocketAddr; 3] {
-        ["visitors", "tunnels", "the control link"].map(|whom| {
-            let line = self.wait_for_line(&format!(" for {whom}"));
-            let address = line.split("listening on ").nth(1).unwrap();
-            address.split(' ').next().unwrap().parse().unwrap()
-        })
+        ["visitors", "tunnels", "the control link"].map(|whom| self.address(whom))
+    }
+
+    /// Where a server listens for this, by its log.
+    pub fn address(&self, whom: &str) -> SocketAddr {
+        let end = format!(" for {whom}");
+        let (lines, more) = &*self.log;
+        let mut lines = lines.lock();
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(line) = lines.iter().find(|line| line.ends_with(&end)) {
+                let address = line.split("listening on ").nth(1).unwrap();
+                return address.split(' ').next().unwrap().parse().unwrap();
+            }
+            let late = more.wait_until(&mut lines, deadline).timed_out();
+            assert!(!late, "{whom:?} not in the log: {lines:#?}");
+        }
     }
 
     /// The first line of the log that contains this text, now or in time.
