@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
 use crate::conn_match::{Added, ConnList, ConnMatch, Placed};
-use crate::door::{Admitted, Door, Place, Refusal};
+use crate::door::{Admitted, Door, Link, Refusal};
 use crate::error::Error;
 use crate::handle::{Handle, Running};
 use crate::journal::Journal;
@@ -130,26 +130,26 @@ impl Server {
 }
 
 impl Shared {
-    /// Listens for control links. Whether one becomes the client is decided on its own thread.
+    /// Listens for control links, and for tunnels if there is one port for both. What a connection is, it
+    /// shows on a thread of its own.
     fn make_control(self: &Arc<Self>) {
         while let Some((socket, from, ())) = self.accept(&self.control, || Some(())) {
             let place = self.door.links.enter(socket, from);
-            self.start("control", move |server| server.control(place));
+            self.start("control", move |server| {
+                match server.door.admit_link(place, &server.live()) {
+                    Ok(Admitted::Link(link)) => server.control(*link, from),
+                    Ok(Admitted::Tunnel(conn, id)) => {
+                        server.config_conn_list_tunnel(Tunnel::new(*conn, from, Some(id)));
+                    }
+                    Err(refusal) => server.journal.refused_link(from, &refusal),
+                }
+            });
         }
     }
 
-    /// One control link, from hello to bye. This thread reads; another one writes, a `hi` every 2 s
-    /// among the rest.
-    fn control(self: &Arc<Self>, place: Place) {
-        let from = place.from;
-        let mut link = match self.door.admit_link(place, &self.live()) {
-            Ok(Admitted::Link(link)) => link,
-            // There is one port for both.
-            Ok(Admitted::Tunnel(conn, id)) => {
-                return self.config_conn_list_tunnel(Tunnel::new(conn, from, Some(id)));
-            }
-            Err(refusal) => return self.journal.refused_link(from, &refusal),
-        };
+    /// One control link, from its registration to bye. This thread reads; another one writes, a `hi`
+    /// every 2 s among the rest.
+    fn control(self: &Arc<Self>, mut link: Link, from: SocketAddr) {
         let (session, to_write) = match self.begin_session(&link, from) {
             Ok(begun) => begun,
             Err(refusal) => {
@@ -157,14 +157,17 @@ impl Shared {
                 return self.journal.refused_link(from, &refusal);
             }
         };
-        let (server, owned, writer) = (self.clone(), session.clone(), link.writer);
+        let Link {
+            writer, mut lines, ..
+        } = link;
+        let (server, owned) = (self.clone(), session.clone());
         let write = move || {
             let failed = |ended: &_| server.end_session(&owned, ended);
             owned.write_lines(writer, &to_write, failed);
         };
         let failed = |visitor, reason: &_| self.journal.client_failed(visitor, reason);
         let ended = match self.workers.start("control_writer", write) {
-            Ok(()) => session.read_lines(&mut link.lines, failed),
+            Ok(()) => session.read_lines(&mut lines, failed),
             Err(error) => Ended::NoThread(error),
         };
         self.end_session(&session, &ended);

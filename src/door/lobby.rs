@@ -100,7 +100,6 @@ impl Lobby {
         Place {
             lobby: self.clone(),
             socket,
-            from,
         }
     }
 
@@ -136,8 +135,6 @@ pub struct Place {
     lobby: Arc<Lobby>,
     /// The connection.
     pub socket: Arc<TcpStream>,
-    /// Where it comes from.
-    pub from: SocketAddr,
 }
 
 impl Place {

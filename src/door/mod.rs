@@ -44,17 +44,37 @@ pub struct Link {
     pub bond: Option<Bond>,
 }
 
+impl Link {
+    /// A link that has said nothing yet. On the heap, see [`Admitted`].
+    #[inline(never)]
+    fn new(conn: Conn, bond: Option<Bond>) -> Box<Self> {
+        Box::new(Self {
+            socket: conn.socket().clone(),
+            lines: Lines::new(conn.reader),
+            writer: conn.writer,
+            proto: Proto::Original,
+            offers: unnamed(),
+            bond,
+        })
+    }
+
+    /// What was taken for a link is a tunnel without a key, as one port takes both.
+    #[inline(never)]
+    fn into_tunnel(self, start: Instant) -> Result<Admitted, Refusal> {
+        let (reader, writer) = (self.lines.into_reader(), self.writer);
+        let (conn, id) = hear_session(Conn { reader, writer }, None, start)?;
+        Ok(Admitted::Tunnel(Box::new(conn), id))
+    }
+}
+
 /// Services, each with the server's port for its visitors if a server tells of them.
 pub type Offers = BTreeMap<Service, Option<u16>>;
 
-/// What has come to a port.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "each is taken apart at once, on the stack"
-)]
+/// What has come to a port. Not on the stack: each thread that waits for a stranger would have room for
+/// it there.
 pub enum Admitted {
-    Link(Link),
-    Tunnel(Conn, SessionId),
+    Link(Box<Link>),
+    Tunnel(Box<Conn>, SessionId),
 }
 
 /// A session that is live, as its tunnels see it: they name its id, and with a key are tied to it.
@@ -126,7 +146,7 @@ impl Door {
         place.socket.set_write_timeout(Some(SILENCE))?;
         let mut conn = Conn::new(place.socket.clone());
         if self.keys.is_empty() {
-            return self.hear_hello(conn, None, start);
+            return self.hear_hello(Link::new(conn, None), start);
         }
         let control = (Purpose::Control(&self.keys), &self.link_openings);
         let (mut due, mut elsewhere) = (vec![control], Vec::new());
@@ -145,10 +165,10 @@ impl Door {
             no_match,
         };
         match self.handshake(&mut conn, place, handshake, start)? {
-            (bond, 0) => self.hear_hello(conn, Some(bond), start),
+            (bond, 0) => self.hear_hello(Link::new(conn, Some(bond)), start),
             (_, tunnel) => {
-                let (conn, id) = Self::hear_session(conn, Some(live[tunnel - 1].0), start)?;
-                Ok(Admitted::Tunnel(conn, id))
+                let (conn, id) = hear_session(conn, Some(live[tunnel - 1].0), start)?;
+                Ok(Admitted::Tunnel(Box::new(conn), id))
             }
         }
     }
@@ -163,57 +183,45 @@ impl Door {
     /// What follows the handshake of a control link. Apart from it, as what this function holds has no
     /// place on the stack of a thread that waits for a stranger.
     #[inline(never)]
-    fn hear_hello(
-        &self,
-        conn: Conn,
-        bond: Option<Bond>,
-        start: Instant,
-    ) -> Result<Admitted, Refusal> {
-        let socket = conn.socket().clone();
-        let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+    fn hear_hello(&self, mut link: Box<Link>, start: Instant) -> Result<Admitted, Refusal> {
         let patience = match self.original {
             true => HELLO_TIMEOUT,
             false => HANDSHAKE_TIMEOUT,
         };
-        let mut offers = unnamed();
-        let proto = match lines.next_line_by(start + patience) {
+        match link.lines.next_line_by(start + patience) {
             Ok(Line::Hello {
                 proto: PROTO,
                 pool,
-                offers: count,
+                offers,
                 ..
             }) => {
-                let heard = hear_offers(&mut lines, count, start + HANDSHAKE_TIMEOUT);
-                offers = heard.map_err(|error| Refusal::of(error, Step::Hello))?;
+                let heard = hear_offers(&mut link.lines, offers, start + HANDSHAKE_TIMEOUT);
+                link.offers = heard.map_err(|error| Refusal::of(error, Step::Hello))?;
                 // From now on its silence means something.
-                lines.limit_silence();
-                Proto::Tp2 {
+                link.lines.limit_silence();
+                link.proto = Proto::Tp2 {
                     id: SessionId::random().map_err(io::Error::other)?,
                     pool: pool.min(MAX_POOL),
-                }
+                };
             }
-            // No line begins like that, but a frame does: this is a tunnel.
-            Err(_) if self.one_port && bond.is_none() && lines.rest().starts_with(&[0]) => {
-                let reader = lines.into_reader();
-                let (conn, id) = Self::hear_session(Conn { reader, writer }, None, start)?;
-                return Ok(Admitted::Tunnel(conn, id));
-            }
-            Err(error) if self.original && timed_out(&error) && lines.rest().is_empty() => {
+            Err(error) if self.original && timed_out(&error) && link.lines.rest().is_empty() => {
                 // An original client never writes, so its silence means nothing.
-                net::end_when_unacknowledged(&socket, SILENCE)?;
-                Proto::Original
+                net::end_when_unacknowledged(&link.socket, SILENCE)?;
             }
-            Ok(Line::Hello { proto, .. }) => return Err(Refusal::Version(proto).tell(&mut writer)),
-            other => return Err(stranger(other, &lines, Port::Control).tell(&mut writer)),
-        };
-        Ok(Admitted::Link(Link {
-            socket,
-            lines,
-            writer,
-            proto,
-            offers,
-            bond,
-        }))
+            // No line begins like that, but a frame does.
+            Err(_)
+                if self.one_port && link.bond.is_none() && link.lines.rest().starts_with(&[0]) =>
+            {
+                return link.into_tunnel(start);
+            }
+            Ok(Line::Hello { proto, .. }) => {
+                return Err(Refusal::Version(proto).tell(&mut link.writer));
+            }
+            other => {
+                return Err(stranger(other, &link.lines, Port::Control).tell(&mut link.writer));
+            }
+        }
+        Ok(Admitted::Link(link))
     }
 
     /// What a tunnel begins with: the handshake, if there is a key, and the line that names its
@@ -233,7 +241,7 @@ impl Door {
         let start = Instant::now();
         let mut conn = Conn::new(place.socket.clone());
         if self.keys.is_empty() {
-            return Self::hear_session(conn, None, start);
+            return hear_session(conn, None, start);
         }
         let handshake = Handshake {
             port: Port::Tunnel,
@@ -245,37 +253,7 @@ impl Door {
             },
         };
         let (_, tunnel) = self.handshake(&mut conn, place, handshake, start)?;
-        Self::hear_session(conn, Some(live[tunnel].0), start)
-    }
-
-    /// What follows the handshake of a tunnel, apart from it as above. With a key, the tunnel is tied to
-    /// a session, and must name that one.
-    #[inline(never)]
-    fn hear_session(
-        mut conn: Conn,
-        tied_to: Option<SessionId>,
-        start: Instant,
-    ) -> Result<(Conn, SessionId), Refusal> {
-        // At one port, it was taken for a control link.
-        conn.socket().set_write_timeout(None)?;
-        conn.begin_frames();
-        let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
-        let first = lines.next_line_by(start + HANDSHAKE_TIMEOUT);
-        if !lines.in_frames() {
-            writer.end_frames();
-        }
-        match first {
-            Ok(Line::Tunnel { session }) if tied_to.is_some_and(|tied_to| tied_to != session) => {
-                Err(Refusal::OldSession)
-            }
-            Ok(Line::Tunnel { session }) if lines.nothing_behind() && lines.in_frames() => {
-                let reader = lines.into_reader();
-                Ok((Conn { reader, writer }, session))
-            }
-            // A client says no more before it has a visitor.
-            Ok(Line::Tunnel { .. }) if lines.in_frames() => Err(Refusal::NotClient(None)),
-            other => Err(stranger(other, &lines, Port::Tunnel).tell(&mut writer)),
-        }
+        hear_session(conn, Some(live[tunnel].0), start)
     }
 
     /// The server's half of a handshake, in time.
@@ -310,6 +288,36 @@ impl Door {
             Err(NoHandshake::Io(error)) => Refusal::of(error, Step::Handshake),
         };
         Err(refusal.tell(&mut conn.writer))
+    }
+}
+
+/// What follows the handshake of a tunnel, apart from it as above. With a key, the tunnel is tied to
+/// a session, and must name that one.
+#[inline(never)]
+fn hear_session(
+    mut conn: Conn,
+    tied_to: Option<SessionId>,
+    start: Instant,
+) -> Result<(Conn, SessionId), Refusal> {
+    // At one port, it was taken for a control link.
+    conn.socket().set_write_timeout(None)?;
+    conn.begin_frames();
+    let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
+    let first = lines.next_line_by(start + HANDSHAKE_TIMEOUT);
+    if !lines.in_frames() {
+        writer.end_frames();
+    }
+    match first {
+        Ok(Line::Tunnel { session }) if tied_to.is_some_and(|tied_to| tied_to != session) => {
+            Err(Refusal::OldSession)
+        }
+        Ok(Line::Tunnel { session }) if lines.nothing_behind() && lines.in_frames() => {
+            let reader = lines.into_reader();
+            Ok((Conn { reader, writer }, session))
+        }
+        // A client says no more before it has a visitor.
+        Ok(Line::Tunnel { .. }) if lines.in_frames() => Err(Refusal::NotClient(None)),
+        other => Err(stranger(other, &lines, Port::Tunnel).tell(&mut writer)),
     }
 }
 
