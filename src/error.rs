@@ -23,6 +23,8 @@ pub enum Error {
     NoVisitors,
     /// The server would take no client at all.
     NoClients,
+    /// This option asks for what a client of the original program cannot do.
+    NotOriginal(&'static str),
     /// The option names so many services.
     Services(&'static str, usize),
     /// The system has no random source to make a key from.
@@ -41,6 +43,7 @@ impl Error {
             Self::SameAddress(..)
                 | Self::NoVisitors
                 | Self::NoClients
+                | Self::NotOriginal(_)
                 | Self::Services(..)
                 | Self::NotLoopback(..)
         )
@@ -56,6 +59,11 @@ impl fmt::Display for Error {
             ),
             Self::NoVisitors => write!(f, "--max-conns 0: no visitor could ever be served"),
             Self::NoClients => write!(f, "--clients 0: no visitor could ever be served"),
+            Self::NotOriginal(option) => write!(
+                f,
+                "--original: there is one client of the original program at a time, and its tunnels \
+                 need a port of their own; leave out --original or {option}"
+            ),
             Self::Services(option, count) => write!(
                 f,
                 "{option}: there are {count} services; give 1 to {MAX_SERVICES}"

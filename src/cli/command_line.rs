@@ -25,6 +25,9 @@ const DRAIN: Duration = Duration::from_secs(30);
 /// A year. A larger number is a slip of the finger.
 const MAX_SECS: u64 = 366 * 24 * 60 * 60;
 
+/// Each client costs a server a pool of idle tunnels.
+const MAX_CLIENTS: usize = 64;
+
 /// What a command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command<O> {
@@ -68,10 +71,12 @@ pub const SERVER: Program = Program {
                         where visitors come to (127.0.0.1:8007); several times,
                         for services of different names
     -t, --tunnel HOST:PORT
-                        where the client's tunnels come to (127.0.0.1:8008)
+                        where clients' tunnels come to (127.0.0.1:8008); may be
+                        the same as --control
     -c, --control HOST:PORT
-                        where the client's control link comes to
-                        (127.0.0.1:8009)
+                        where clients' control links come to (127.0.0.1:8009)
+    -n, --clients N     clients at a time; with more than one, a visitor goes to
+                        the one that has the fewest (1)
     -w, --pair-timeout SECS
                         close a visitor that got no tunnel after this long (5)
     -m, --max-conns N   visitors at a time; more wait their turn (4096)
@@ -171,6 +176,12 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
         set(&mut options.pair_timeout, given, "pair-timeout", seconds(1))?;
         let places = number(1..=1_000_000);
         set(&mut options.max_conns, given, "max-conns", places)?;
+        set(
+            &mut options.clients,
+            given,
+            "clients",
+            number(1..=MAX_CLIENTS),
+        )?;
         set(&mut options.linger, given, "linger", seconds(1))?;
         options.insecure = given.opt_present("insecure");
         options.original = given.opt_present("original");
@@ -199,12 +210,6 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
         set(&mut options.pool, given, "pool", number(0..=MAX_POOL))?;
         set(&mut options.linger, given, "linger", seconds(1))?;
         options.original = given.opt_present("original");
-        let port = options.server.port;
-        if options.tunnel_port == Some(port) {
-            return Err(usage(format!(
-                "--control-port and --tunnel-port are both {port}: tpserver has two"
-            )));
-        }
         Ok(options)
     })
 }
@@ -512,19 +517,19 @@ mod tests {
             public: [(Service::default(), Address::new("::", 80))].into(),
             tunnel: Address::new("localhost", 81),
             control: Address::new("192.0.2.1", 82),
-            clients: 1,
+            clients: 3,
             port_patience: Duration::ZERO,
             pair_timeout: Duration::from_secs(7),
             max_conns: 9,
             linger: Duration::from_secs(11),
             keys: Vec::new(),
             insecure: true,
-            original: true,
+            original: false,
         };
         for line in [
             "--public [::]:80 --tunnel localhost:81 --control 192.0.2.1:82 --pair-timeout 7 \
-             --max-conns 9 --linger 11 --insecure --original",
-            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i --original",
+             --max-conns 9 --linger 11 --insecure --clients 3",
+            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i -n 3",
         ] {
             assert_eq!(server_options(line), expected);
         }
@@ -703,6 +708,10 @@ mod tests {
             ("--public host:99999", "--public 'host:99999'"),
             ("--bind a/b", "--bind 'a/b'"),
             ("--max-conns 0", "--max-conns '0'"),
+            (
+                "--clients 0",
+                "--clients '0': a whole number from 1 to 64 is",
+            ),
             ("--max-conns many", "--max-conns 'many'"),
             ("--pair-timeout 0", "--pair-timeout '0'"),
             ("--linger 1.5", "--linger '1.5'"),
@@ -730,14 +739,6 @@ mod tests {
                 "--pool 65",
                 "--pool '65': a whole number from 0 to 64 is needed",
             ),
-            (
-                "-c 9000 -t 9000",
-                "--control-port and --tunnel-port are both 9000",
-            ),
-            (
-                "-s host:8008 --tunnel 8008",
-                "--control-port and --tunnel-port are both 8008",
-            ),
         ] {
             let error = client(words(line)).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
@@ -757,6 +758,7 @@ mod tests {
             format!("({})", default.control),
             format!("({})", default.pair_timeout.as_secs()),
             format!("({})", default.max_conns),
+            format!("the fewest ({})", default.clients),
             format!("({})", default.linger.as_secs()),
             format!("({})", DRAIN.as_secs()),
         ] {

@@ -70,6 +70,12 @@ impl Shared {
             return Err(Error::NoClients);
         }
         check_services("--public", &options.public)?;
+        if options.original && options.clients > 1 {
+            return Err(Error::NotOriginal("--clients"));
+        }
+        if options.original && options.has_one_port() {
+            return Err(Error::NotOriginal("--tunnel"));
+        }
         let affordable = affordable_visitors();
         if affordable < options.max_conns {
             Journal::few_descriptors(options.max_conns, affordable);

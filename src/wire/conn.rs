@@ -45,9 +45,11 @@ impl Conn {
         }
     }
 
-    /// From now on it carries plain frames, unless it carries sealed ones already.
+    /// From now on it carries plain frames, unless it carries sealed ones already. What was given back to
+    /// be read again is the first of them.
     pub fn begin_frames(&mut self) {
-        self.reader.opener.get_or_insert_with(|| Opener::new(None));
+        let Reader { opener, rest, .. } = &mut self.reader;
+        opener.get_or_insert_with(|| Opener::plain(std::mem::take(rest).into()));
         self.writer.sealer.get_or_insert_with(|| Sealer::new(None));
     }
 

@@ -273,6 +273,15 @@ impl Opener {
         }
     }
 
+    /// Plain frames, whose first bytes are these.
+    pub fn plain(began: Vec<u8>) -> Self {
+        Self {
+            end: began.len(),
+            sealed: began,
+            ..Self::new(None)
+        }
+    }
+
     /// True if there is a key.
     pub fn is_sealed(&self) -> bool {
         self.cipher.is_some()

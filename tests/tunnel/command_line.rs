@@ -94,6 +94,12 @@ fn bad_usage_is_exit_code_2() {
         ("--control [::1]", &["--control '[::1]'", "no port"]),
         ("--public :8080", &["for all addresses: [::]:8080"]),
         ("-version", &["did you mean --version?"]),
+        ("--clients 0", &["--clients '0'", "1 to 64"]),
+        ("-q --original --clients 2", &["--original", "--clients"]),
+        (
+            "-q --original -t 127.0.0.1:9 -c 127.0.0.1:9",
+            &["--original", "leave out --original or --tunnel"],
+        ),
     ] {
         assert_error(SERVER, line, 2, named);
     }
@@ -105,10 +111,6 @@ fn bad_usage_is_exit_code_2() {
         ("--local http://127.0.0.1:8000", &["leave out http://"]),
         ("--local :8000", &["for this host: 127.0.0.1:8000"]),
         ("--pool 65", &["--pool '65'", "0 to 64"]),
-        (
-            "-c 9000 -t 9000",
-            &["--control-port", "--tunnel-port", "9000"],
-        ),
         ("-version", &["did you mean --version?"]),
         ("--control-port 70000", &["--control-port '70000'"]),
         ("one two", &["'one'"]),

@@ -24,6 +24,7 @@ mod key;
 mod local_service;
 mod log;
 mod namespaces;
+mod one_port;
 mod original;
 mod protocol;
 mod restarts;
