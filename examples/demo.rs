@@ -62,7 +62,7 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
     let public = server.public_addr();
     println!("server    http://{public} for visitors");
     let mut options = ClientOptions::new();
-    options.server = server.control_addr().into();
+    options.servers = vec![server.control_addr().into()];
     options.local = [(Service::default(), site.addr.into())].into();
     let client = Client::new(options);
     let handles = [server.handle(), client.handle()];

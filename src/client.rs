@@ -28,6 +28,7 @@ use crate::wire::conn::Conn;
 use crate::wire::control::send;
 use crate::wire::line::{Failure, Line};
 use pool::OwnDial;
+use run::Upstream;
 
 /// The half of the tunnel that runs in the LAN.
 ///
@@ -35,7 +36,7 @@ use pool::OwnDial;
 /// use tunnel_proxy::{Address, Client, ClientOptions};
 ///
 /// let mut options = ClientOptions::new();
-/// options.server = Address::new("tunnel.example.org", 8009);
+/// options.servers = vec![Address::new("tunnel.example.org", 8009)];
 /// Client::new(options).run()?;
 /// # Ok::<(), tunnel_proxy::Error>(())
 /// ```
@@ -49,8 +50,7 @@ struct Shared {
     pairs: Arc<Pairs>,
     /// Two descriptors each: a tunnel is of no use if none is left for its local service.
     slots: Arc<Slots>,
-    /// The session with the server, while there is one.
-    session: Mutex<Option<Arc<Session>>>,
+    servers: Vec<Upstream>,
     /// Where this client's own connections to the local service come from: a visitor from there
     /// would come again and again.
     own_dials: Mutex<HashSet<SocketAddr>>,
@@ -77,7 +77,7 @@ impl Client {
     /// 5 s for each address of the server's name.
     ///
     /// # Errors
-    /// The system refuses the first thread.
+    /// There is no server or no service, or the system refuses the first threads, one for each server.
     pub fn run(self) -> Result<(), Error> {
         self.shared.run()
     }
@@ -92,18 +92,18 @@ impl Client {
 }
 
 impl Shared {
-    /// Dials the control port, and does what the server says until it says no more. Returns why, and
-    /// whether the session was of use.
-    fn connect_control(self: &Arc<Self>) -> Result<(Ended, bool), NoSession> {
+    /// Dials a server's control port, and does what the server says until it says no more. Returns why,
+    /// and whether the session was of use.
+    fn connect_control(self: &Arc<Self>, server: &Upstream) -> Result<(Ended, bool), NoSession> {
         let options = &self.options;
-        let control = net::dial(&options.server).map_err(NoSession::Unreachable)?;
+        let control = net::dial(&server.address).map_err(NoSession::Unreachable)?;
         let control = Arc::new(control);
-        self.warn_without_key(&control);
+        self.warn_without_key(server, &control);
         let (key, conn) = (options.key.as_ref(), Conn::new(control.clone()));
         let services: Vec<_> = options.local.keys().collect();
         let mut link = open_link(conn, key, options.pool, &services, options.original)?;
         let (session, to_write) = Session::new(&link, control, options.tunnel_port)?;
-        self.begin_session(&session);
+        self.begin_session(server, &session);
         if let Err(error) = self.start_writer(&session, link.writer, to_write) {
             return Ok(self.end_session(&session, Ended::NoThread(error)));
         }

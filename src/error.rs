@@ -23,6 +23,8 @@ pub enum Error {
     NoVisitors,
     /// The server would take no client at all.
     NoClients,
+    /// The client has no server to connect to.
+    NoServers,
     /// This option asks for what a client of the original program cannot do.
     NotOriginal(&'static str),
     /// The option names so many services.
@@ -43,6 +45,7 @@ impl Error {
             Self::SameAddress(..)
                 | Self::NoVisitors
                 | Self::NoClients
+                | Self::NoServers
                 | Self::NotOriginal(_)
                 | Self::Services(..)
                 | Self::NotLoopback(..)
@@ -59,6 +62,7 @@ impl fmt::Display for Error {
             ),
             Self::NoVisitors => write!(f, "--max-conns 0: no visitor could ever be served"),
             Self::NoClients => write!(f, "--clients 0: no visitor could ever be served"),
+            Self::NoServers => write!(f, "--server: no server to connect to"),
             Self::NotOriginal(option) => write!(
                 f,
                 "--original: there is one client of the original program at a time, and its tunnels \

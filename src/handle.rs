@@ -48,7 +48,7 @@ impl Handle {
         Some(self.0.upgrade()?.status())
     }
 
-    /// Waits until the client is connected to the server. Returns false after this time, or at once
+    /// Waits until the client is connected to a server. Returns false after this time, or at once
     /// if the server or client stops. A client tells in
     /// [`Status::last_error`](crate::Status::last_error) why it is not connected yet.
     pub fn wait_for_session(&self, limit: Duration) -> bool {

@@ -43,7 +43,7 @@
 //! let server = server.spawn()?;
 //!
 //! let mut options = ClientOptions::new();
-//! options.server = control.into();
+//! options.servers = vec![control.into()];
 //! options.local = [(Service::default(), local.into())].into();
 //! options.key = Some(key);
 //! let client = Client::new(options).spawn()?;

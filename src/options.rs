@@ -113,20 +113,21 @@ pub fn check_services(
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClientOptions {
-    /// The server's host, and its control port.
-    pub server: Address,
-    /// The server's tunnel port. With None, the client takes the one that the server tells, or 8008
-    /// if it is an original one.
+    /// The hosts of the servers, and their control ports; at least one. The client has a session with
+    /// each, side by side.
+    pub servers: Vec<Address>,
+    /// The servers' tunnel port. With None, the client takes the one that a server tells, or 8008 if it
+    /// is an original one.
     pub tunnel_port: Option<u16>,
     /// Where each of the local services is; at least one, and at most 64.
     pub local: BTreeMap<Service, Address>,
-    /// How many idle tunnels to keep ready; the server grants at most 64. With 0, the client dials a
+    /// How many idle tunnels to keep ready for each server; it grants at most 64. With 0, the client dials a
     /// tunnel when a visitor comes.
     pub pool: usize,
     /// How long a direction may stand still once the other one has ended. Both are then aborted, at
     /// most 2 s later.
     pub linger: Duration,
-    /// A key of the server's. Without one, nothing is sealed, and the server must have none either.
+    /// A key of the servers'. Without one, nothing is sealed, and no server must have one either.
     pub key: Option<Key>,
     /// Whether to serve, without a key, a server that speaks the original's protocol, too.
     pub original: bool,
@@ -142,7 +143,7 @@ impl ClientOptions {
     /// Returns what tpclient does without an option.
     pub fn new() -> Self {
         Self {
-            server: Address::new(LOOPBACK, CONTROL_PORT),
+            servers: vec![Address::new(LOOPBACK, CONTROL_PORT)],
             tunnel_port: None,
             local: [(Service::default(), Address::new(LOOPBACK, LOCAL_PORT))].into(),
             pool: POOL,

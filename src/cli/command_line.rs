@@ -25,8 +25,9 @@ const DRAIN: Duration = Duration::from_secs(30);
 /// A year. A larger number is a slip of the finger.
 const MAX_SECS: u64 = 366 * 24 * 60 * 60;
 
-/// Each client costs a server a pool of idle tunnels.
+/// Each client costs a server a pool of idle tunnels, and each server costs a client one.
 const MAX_CLIENTS: usize = 64;
+const MAX_SERVERS: usize = 64;
 
 /// What a command line asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -105,7 +106,8 @@ const CLIENT: Program = Program {
     options: "
     -s, --server HOST[:PORT]
                         host that tpserver runs on, and its control port
-                        (127.0.0.1:8009)
+                        (127.0.0.1:8009); several times, for a session with
+                        each
     -c, --control-port PORT
                         its control port, if --server has none (8009)
         --control PORT  the same as --control-port
@@ -122,7 +124,7 @@ const CLIENT: Program = Program {
     -k, --key-file FILE the key that the server has
         --original      serve a server of the original program, too, which has
                         no key",
-    repeatable: &["local"],
+    repeatable: &["server", "local"],
     examples: "
   Try it on one machine (start tpserver and `python3 -m http.server` beside it):
     tpclient
@@ -192,8 +194,10 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
 /// Reads the words behind `tpclient`.
 pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<ClientOptions>, Error> {
     CLIENT.read(words, |given| {
-        let mut options = ClientOptions::default();
-        set_server(&mut options.server, given)?;
+        let mut options = ClientOptions {
+            servers: servers(given)?,
+            ..ClientOptions::default()
+        };
         for name in ["tunnel-port", "tunnel"] {
             let port = value(given, name, number(1..=u16::MAX))?;
             options.tunnel_port = port.or(options.tunnel_port);
@@ -298,18 +302,11 @@ impl Program {
     }
 }
 
-/// Sets the server's host and its control port, which may stand in an option of its own.
-fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
-    let host_and_port = |text: &str| match text.parse() {
-        Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
-        Ok(address) => Ok((address.host, Some(address.port))),
-        // An IPv6 address without brackets is a host alone: none of its colons stands before a port.
-        Err(why) => host(text).map(|host| (host, None)).map_err(|_| why),
-    };
+/// Returns the servers' hosts and control ports. A port may stand in an option of its own, which is for
+/// those servers that have none.
+fn servers(given: &Matches) -> Result<Vec<Address>, Error> {
+    let Address { host: near, port } = ClientOptions::new().servers.swap_remove(0);
     let mut control = None;
-    if let Some((host, port)) = value(given, "server", host_and_port)? {
-        (server.host, control) = (host, port);
-    }
     for name in ["control-port", "control"] {
         let port = value(given, name, number(1..=u16::MAX))?;
         if port.is_some() && control.is_some() && control != port {
@@ -319,8 +316,38 @@ fn set_server(server: &mut Address, given: &Matches) -> Result<(), Error> {
         }
         control = control.or(port);
     }
-    server.port = control.unwrap_or(server.port);
-    Ok(())
+    let mut servers = Vec::new();
+    let mut needed = !given.opt_present("server");
+    for text in given.opt_strs("server") {
+        let failed = |why: String| usage(format!("--server '{text}': {why}"));
+        let address = match text.parse::<Address>() {
+            Ok(Address { port: 0, .. }) => return Err(failed("the port is 0".to_owned())),
+            Ok(address) => address,
+            // An IPv6 address without brackets is a host alone: none of its colons stands before a port.
+            Err(why) => {
+                let host = host(&text).map_err(|_| failed(why))?;
+                Address::new(host, control.unwrap_or(port))
+            }
+        };
+        needed |= control == Some(address.port);
+        if servers.contains(&address) {
+            return Err(failed(format!("{address} is given twice")));
+        }
+        servers.push(address);
+    }
+    if control.is_some() && !needed {
+        return Err(usage("--control-port: --server names another port"));
+    }
+    if servers.len() > MAX_SERVERS {
+        let count = servers.len();
+        return Err(usage(format!(
+            "--server: {count} servers, and at most {MAX_SERVERS} are possible"
+        )));
+    }
+    if servers.is_empty() {
+        servers.push(Address::new(near, control.unwrap_or(port)));
+    }
+    Ok(servers)
 }
 
 /// True if the word is a key, or an option with one as its value, with or without the key's padding.
@@ -534,7 +561,7 @@ mod tests {
             assert_eq!(server_options(line), expected);
         }
         let expected = ClientOptions {
-            server: Address::new("::1", 1),
+            servers: vec![Address::new("::1", 1)],
             tunnel_port: Some(2),
             local: [(Service::default(), Address::new("db", 3))].into(),
             pool: 0,
@@ -555,10 +582,20 @@ mod tests {
 
     #[test]
     fn a_servers_port_is_named_once() {
-        let server = |line| client_options(line).server.to_string();
+        let server = |line| {
+            let servers = client_options(line).servers;
+            let servers: Vec<_> = servers.iter().map(Address::to_string).collect();
+            servers.join(" ")
+        };
         assert_eq!(server("--server host"), "host:8009");
         assert_eq!(server("--server host:7 --control-port 7"), "host:7");
+        assert_eq!(server("-s a -s b:7 -s ::1 -c 8"), "a:8 b:7 [::1]:8");
+        assert_eq!(server("-c 8"), "127.0.0.1:8");
+        let many: String = (1..=65).map(|it| format!("-s h{it} ")).collect();
         for (line, why) in [
+            ("-s a -s a:8009", "--server 'a:8009': a:8009 is given twice"),
+            ("-s a:7 -s b:7 -c 8", "names another port"),
+            (&many, "--server: 65 servers, and at most 64 are possible"),
             ("--server host:7 --control-port 8", "names another port"),
             ("--control 7 --control-port 8", "names another port"),
             ("--server host:0", "the port is 0"),
@@ -769,8 +806,8 @@ mod tests {
         };
         let default = ClientOptions::default();
         for shown in [
-            format!("({})", default.server),
-            format!("({})", default.server.port),
+            format!("({})", default.servers[0]),
+            format!("({})", default.servers[0].port),
             format!("({})", of(&default.local)),
             format!("at most {MAX_POOL}, 0 dials on demand ({})", default.pool),
             format!("({})", default.linger.as_secs()),

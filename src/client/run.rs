@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 
+use crate::address::Address;
 use crate::client::Shared;
 use crate::client::backoff::{Backoff, random_fraction};
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
-use crate::options::ClientOptions;
+use crate::options::{ClientOptions, check_services};
 use crate::os::limits::{Slots, affordable_visitors};
 use crate::os::workers::Workers;
 use crate::relay::{Pairs, SWEEP};
@@ -24,6 +25,28 @@ use crate::stop::{Phase, Stop};
 use crate::wire::conn::Writer;
 use crate::wire::line::{HEARTBEAT, Line, SILENCE};
 
+/// A server that the client connects to.
+pub struct Upstream {
+    /// Its control port.
+    pub address: Address,
+    /// The session with it, while there is one.
+    session: Mutex<Option<Arc<Session>>>,
+}
+
+impl Upstream {
+    /// The session with it, if that lives.
+    fn live(&self) -> Option<Arc<Session>> {
+        let session = self.session.lock().clone();
+        session.filter(|session| session.is_live())
+    }
+
+    fn say_bye(&self) {
+        if let Some(session) = self.session.lock().take() {
+            session.say_bye_and_end();
+        }
+    }
+}
+
 /// What a stopping client gives its threads for their last words, and a server that has ended the
 /// session to close its idle tunnels, which is under way by then.
 const LAST_WORDS: Duration = Duration::from_millis(250);
@@ -32,12 +55,16 @@ impl Shared {
     pub(super) fn new(options: ClientOptions) -> Self {
         let (stop, affordable) = (Stop::new(), affordable_visitors());
         let journal = Arc::new(Journal::new(affordable, options.key.is_some()));
+        let servers = options.servers.iter().map(|address| Upstream {
+            address: address.clone(),
+            session: Mutex::new(None),
+        });
         Self {
+            servers: servers.collect(),
             options,
             workers: Workers::new(journal::panicked),
             pairs: Pairs::new(stop.clone(), journal.tells_of_visits()),
             slots: Slots::new(affordable),
-            session: Mutex::new(None),
             own_dials: Mutex::new(HashSet::new()),
             stop,
             journal,
@@ -46,10 +73,19 @@ impl Shared {
 
     /// Runs until the client has ended.
     pub(super) fn run(self: &Arc<Self>) -> Result<(), Error> {
-        let shared = self.clone();
-        self.workers
-            .start("control", move || shared.keep_connected())
-            .map_err(Error::Thread)?;
+        if self.servers.is_empty() {
+            return Err(Error::NoServers);
+        }
+        check_services("--local", &self.options.local)?;
+        for number in 0..self.servers.len() {
+            let shared = self.clone();
+            let keep_connected = move || shared.keep_connected(&shared.servers[number]);
+            let started = self.workers.start("control", keep_connected);
+            if let Err(error) = started {
+                self.clone().stop(Duration::ZERO);
+                return Err(Error::Thread(error));
+            }
+        }
         while self.stop.sleep(SWEEP, Phase::Leaving) {
             self.pairs.sweep();
         }
@@ -58,13 +94,13 @@ impl Shared {
         Ok(())
     }
 
-    /// One session after another, for ever.
-    fn keep_connected(self: &Arc<Self>) {
-        let server = &self.options.server;
+    /// One session with a server after another, for ever.
+    fn keep_connected(self: &Arc<Self>, upstream: &Upstream) {
+        let server = &upstream.address;
         let mut backoff = Backoff::new(Instant::now());
         Journal::connecting(server);
         loop {
-            let result = self.connect_control();
+            let result = self.connect_control(upstream);
             if self.stop.reached(Phase::Leaving) {
                 return;
             }
@@ -83,19 +119,18 @@ impl Shared {
     }
 
     /// Warns if there is no key, and the server is on another host.
-    pub(super) fn warn_without_key(&self, control: &TcpStream) {
+    pub(super) fn warn_without_key(&self, server: &Upstream, control: &TcpStream) {
         let is_near = |addr: std::net::SocketAddr| addr.ip().to_canonical().is_loopback();
         if self.options.key.is_none() && !control.peer_addr().is_ok_and(is_near) {
-            self.journal.no_key(&self.options.server);
+            self.journal.no_key(&server.address);
         }
     }
 
     /// From now on this is the session that a stop ends.
-    pub(super) fn begin_session(&self, session: &Arc<Session>) {
-        let options = &self.options;
-        self.journal
-            .connected(&options.server, session, &options.local);
-        *self.session.lock() = Some(session.clone());
+    pub(super) fn begin_session(&self, server: &Upstream, session: &Arc<Session>) {
+        let local = &self.options.local;
+        self.journal.connected(&server.address, session, local);
+        *server.session.lock() = Some(session.clone());
         if self.stop.reached(Phase::Leaving) {
             // The stop may have come too early to find this session.
             session.say_bye_and_end();
@@ -137,9 +172,7 @@ impl Shared {
     }
 
     fn say_bye(&self) {
-        if let Some(session) = self.session.lock().take() {
-            session.say_bye_and_end();
-        }
+        self.servers.iter().for_each(Upstream::say_bye);
     }
 }
 
@@ -155,24 +188,19 @@ impl Half for Shared {
     }
 
     fn status(&self) -> Status {
-        let session = self
-            .session
-            .lock()
-            .clone()
-            .filter(|session| session.is_live());
-        let (dialled, idle) = session.as_ref().map_or((0, 0), |session| session.tunnels());
-        let names = session.iter().map(|session| session.proto.name());
-        let mut status = self.journal.status(names.collect(), &self.pairs, idle);
-        status.waiting = dialled;
+        let sessions: Vec<_> = self.servers.iter().filter_map(Upstream::live).collect();
+        let names = sessions.iter().map(|session| session.proto.name());
+        let mut status = self.journal.status(names.collect(), &self.pairs);
+        for session in sessions {
+            let (dialled, idle) = session.tunnels();
+            status.waiting += dialled;
+            status.idle += idle;
+        }
         status
     }
 
     fn wait_for_session(&self, limit: Duration) -> bool {
-        self.stop.wait_for(limit, || {
-            self.session
-                .lock()
-                .as_ref()
-                .is_some_and(|session| session.is_live())
-        })
+        let is_live = || self.servers.iter().any(|server| server.live().is_some());
+        self.stop.wait_for(limit, is_live)
     }
 }

@@ -44,7 +44,8 @@ pub struct Journal {
     max: usize,
     refused: AtomicU64,
     timed_out: AtomicU64,
-    last_error: Mutex<Option<String>>,
+    /// Of each server that the client has no session with, the one that was lost last at the end.
+    last_errors: Mutex<Vec<(Address, String)>>,
     limits: Limits,
     no_key: Once,
 }
@@ -77,7 +78,7 @@ impl Journal {
             max,
             refused: AtomicU64::new(0),
             timed_out: AtomicU64::new(0),
-            last_error: Mutex::new(None),
+            last_errors: Mutex::new(Vec::new()),
             limits: Limits {
                 accept_failed: once_a_second(),
                 full: LogLimit::within(FULL_LINES, 1),
@@ -97,8 +98,8 @@ impl Journal {
         }
     }
 
-    /// Returns what a server or a client does now and has done, but for whom it has waiting.
-    pub fn status(&self, sessions: Vec<String>, pairs: &Pairs, idle: usize) -> Status {
+    /// Returns what a server or a client does now and has done, but for what waits and is idle.
+    pub fn status(&self, sessions: Vec<String>, pairs: &Pairs) -> Status {
         let services = pairs.totals();
         Status {
             uptime: self.since.elapsed(),
@@ -107,13 +108,13 @@ impl Journal {
             max: self.max,
             joined_total: services.values().map(|it| it.joined_total).sum(),
             waiting: 0,
-            idle,
+            idle: 0,
             bytes_up: services.values().map(|it| it.bytes_up).sum(),
             bytes_down: services.values().map(|it| it.bytes_down).sum(),
             services,
             refused: self.refused.load(Ordering::Relaxed),
             timed_out: self.timed_out.load(Ordering::Relaxed),
-            last_error: self.last_error.lock().clone(),
+            last_error: self.last_errors.lock().last().map(|(_, why)| why.clone()),
         }
     }
 }
@@ -365,7 +366,7 @@ impl Journal {
 
 /// The client's session.
 impl Journal {
-    /// The first dial of the server begins. Each later one is announced by the line before it.
+    /// The first dial of a server begins. Each later one is announced by the line before it.
     pub fn connecting(server: &Address) {
         info!("connecting to {server}");
     }
@@ -387,7 +388,7 @@ impl Journal {
         session: &Session,
         local: &BTreeMap<Service, Address>,
     ) {
-        *self.last_error.lock() = None;
+        self.last_errors.lock().retain(|(lost, _)| lost != server);
         let (proto, sealed) = (session.proto, session.bond.is_some());
         let sealed = if sealed { ", sealed" } else { "" };
         info!("connected to {server}: {proto}{sealed}");
@@ -427,7 +428,7 @@ impl Journal {
             NoSession::Unreachable(error) => format!("could not reach the server: {error}"),
             why => format!("no session with the server at {server}: {why}"),
         };
-        self.again(Warn, what, pause);
+        self.again(server, Warn, what, pause);
     }
 
     /// A session ended, and the server is dialled again after a pause.
@@ -435,13 +436,15 @@ impl Journal {
         let planned = matches!(ended, Ended::Bye(Reason::Draining));
         let level = if planned { Info } else { Warn };
         let what = format!("lost the server at {server}: {ended}");
-        self.again(level, what, pause);
+        self.again(server, level, what, pause);
     }
 
-    fn again(&self, level: Level, what: String, pause: Duration) {
+    fn again(&self, server: &Address, level: Level, what: String, pause: Duration) {
         let seconds = pause.as_secs_f64();
         log!(level, "{what}; trying again in {seconds:.1} s");
-        *self.last_error.lock() = Some(what);
+        let mut last = self.last_errors.lock();
+        last.retain(|(lost, _)| lost != server);
+        last.push((server.clone(), what));
     }
 
     /// A tunnel got no visitor. The end of its session is no news: all of its tunnels end with it.

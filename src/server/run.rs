@@ -498,7 +498,8 @@ impl Half for Shared {
         }
         let idle = list.idle();
         drop(state);
-        let mut status = self.journal.status(sessions, &self.pairs, idle);
+        let mut status = self.journal.status(sessions, &self.pairs);
+        status.idle = idle;
         for (service, waiting) in waiting {
             status.waiting += waiting;
             status.services.entry(service.clone()).or_default().waiting = waiting;

@@ -12,6 +12,7 @@
 //! root or a tool is marked with `#[ignore = "needs ..."]`, and one that measures rates or a crowd
 //! begins with `take_turn()`.
 
+mod balanced;
 mod bounds;
 mod command_line;
 mod crowds;
@@ -30,6 +31,7 @@ mod protocol;
 mod restarts;
 mod reuse;
 mod sealed;
+mod servers;
 mod services;
 mod sessions;
 mod soak;

@@ -156,7 +156,7 @@ impl OriginalServer {
         let controls = TcpListener::bind("127.0.0.1:0").unwrap();
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = RunningClient::start(with!(ClientOptions::default();
-                    server: controls.local_addr().unwrap().into(),
+                    servers: vec![controls.local_addr().unwrap().into()],
                     tunnel_port: Some(tunnels.local_addr().unwrap().port()),
                     local: unnamed(local),
                     original: true,

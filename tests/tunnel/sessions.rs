@@ -215,7 +215,7 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
     let refusing = closed_port();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(with!(ClientOptions::default();
-            server: listener.local_addr().unwrap().into(),
+            servers: vec![listener.local_addr().unwrap().into()],
             tunnel_port: Some(refusing.addr.port()),
             key: protection.key(),
     ));
@@ -248,7 +248,7 @@ fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) 
 fn dials_come_further_apart(protection: Protection, answer: &str) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let _client = RunningClient::start(with!(ClientOptions::default();
-            server: listener.local_addr().unwrap().into(),
+            servers: vec![listener.local_addr().unwrap().into()],
             key: protection.key(),
     ));
     let mut times = Vec::new();
@@ -332,7 +332,7 @@ fn visitors_are_served_through_a_crowd_of_silent_strangers(protection: Protectio
 #[test]
 fn a_client_whose_host_name_does_not_resolve_goes_on_and_can_be_stopped() {
     let mut client = RunningClient::start(with!(ClientOptions::default();
-            server: Address::new("does-not-exist.invalid", 8009),
+            servers: vec![Address::new("does-not-exist.invalid", 8009)],
     ));
     thread::sleep(Duration::from_millis(500));
     let start = Instant::now();

@@ -92,7 +92,7 @@ impl Between {
     /// The options of a client that gets to the server only through here.
     pub fn options(&self, local: SocketAddr, key: Option<&Key>) -> ClientOptions {
         with!(ClientOptions::default();
-                    server: self.control.addr.into(),
+                    servers: vec![self.control.addr.into()],
                     tunnel_port: Some(self.tunnel.addr.port()),
                     local: unnamed(local),
                     key: key.cloned(),

@@ -60,3 +60,67 @@ pub fn under_load(
     });
     counts.map(AtomicUsize::into_inner)
 }
+
+/// A visit that was made while something happened.
+pub struct Made {
+    pub began: Instant,
+    pub ended: Instant,
+    /// Why it was not whole.
+    pub failed: Option<std::io::Error>,
+}
+
+/// Lets sixteen visitors come again and again for this time, with a short pause, while `meanwhile` goes
+/// on. A visitor says something, gets it back, ends, and gets the end.
+pub fn sixteen_at_a_time(
+    address: SocketAddr,
+    time: Duration,
+    meanwhile: impl FnOnce(),
+) -> Vec<Made> {
+    let start = Instant::now();
+    let visit = |text: &str| {
+        let mut visitor = TcpStream::connect_timeout(&address, DEADLINE)?;
+        visitor.set_read_timeout(Some(DEADLINE))?;
+        visitor.write_all(text.as_bytes())?;
+        visitor.shutdown(Shutdown::Write)?;
+        let mut back = String::new();
+        visitor.read_to_string(&mut back)?;
+        match back == text {
+            true => Ok(()),
+            false => Err(std::io::Error::other(format!("{back:?} came back"))),
+        }
+    };
+    let visits = |visitor: usize| {
+        let mut made = Vec::new();
+        while start.elapsed() < time {
+            let began = Instant::now();
+            let failed = visit(&format!("{visitor}: {}", made.len())).err();
+            let ended = Instant::now();
+            made.push(Made {
+                began,
+                ended,
+                failed,
+            });
+            thread::sleep(Duration::from_millis(5));
+        }
+        made
+    };
+    thread::scope(|scope| {
+        let visits = &visits;
+        let visitors: Vec<_> = (0..16).map(|it| scope.spawn(move || visits(it))).collect();
+        meanwhile();
+        let made = visitors.into_iter().map(|it| it.join().unwrap());
+        made.flatten().collect()
+    })
+}
+
+/// Asserts that every visit was whole.
+pub fn assert_whole(made: &[Made]) {
+    let failed = made.iter().filter_map(|it| it.failed.as_ref());
+    let failed: Vec<_> = failed.collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {}: {failed:?}",
+        failed.len(),
+        made.len()
+    );
+}

@@ -142,7 +142,7 @@ pub fn server_options(protection: Protection) -> ServerOptions {
 /// The client's options for this server, its key included, and this local service.
 pub fn client_options(server: &RunningServer, local: SocketAddr) -> ClientOptions {
     with!(ClientOptions::default();
-            server: server.control.into(),
+            servers: vec![server.control.into()],
             local: unnamed(local),
             key: server.key.clone(),
     )
@@ -458,7 +458,7 @@ impl RunningClient {
         pool: usize,
     ) -> Self {
         Self::start(with!(ClientOptions::default();
-                    server: controls.local_addr().unwrap().into(),
+                    servers: vec![controls.local_addr().unwrap().into()],
                     tunnel_port: Some(tunnels.local_addr().unwrap().port()),
                     local: unnamed(local),
                     pool,

@@ -1,0 +1,196 @@
+//! Two servers behind HAProxy, as `examples/balanced` has them, with one client of both.
+//!
+//! `TP_BALANCED_SECS` is how long visitors come in each test: 6 s without it.
+#![cfg(target_os = "linux")]
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::support::load::{assert_whole, sixteen_at_a_time};
+use crate::support::programs::{Launch, Program, ports_of};
+use crate::support::{
+    Protection, Service, assert_echo, eventually, plain_and_sealed, share_turn, try_connect,
+};
+
+plain_and_sealed! {
+    #[ignore = "needs haproxy"]
+    a_server_that_restarts_costs_no_visit,
+    #[ignore = "needs haproxy"]
+    a_server_that_is_killed_costs_only_visits_in_flight,
+    #[ignore = "needs haproxy"]
+    a_client_that_restarts_lets_visits_wait,
+}
+
+/// HAProxy with the configuration of the example, killed when dropped.
+struct Balancer {
+    child: Child,
+    address: SocketAddr,
+    _file: tempfile::NamedTempFile,
+}
+
+impl Balancer {
+    fn start(publics: [SocketAddr; 2], host: &str) -> Self {
+        let [address, ..] = ports_of(host);
+        let text = include_str!("../../examples/balanced/haproxy.cfg");
+        let mut text = text.replace("bind :8080", &format!("bind {address}"));
+        for (name, public) in ["one", "two"].into_iter().zip(publics) {
+            text = text.replace(&format!("{name}.example:8007\n"), &format!("{public}\n"));
+        }
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        let child = Command::new("haproxy")
+            .args(["-q", "-db", "-f"])
+            .arg(file.path())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("haproxy is not installed");
+        Self {
+            child,
+            address,
+            _file: file,
+        }
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Balanced {
+    launches: [Launch<'static>; 2],
+    servers: [Program; 2],
+    controls: [SocketAddr; 2],
+    client: Program,
+    balancer: Balancer,
+    service: Service,
+}
+
+impl Balanced {
+    fn start(protection: Protection, number: usize) -> Self {
+        let low = 3 * (2 * number + usize::from(protection == Protection::Sealed));
+        let host = |place: usize| format!("127.0.87.{}", low + place + 1);
+        let launches = [0, 1].map(|place| Launch::new(protection).on(ports_of(&host(place))));
+        let servers = launches.map(|launch| launch.server(&[]));
+        let addresses = servers.each_ref().map(Program::addresses);
+        let controls = addresses.map(|[.., control]| control);
+        let balancer = Balancer::start(addresses.map(|[public, ..]| public), &host(2));
+        let service = Service::echo();
+        let client = client(protection, controls, &service);
+        client.wait_for_lines("connected to", 2);
+        eventually("the balancer serves", || {
+            try_connect(balancer.address).is_ok()
+        });
+        assert_echo(&try_connect(balancer.address).unwrap(), "through it");
+        Self {
+            launches,
+            servers,
+            controls,
+            client,
+            balancer,
+            service,
+        }
+    }
+}
+
+fn client(protection: Protection, controls: [SocketAddr; 2], service: &Service) -> Program {
+    let [one, two] = controls.map(|control| control.to_string());
+    let local = service.addr.to_string();
+    Launch::new(protection).bare_client(&["-s", &one, "-s", &two, "-l", &local])
+}
+
+/// How long visitors come.
+fn time() -> Duration {
+    let seconds = std::env::var("TP_BALANCED_SECS").ok();
+    Duration::from_secs(seconds.map_or(6, |seconds| seconds.parse().unwrap()))
+}
+
+fn a_server_that_restarts_costs_no_visit(protection: Protection) {
+    let _turn = share_turn();
+    let mut all = Balanced::start(protection, 0);
+    let (time, address) = (time(), all.balancer.address);
+    let made = sixteen_at_a_time(address, time, || {
+        thread::sleep(time / 3);
+        let [one, _] = &mut all.servers;
+        one.signal(Signal::TERM);
+        assert!(one.wait_for_end().success());
+        thread::sleep(time / 6);
+        *one = all.launches[0].server(&[]);
+        all.client.wait_for_lines("connected to", 3);
+    });
+    assert_whole(&made);
+    let [one, two] = all
+        .servers
+        .each_ref()
+        .map(|it| it.lines_with("bytes up").len());
+    assert!(one > 0 && two > 0, "{one} and {two} visits");
+}
+
+fn a_server_that_is_killed_costs_only_visits_in_flight(protection: Protection) {
+    let _turn = share_turn();
+    let mut all = Balanced::start(protection, 1);
+    let (time, address) = (time(), all.balancer.address);
+    let mut killed = None;
+    let made = sixteen_at_a_time(address, time, || {
+        thread::sleep(time / 3);
+        all.servers[0].kill();
+        killed = Some(Instant::now());
+    });
+    let killed = killed.unwrap();
+    for it in &made {
+        let in_flight = it.began < killed;
+        assert!(
+            it.failed.is_none() || in_flight,
+            "after it: {:?}",
+            it.failed
+        );
+    }
+    // Until the balancer has noticed, visitors of the dead server are given to the other one.
+    let rate = |from: Instant, to: Instant| {
+        let within = made.iter().filter(|it| it.ended >= from && it.ended < to);
+        within.count() as f64 / (to - from).as_secs_f64()
+    };
+    let before = rate(killed - time / 4, killed);
+    let after = rate(killed + time / 3, killed + time / 2);
+    assert!(
+        after > before / 3.0,
+        "{before:.0}/s before, {after:.0}/s after"
+    );
+}
+
+fn a_client_that_restarts_lets_visits_wait(protection: Protection) {
+    let _turn = share_turn();
+    let mut all = Balanced::start(protection, 2);
+    let (time, address) = (time(), all.balancer.address);
+    let mut killed = None;
+    let made = sixteen_at_a_time(address, time, || {
+        thread::sleep(time / 3);
+        all.client.kill();
+        killed = Some(Instant::now());
+        thread::sleep(Duration::from_secs(1));
+        all.client = client(protection, all.controls, &all.service);
+    });
+    let killed = killed.unwrap();
+    for it in &made {
+        let in_flight = it.began < killed;
+        assert!(
+            it.failed.is_none() || in_flight,
+            "after it: {:?}",
+            it.failed
+        );
+    }
+    let waited = made
+        .iter()
+        .filter(|it| it.began < killed && it.ended > killed);
+    let late = made
+        .iter()
+        .filter(|it| it.began > killed + Duration::from_secs(1));
+    assert!(waited.count() + late.count() > 16);
+}
