@@ -163,6 +163,16 @@ impl Listener {
         drop(socket);
     }
 
+    /// Lets nobody begin a connection any more, where the system can do that, while those that are under
+    /// way still come.
+    pub fn let_nobody_begin(&self) {
+        #[cfg(target_os = "linux")]
+        if let Some(socket) = self.socket() {
+            // Without it, a visitor may be reset when the listener is closed.
+            let _ = net::let_nobody_begin(&socket);
+        }
+    }
+
     /// Waits after a failed accept; false if the listener was closed meanwhile.
     pub fn pause(&self, time: Duration) -> bool {
         self.stop.sleep(time, self.closes_at)

@@ -44,6 +44,9 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 /// looks of one that waits for them, on a busy host.
 const SUCCESSION: Duration = Duration::from_millis(300);
 
+/// How long a visitor's connection may be under way: from the server's answer to the visitor and back.
+const ARRIVAL: Duration = Duration::from_millis(200);
+
 /// What a stopping server gives its threads for their last words. They need microseconds, if
 /// nothing is wrong.
 const LAST_WORDS: Duration = Duration::from_millis(250);
@@ -532,14 +535,25 @@ impl Shared {
                     public.listener.take();
                 }
             }
-            Ok(None) => {}
-            Err(error) => self.journal.hand_over_failed(&error),
+            Ok(None) => self.let_last_visitors_come(time),
+            Err(error) => {
+                self.journal.hand_over_failed(&error);
+                self.let_last_visitors_come(time);
+            }
         }
         self.stop.advance(Phase::Draining);
         for public in &self.public {
             public.listener.wake();
         }
         self.slots.close();
+    }
+
+    /// Gives visitors who are on their way a moment to arrive, and lets no others set out.
+    fn let_last_visitors_come(&self, time: Duration) {
+        for public in &self.public {
+            public.listener.let_nobody_begin();
+        }
+        self.stop.sleep(time.min(ARRIVAL), Phase::Draining);
     }
 
     /// Nobody waits any more, and those that are joined need no client: the ports are closed, matches
