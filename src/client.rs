@@ -138,15 +138,32 @@ impl Shared {
         let session = spare.session.clone();
         loop {
             set_name("tunnel");
-            let visitor = match spare.wait_for_visitor(&mut tunnel) {
-                Ok(visitor) => visitor,
+            let (visitor, answers) = match spare.wait_for_visitor(&mut tunnel) {
+                Ok(came) => came,
                 Err(why) => return self.no_visitor(&session, &why),
             };
-            let (local, own_dial) = match self.connect_local(&session, &visitor) {
+            let dialled = self.connect_local(&session, &visitor);
+            if let Err(error) = &dialled {
+                self.journal.local_failed(&visitor, error);
+            }
+            if answers {
+                let reached = dialled.as_ref().map(drop);
+                let answered =
+                    tunnel.answer(&visitor, reached.map_err(|error| error.reason.clone()));
+                if answered.is_err() {
+                    net::abort(tunnel.conn.socket());
+                    drop(tunnel);
+                    return self.refill_if_low(&session);
+                }
+            }
+            let (local, own_dial) = match dialled {
                 Ok(dialled) => dialled,
+                Err(_) if answers => {
+                    spare = session.spare_again();
+                    continue;
+                }
                 Err(error) => {
                     net::abort(tunnel.conn.socket());
-                    self.journal.local_failed(&visitor, &error);
                     session.tell_failed(&visitor, error.reason);
                     drop(tunnel);
                     return self.refill_if_low(&session);

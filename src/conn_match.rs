@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 
 /// A visitor, and the tunnel for it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct ConnMatch<A, T> {
+pub struct ConnMatch<A, T, C> {
     /// The visitor's connection.
     pub accept: A,
     /// When the visitor came.
     pub accept_add_time: Instant,
     /// The tunnel.
     pub tunnel: T,
+    /// The client that has dialled the tunnel.
+    pub client: C,
 }
 
 /// A client that dials tunnels, as the list sees it.
@@ -30,8 +32,7 @@ pub trait Client<A>: Clone + PartialEq {
 /// could serve.
 #[derive(Debug)]
 pub struct ConnList<A, T, C> {
-    /// Each with its client.
-    matches: VecDeque<(ConnMatch<A, T>, C)>,
+    matches: VecDeque<ConnMatch<A, T, C>>,
     /// Each with the time when it came.
     waiting: VecDeque<(A, Instant)>,
     clients: Vec<Live<T, C>>,
@@ -131,12 +132,12 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
     }
 
     fn complete(&mut self, accept: A, accept_add_time: Instant, tunnel: T, client: C) {
-        let conn_match = ConnMatch {
+        self.matches.push_back(ConnMatch {
             accept,
             accept_add_time,
             tunnel,
-        };
-        self.matches.push_back((conn_match, client));
+            client,
+        });
     }
 
     /// Finds the client that is to serve a visitor, among those that `may`. Visitors who are about to be
@@ -149,7 +150,7 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         let matches = &self.matches;
         let rank = |it: &Live<T, C>| {
             let (failed, visitors) = it.client.rank(accept)?;
-            let of_it = matches.iter().filter(|(_, client)| *client == it.client);
+            let of_it = matches.iter().filter(|other| other.client == it.client);
             Some((failed, visitors + it.asked + of_it.count()))
         };
         let able = self.clients.iter_mut().filter(|it| may(it));
@@ -205,8 +206,14 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
     }
 
     /// Takes out the oldest complete match.
-    pub fn take_match(&mut self) -> Option<ConnMatch<A, T>> {
-        Some(self.matches.pop_front()?.0)
+    pub fn take_match(&mut self) -> Option<ConnMatch<A, T, C>> {
+        self.matches.pop_front()
+    }
+
+    /// Returns the clients that could serve a visitor.
+    pub fn who_serves(&self, accept: &A) -> impl Iterator<Item = &C> {
+        self.clients()
+            .filter(|client| client.rank(accept).is_some())
     }
 
     /// Takes out the visitors who have waited for `timeout` or longer.

@@ -188,6 +188,7 @@ impl Shared {
                 socket,
                 visitor,
                 service,
+                failed_by: None,
                 slot,
             });
         }
@@ -255,7 +256,7 @@ impl Shared {
         let live = list.clients().find(|live| live.proto.id() == id).cloned();
         let placed = match live {
             Some(session) => {
-                let most = session.most_idle(self.options.max_conns);
+                let most = session.most_idle();
                 list.add_tunnel(&session, tunnel, Instant::now(), most)
             }
             None => Placed::Homeless(tunnel),
@@ -280,9 +281,14 @@ impl Shared {
                     accept,
                     accept_add_time,
                     tunnel,
+                    client,
                 } = complete;
-                match tunnel.greet(&accept, self.service_of(&accept)) {
-                    Some(tunnel) => self.join_conn2(accept, tunnel),
+                let asks = self.asks(&accept);
+                match tunnel.greet(&accept, self.service_of(&accept), asks) {
+                    Some(tunnel) if asks => {
+                        self.join_when_ready(accept, accept_add_time, tunnel, client);
+                    }
+                    Some(tunnel) => self.join_conn2(accept, tunnel, &client),
                     None => self.put_back(accept, accept_add_time),
                 }
                 continue;
@@ -300,7 +306,7 @@ impl Shared {
 
     /// Joins a visitor with its tunnel, whose client has been told: two copy threads. The one that ends
     /// last gives the tunnel to the next visitor.
-    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel) {
+    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel, client: &Session) {
         let service = self.service_of(&accept).clone();
         let Accept {
             socket,
@@ -315,7 +321,7 @@ impl Shared {
             ..
         } = tunnel;
         let (up, down) = self.pairs.join(
-            Visitor::new(Some(visitor), service, Some(slot)),
+            Visitor::new(Some(visitor), service, [Some(slot), client.place()]),
             End {
                 peer: Peer::Visitor,
                 conn: Conn::new(Arc::new(socket)),

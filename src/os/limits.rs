@@ -82,6 +82,11 @@ impl Slots {
         Some(Slot(self.clone()))
     }
 
+    /// Returns how many places are free.
+    pub fn free(&self) -> usize {
+        self.state.lock().free
+    }
+
     /// Takes a place, if there is a free one. None once closed.
     pub fn try_take(self: &Arc<Self>) -> Option<Slot> {
         let mut state = self.state.lock();

@@ -266,17 +266,18 @@ impl Drop for Expected {
 pub struct Visitor {
     address: Option<SocketAddr>,
     service: Service,
-    _slot: Option<Slot>,
+    _slots: [Option<Slot>; 2],
 }
 
 impl Visitor {
-    /// A visitor of a service from `address`, which the client of an original server is not told. `slot`
-    /// is its place on the server, given back when the pair has ended.
-    pub fn new(address: Option<SocketAddr>, service: Service, slot: Option<Slot>) -> Self {
+    /// A visitor of a service from `address`, which the client of an original server is not told. `slots`
+    /// are its places on the server, among all and among those of its client, given back when the pair
+    /// has ended.
+    pub fn new(address: Option<SocketAddr>, service: Service, slots: [Option<Slot>; 2]) -> Self {
         Self {
             address,
             service,
-            _slot: slot,
+            _slots: slots,
         }
     }
 
@@ -451,7 +452,7 @@ mod tests {
             let conn = Conn::new(Arc::new(near));
             let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
             let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
-            let visitor = Visitor::new(None, Service::default(), None);
+            let visitor = Visitor::new(None, Service::default(), [None, None]);
             let (up, down) = new_pairs().join(visitor, from, to, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
             up.copy();
@@ -477,7 +478,7 @@ mod tests {
             let conn = Conn::new(Arc::new(socket));
             End { peer, conn }
         });
-        let from = Visitor::new(from.parse().ok(), Service::default(), None);
+        let from = Visitor::new(from.parse().ok(), Service::default(), [None, None]);
         let (up, down) = pairs.join(from, near, far, Duration::from_secs(600));
         workers.start("up", move || drop(up.copy())).unwrap();
         workers.start("down", move || drop(down.copy())).unwrap();

@@ -14,10 +14,23 @@ use crate::wire::conn::Conn;
 use crate::wire::control::{Lines, send};
 use crate::wire::frame::begins_with_line;
 use crate::wire::handshake::OPENING;
-use crate::wire::line::{Arrival, Line, Reason, SessionId};
+use crate::wire::line::{Arrival, Failure, Line, Reason, SessionId};
 
 /// A thread waits this long for a client that has something left of a visitor who has gone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A client has this long to reach a local service, which may have two addresses that do not answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(12);
+
+/// What a client has answered to a visitor.
+pub enum Answer {
+    /// It has reached the local service: the visitor's bytes follow.
+    Ready(Tunnel),
+    /// It has not, and its tunnel is idle again.
+    Failed(Failure, Tunnel),
+    /// The tunnel has died, and nothing of the visitor has reached the client.
+    Dead,
+}
 
 /// A port for visitors.
 pub struct Public {
@@ -41,6 +54,8 @@ pub struct Accept {
     pub visitor: SocketAddr,
     /// Which of the server's services the visitor came for, counted from 0.
     pub service: usize,
+    /// A client that could not reach its local service for this visitor.
+    pub failed_by: Option<Arc<Session>>,
     /// The visitor's place among those that are served at a time.
     pub slot: Slot,
 }
@@ -64,7 +79,8 @@ impl Accept {
 
 impl Client<Accept> for Arc<Session> {
     fn rank(&self, accept: &Accept) -> Option<(bool, usize)> {
-        self.serves(accept.service).then_some((false, 0))
+        let serves = self.serves(accept.service) && accept.failed_by.as_ref() != Some(self);
+        serves.then(|| (self.is_failing(accept.service), self.visitors()))
     }
 
     fn pool(&self) -> usize {
@@ -111,9 +127,31 @@ impl Tunnel {
         matches!(line, Ok(Line::Idle)).then_some(self)
     }
 
-    /// Tells the client, if the client understands that, whose bytes follow. None if the tunnel is dead;
-    /// the visitor may wait for another one then.
-    pub fn greet(mut self, accept: &Accept, service: &Service) -> Option<Self> {
+    /// Waits until the client has answered whether it has reached the local service.
+    pub fn wait_until_ready(mut self) -> Answer {
+        let reader = &mut self.conn.reader;
+        let line = reader.set_deadline(Some(Instant::now() + ANSWER_TIMEOUT));
+        let line = line.and_then(|()| Lines::new(&mut *reader).next_line());
+        match (line, reader.set_deadline(None)) {
+            (Ok(Line::Ready), Ok(())) => {
+                reader.begin_stream();
+                Answer::Ready(self)
+            }
+            (Ok(Line::Failed { reason, .. }), Ok(())) => {
+                self.has_served = true;
+                Answer::Failed(reason, self)
+            }
+            _ => {
+                net::abort(self.conn.socket());
+                Answer::Dead
+            }
+        }
+    }
+
+    /// Tells the client, if the client understands that, whose bytes follow, or come
+    /// [when it is ready](Self::wait_until_ready) if that is asked for. None if the tunnel is dead; the
+    /// visitor may wait for another one then.
+    pub fn greet(mut self, accept: &Accept, service: &Service, asks: bool) -> Option<Self> {
         let socket = self.conn.socket().clone();
         // From here on an end would be taken for a complete and empty answer.
         net::reset_on_close(&accept.socket, true);
@@ -125,15 +163,13 @@ impl Tunnel {
         let arrival = Arrival {
             visitor: accept.visitor,
             service: service.clone(),
+            answer: asks,
         };
-        if is_quiet
-            && self
-                .conn
-                .writer
-                .write_now(&Line::New(Some(arrival)))
-                .is_ok()
-        {
-            self.conn.reader.begin_stream();
+        let new = Line::New(Some(arrival));
+        if is_quiet && self.conn.writer.write_now(&new).is_ok() {
+            if !asks {
+                self.conn.reader.begin_stream();
+            }
             return Some(self);
         }
         // A part of the line may be on its way.

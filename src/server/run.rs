@@ -20,9 +20,10 @@ use crate::options::{ServerOptions, check_services};
 use crate::os::hand_over::{Inherited, Successor};
 use crate::os::limits::{Slots, affordable_visitors};
 use crate::os::listener::Listener;
+use crate::os::net;
 use crate::os::workers::Workers;
 use crate::relay::Pairs;
-use crate::server::ends::{Accept, Public};
+use crate::server::ends::{Accept, Answer, Public, Tunnel};
 use crate::server::{Shared, State};
 use crate::service::Service;
 use crate::session::of_server::Session;
@@ -294,7 +295,7 @@ impl Shared {
     ) -> Result<(Arc<Session>, Receiver<Line>), Refusal> {
         let serves = self.public.iter();
         let serves = serves.map(|public| link.offers.contains_key(&public.service));
-        let (session, to_write) = Session::new(link, client, serves.collect());
+        let (session, to_write) = Session::new(link, client, serves, self.options.max_conns);
         for line in self.first_lines(link.proto, client) {
             session.send(line);
         }
@@ -397,10 +398,66 @@ impl Shared {
         }
     }
 
+    /// True if a client is to say whether it has reached the local service, before anything of a visitor
+    /// is sent to it: there is another one that the visitor can be given to, once.
+    pub(super) fn asks(&self, accept: &Accept) -> bool {
+        let state = self.state.lock();
+        let others = state.conn_list_map.who_serves(accept).nth(1);
+        others.is_some() && accept.failed_by.is_none()
+    }
+
+    /// Joins a visitor with its tunnel once the client has answered that it has reached the local
+    /// service. If it has not, or its tunnel has died, another client gets the visitor.
+    pub(super) fn join_when_ready(
+        self: &Arc<Self>,
+        accept: Accept,
+        accept_add_time: Instant,
+        tunnel: Tunnel,
+        client: Arc<Session>,
+    ) {
+        let expected = self.pairs.expect();
+        self.start("ready", move |server| {
+            match tunnel.wait_until_ready() {
+                Answer::Ready(tunnel) => {
+                    client.has_reached(accept.service, true);
+                    server.join_conn2(accept, tunnel, &client);
+                }
+                Answer::Failed(reason, tunnel) => {
+                    server.journal.client_failed(accept.visitor, &reason);
+                    client.has_reached(accept.service, false);
+                    server.config_conn_list_tunnel(tunnel);
+                    server.give_to_another(accept, accept_add_time, client);
+                }
+                Answer::Dead => server.put_back(accept, accept_add_time),
+            }
+            drop(expected);
+        });
+    }
+
+    /// Gives a visitor to another client than this one, if there is one. Otherwise resets it.
+    fn give_to_another(&self, mut accept: Accept, accept_add_time: Instant, client: Arc<Session>) {
+        accept.failed_by = Some(client);
+        let state = self.state.lock();
+        let is_served = state.conn_list_map.who_serves(&accept).next().is_some();
+        drop(state);
+        if is_served {
+            self.wait_again(accept, accept_add_time);
+        }
+    }
+
     /// Lets a visitor whose tunnel was dead wait for another one, in its turn.
     pub(super) fn put_back(&self, accept: Accept, accept_add_time: Instant) {
         self.journal.dead_tunnel(accept.visitor);
+        self.wait_again(accept, accept_add_time);
+    }
+
+    fn wait_again(&self, accept: Accept, accept_add_time: Instant) {
+        // The visitor waits on, and may be closed without a word.
+        net::reset_on_close(&accept.socket, false);
         let mut state = self.state.lock();
+        if self.stop.reached(Phase::Leaving) {
+            return;
+        }
         let added = state.conn_list_map.put_back(accept, accept_add_time);
         drop(state);
         match added {
@@ -575,9 +632,15 @@ impl Shared {
         let unjoined = list.clear();
         drop(state);
         drop(unjoined);
-        for ConnMatch { accept, tunnel, .. } in promised {
-            if let Some(tunnel) = tunnel.greet(&accept, self.service_of(&accept)) {
-                self.join_conn2(accept, tunnel);
+        for conn_match in promised {
+            let ConnMatch {
+                accept,
+                tunnel,
+                client,
+                ..
+            } = conn_match;
+            if let Some(tunnel) = tunnel.greet(&accept, self.service_of(&accept), false) {
+                self.join_conn2(accept, tunnel, &client);
             }
         }
         for session in sessions {

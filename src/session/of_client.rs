@@ -16,7 +16,7 @@ use crate::relay::{Expected, Pairs, Visitor};
 use crate::service::Service;
 use crate::session::{Ended, Proto};
 use crate::wire::conn::{Conn, Reader, Writer};
-use crate::wire::control::{Lines, write_lines};
+use crate::wire::control::{Lines, send, write_lines};
 use crate::wire::handshake::Bond;
 use crate::wire::line::{Arrival, Failure, Line, Reason, SILENCE, Welcome};
 
@@ -248,14 +248,15 @@ impl Spare {
         }))
     }
 
-    /// Waits until the server gives this tunnel a visitor. A tunnel that is idle again after the end of
+    /// Waits until the server gives this tunnel a visitor, and returns whether the server wants an
+    /// [answer](Tunnel::answer) before the visitor's bytes. A tunnel that is idle again after the end of
     /// the session waits, too, but not for long: the server may have given it a visitor just before, and
     /// closes it otherwise.
-    pub fn wait_for_visitor(self, tunnel: &mut Tunnel) -> Result<Visitor, NoVisitor> {
+    pub fn wait_for_visitor(self, tunnel: &mut Tunnel) -> Result<(Visitor, bool), NoVisitor> {
         let (session, conn) = (&self.session, &mut tunnel.conn);
         if session.proto == Proto::Original {
             session.state.lock().served = true;
-            return Ok(Visitor::new(None, Service::default(), None));
+            return Ok((Visitor::new(None, Service::default(), [None, None]), false));
         }
         let socket = conn.socket().clone();
         conn.writer.write_idle().map_err(ended)?;
@@ -269,10 +270,16 @@ impl Spare {
             true => session.take_idle(&socket)?,
             false => conn.reader.set_deadline(None).map_err(ended)?,
         }
-        let Arrival { visitor, service } = visitor?;
+        let Arrival {
+            visitor,
+            service,
+            answer,
+        } = visitor?;
         session.state.lock().served = true;
-        conn.reader.begin_stream();
-        Ok(Visitor::new(Some(visitor), service, None))
+        if !answer {
+            conn.reader.begin_stream();
+        }
+        Ok((Visitor::new(Some(visitor), service, [None, None]), answer))
     }
 }
 
@@ -294,6 +301,21 @@ fn ended(error: io::Error) -> NoVisitor {
 pub struct Tunnel {
     pub conn: Conn,
     pub held: Arc<Held>,
+}
+
+impl Tunnel {
+    /// Tells a server that has asked for it whether the local service is reached. The visitor's bytes
+    /// follow if it is, and otherwise the tunnel is idle again.
+    pub fn answer(&mut self, visitor: &Visitor, reached: Result<(), Failure>) -> io::Result<()> {
+        let line = match (reached, visitor.address()) {
+            (Err(reason), Some(visitor)) => Line::Failed { visitor, reason },
+            _ => {
+                self.conn.reader.begin_stream();
+                Line::Ready
+            }
+        };
+        send(&mut self.conn.writer, &line)
+    }
 }
 
 /// What a tunnel has from its first line to its end: its place among those of the session, descriptors

@@ -2,17 +2,33 @@
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
 use crate::door::Link;
+use crate::os::limits::{Slot, Slots};
 use crate::os::net;
 use crate::session::{Ended, Proto};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
 use crate::wire::line::{Failure, Line, Reason};
+
+/// A client that could not reach a local service: others come first until some time.
+#[derive(Default)]
+struct Failing {
+    until: Option<Instant>,
+    /// How often in a row.
+    times: u32,
+}
+
+/// After the first failure.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest pause is 64 s.
+const MOST_DOUBLINGS: u32 = 6;
 
 /// Two sessions are the same only if they are one.
 impl PartialEq for Session {
@@ -29,8 +45,11 @@ pub struct Session {
     pub proto: Proto,
     /// What the tunnels of this session are tied to. None without a key.
     pub bond: Option<Bond>,
-    /// Which of the server's services the client offers.
-    serves: Vec<bool>,
+    /// Of each of the server's services, how the client serves it. None if it does not.
+    serves: Vec<Option<Mutex<Failing>>>,
+    /// As many as it may have visitors at a time.
+    places: Arc<Slots>,
+    max_conns: usize,
     socket: Arc<TcpStream>,
     /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
     /// adds a few lines at the most, and a writer that is stuck ends with its link. None once the
@@ -40,14 +59,22 @@ pub struct Session {
 
 impl Session {
     /// The session that a control link is to begin; and what is to be written to its client. `serves`
-    /// says of each of the server's services whether the client offers it.
-    pub fn new(link: &Link, client: SocketAddr, serves: Vec<bool>) -> (Arc<Self>, Receiver<Line>) {
+    /// says of each of the server's services whether the client offers it, and `max_conns` is how many
+    /// visitors there are at a time.
+    pub fn new(
+        link: &Link,
+        client: SocketAddr,
+        serves: impl Iterator<Item = bool>,
+        max_conns: usize,
+    ) -> (Arc<Self>, Receiver<Line>) {
         let (to_client, to_write) = unbounded();
         let session = Self {
             client,
             proto: link.proto,
             bond: link.bond.clone(),
-            serves,
+            serves: serves.map(|it| it.then(Mutex::default)).collect(),
+            places: Slots::new(max_conns),
+            max_conns,
             socket: link.socket.clone(),
             to_client: Mutex::new(Some(to_client)),
         };
@@ -56,15 +83,52 @@ impl Session {
 
     /// True if the client offers this one of the server's services.
     pub fn serves(&self, service: usize) -> bool {
-        self.serves[service]
+        self.serves[service].is_some()
     }
 
-    /// How many tunnels of the client's may be idle, if there are this many visitors at a time: each
-    /// of them may leave one behind. The tunnels of an original client come on demand.
-    pub fn most_idle(&self, max_conns: usize) -> usize {
+    /// True if the client could not reach this one of its local services lately: others come first.
+    pub fn is_failing(&self, service: usize) -> bool {
+        let failing = self.serves[service].as_ref();
+        failing.is_some_and(|failing| {
+            failing
+                .lock()
+                .until
+                .is_some_and(|until| until > Instant::now())
+        })
+    }
+
+    /// Takes note of whether the client has reached this one of its local services. If not, other
+    /// clients come first for a second, and for twice as long each further time.
+    pub fn has_reached(&self, service: usize, reached: bool) {
+        let Some(failing) = &self.serves[service] else {
+            return;
+        };
+        let mut failing = failing.lock();
+        failing.times = match reached {
+            true => 0,
+            false => failing.times + 1,
+        };
+        let doublings = failing.times.checked_sub(1);
+        let pause = doublings.map(|it| FIRST_PAUSE * 2_u32.pow(it.min(MOST_DOUBLINGS)));
+        failing.until = pause.map(|pause| Instant::now() + pause);
+    }
+
+    /// A place among this client's visitors.
+    pub fn place(&self) -> Option<Slot> {
+        self.places.try_take()
+    }
+
+    /// How many visitors the client has.
+    pub fn visitors(&self) -> usize {
+        self.max_conns - self.places.free()
+    }
+
+    /// How many tunnels of the client's may be idle: each visitor may leave one behind. The tunnels of
+    /// an original client come on demand.
+    pub fn most_idle(&self) -> usize {
         match self.proto {
             Proto::Original => 0,
-            Proto::Tp2 { pool, .. } => pool + max_conns,
+            Proto::Tp2 { pool, .. } => pool + self.max_conns,
         }
     }
 
@@ -131,7 +195,6 @@ mod tests {
     use crate::wire::conn::Conn;
     use std::collections::BTreeMap;
     use std::net::TcpListener;
-    use std::time::Duration;
 
     #[test]
     fn why_nothing_can_be_written_is_told_before_the_link_is_closed() {
@@ -148,7 +211,7 @@ mod tests {
             offers: BTreeMap::new(),
             bond: None,
         };
-        let (session, to_write) = Session::new(&link, from, Vec::new());
+        let (session, to_write) = Session::new(&link, from, std::iter::empty(), 0);
         session.send(Line::Hi);
         socket.shutdown(Shutdown::Write).unwrap();
         let patience = Duration::from_millis(10);

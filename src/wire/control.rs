@@ -220,6 +220,7 @@ mod tests {
             let new = Line::New(Some(Arrival {
                 visitor: "127.0.0.1:9".parse().unwrap(),
                 service: Service::default(),
+                answer: false,
             }));
             assert_eq!(lines.next_line().unwrap(), new);
             let behind = [lines.rest(), lines.from.0].concat();

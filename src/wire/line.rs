@@ -206,7 +206,10 @@ pub enum Line {
         /// Why.
         reason: Reason,
     },
-    /// `failed visitor=ip:port reason=…` from the client: it aborted this visitor's tunnel.
+    /// `ready` from the client on a tunnel: it has reached the local service.
+    Ready,
+    /// `failed visitor=ip:port reason=…` from the client: it aborted this visitor's tunnel. On the tunnel
+    /// itself: the tunnel is idle again.
     Failed {
         /// Where the visitor comes from.
         visitor: SocketAddr,
@@ -231,6 +234,9 @@ pub struct Arrival {
     pub visitor: SocketAddr,
     /// What the visitor comes for.
     pub service: Service,
+    /// `answer=1`: the visitor's bytes do not follow before the client has answered on the tunnel, with
+    /// [`Ready`](Line::Ready) or [`Failed`](Line::Failed).
+    pub answer: bool,
 }
 
 /// What a server's hello tells a client: ` session=… tunnel=8008 public=8007 client=ip:port`.
@@ -294,6 +300,7 @@ impl Line {
             },
             "hi" => Line::Hi,
             "idle" => Line::Idle,
+            "ready" => Line::Ready,
             "offer" => Line::Offer {
                 service: argument(arguments, "service")?.unwrap_or_default(),
                 port: argument(arguments, "port")?,
@@ -303,6 +310,7 @@ impl Line {
                 Some(visitor) => Some(Arrival {
                     visitor,
                     service: argument(arguments, "service")?.unwrap_or_default(),
+                    answer: argument::<u8>(arguments, "answer")? == Some(1),
                 }),
             }),
             "bye" => Line::Bye {
@@ -362,13 +370,22 @@ impl fmt::Display for Line {
                 }
             }
             Line::New(None) => writeln!(f, "new"),
-            Line::New(Some(Arrival { visitor, service })) => {
+            Line::New(Some(arrival)) => {
+                let Arrival {
+                    visitor,
+                    service,
+                    answer,
+                } = arrival;
                 write!(f, "new visitor={visitor}")?;
-                match service.has_name() {
-                    true => writeln!(f, " service={service}"),
+                if service.has_name() {
+                    write!(f, " service={service}")?;
+                }
+                match answer {
+                    true => writeln!(f, " answer=1"),
                     false => writeln!(f),
                 }
             }
+            Line::Ready => writeln!(f, "ready"),
             Line::Bye { reason } => writeln!(f, "bye reason={reason}"),
             Line::Failed { visitor, reason } => {
                 writeln!(f, "failed visitor={visitor} reason={reason}")
@@ -430,6 +447,7 @@ mod tests {
         Line::New(Some(Arrival {
             visitor,
             service: service(name),
+            answer: name == "asks",
         }))
     }
 
@@ -494,6 +512,11 @@ mod tests {
             (
                 new(visitor, ""),
                 "new visitor=[2001:db8::1]:50000\n".to_owned(),
+            ),
+            (Line::Ready, "ready\n".to_owned()),
+            (
+                new(visitor, "asks"),
+                "new visitor=[2001:db8::1]:50000 service=asks answer=1\n".to_owned(),
             ),
             (
                 new(visitor, "web"),
@@ -570,6 +593,7 @@ mod tests {
             ("offer port=99999", "port"),
             ("new visitor=here", "visitor"),
             ("new visitor=127.0.0.1:9 service=", "service"),
+            ("new visitor=127.0.0.1:9 answer=x", "answer"),
             (
                 "hello proto=2 session=00112233445566778899aabbccddeeff tunnel=x",
                 "tunnel",

@@ -1,0 +1,224 @@
+//! Several clients of one server (`--clients`): they share the visitors, and one that goes, dies or
+//! cannot reach its local service leaves them to the others.
+#![cfg(target_os = "linux")]
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::support::load::{assert_whole, sixteen_at_a_time};
+use crate::support::programs::Program;
+use crate::support::{
+    Protection, Service, assert_echo, assert_reset, closed_port, connect, plain_and_sealed,
+    share_turn,
+};
+
+plain_and_sealed! {
+    visitors_go_to_the_client_that_has_the_fewest,
+    one_client_more_than_there_may_be_is_told_so,
+    a_client_is_replaced_under_load_without_losing_a_visit,
+    a_client_that_is_killed_takes_only_its_own_visits,
+    a_visitor_that_waits_for_a_dead_client_is_given_to_another_at_once,
+    a_client_without_its_local_service_leaves_visitors_to_the_other,
+    without_a_local_service_anywhere_visitors_are_reset,
+    a_service_that_speaks_first_speaks_through_two_clients,
+}
+
+/// A service that says this name to each visitor who has said something.
+fn named(name: &'static str) -> Service {
+    Service::start(move |mut socket| {
+        let mut buffer = [0; 64];
+        while let Ok(1..) = socket.read(&mut buffer) {
+            let _ = socket.write_all(name.as_bytes());
+        }
+    })
+}
+
+/// Which of the services, whose names have one letter, a visitor has come to.
+fn who(mut visitor: &TcpStream) -> char {
+    let mut name = [0];
+    visitor.write_all(b"?").unwrap();
+    visitor.read_exact(&mut name).unwrap();
+    name[0].into()
+}
+
+fn client(
+    protection: Protection,
+    server: [SocketAddr; 3],
+    local: SocketAddr,
+    options: &[&str],
+) -> Program {
+    let client = Program::client(protection, server, local, options);
+    client.wait_for_line("connected to");
+    client
+}
+
+fn visitors_go_to_the_client_that_has_the_fewest(protection: Protection) {
+    let (_server, addresses) = Program::server(protection, &["-n", "2"]);
+    let services = ["a", "b"].map(named);
+    let _clients = services
+        .each_ref()
+        .map(|it| client(protection, addresses, it.addr, &[]));
+    let visit = |count| -> Vec<_> { (0..count).map(|_| connect(addresses[0])).collect() };
+    let count = |visitors: &[TcpStream], name| {
+        let names = visitors.iter().map(who);
+        names.filter(|it| *it == name).count()
+    };
+    // A crowd that comes at once, and beyond both pools.
+    let mut visitors = visit(40);
+    let of_a = count(&visitors, 'a');
+    assert!((18..=22).contains(&of_a), "{of_a} of 40 went to one client");
+    visitors.retain(|visitor| who(visitor) == 'b');
+    let before = visitors.len();
+    thread::sleep(Duration::from_millis(500));
+    visitors.extend(visit(before - 2));
+    let of_b = count(&visitors[before..], 'b');
+    assert!(
+        of_b <= 2,
+        "{of_b} of {} went to the busy client",
+        before - 2
+    );
+}
+
+fn one_client_more_than_there_may_be_is_told_so(protection: Protection) {
+    let (server, addresses) = Program::server(protection, &["-n", "2"]);
+    let service = Service::echo();
+    let mut clients = [(); 2].map(|()| client(protection, addresses, service.addr, &[]));
+    let third = Program::client(protection, addresses, service.addr, &[]);
+    third.wait_for_line("it has as many clients as it takes (--clients of tpserver)");
+    server.wait_for_line("2 clients are connected");
+    // It comes again and again, and one day there is room.
+    clients[0].kill();
+    third.wait_for_line("connected to");
+    assert_echo(&connect(addresses[0]), "hello");
+}
+
+fn a_client_is_replaced_under_load_without_losing_a_visit(protection: Protection) {
+    let _turn = share_turn();
+    let (_server, addresses) = Program::server(protection, &["-n", "2"]);
+    let service = Service::echo();
+    let mut old = client(protection, addresses, service.addr, &[]);
+    let made = sixteen_at_a_time(addresses[0], Duration::from_secs(8), || {
+        for _ in 0..4 {
+            thread::sleep(Duration::from_millis(700));
+            let new = client(protection, addresses, service.addr, &[]);
+            thread::sleep(Duration::from_millis(300));
+            old.signal(Signal::TERM);
+            assert!(old.wait_for_end().success());
+            old = new;
+        }
+    });
+    assert_whole(&made);
+}
+
+fn a_client_that_is_killed_takes_only_its_own_visits(protection: Protection) {
+    let _turn = share_turn();
+    let (_server, addresses) = Program::server(protection, &["-n", "2"]);
+    let service = Service::echo();
+    let _stays = client(protection, addresses, service.addr, &[]);
+    let mut killed = client(protection, addresses, service.addr, &[]);
+    let mut at = None;
+    let made = sixteen_at_a_time(addresses[0], Duration::from_secs(4), || {
+        thread::sleep(Duration::from_secs(2));
+        killed.kill();
+        at = Some(Instant::now());
+    });
+    let at = at.unwrap();
+    for it in &made {
+        let in_flight = it.began < at;
+        assert!(
+            it.failed.is_none() || in_flight,
+            "after it: {:?}",
+            it.failed
+        );
+    }
+    let failed = made.iter().filter(|it| it.failed.is_some());
+    assert!(failed.count() <= 16);
+    assert!(made.iter().filter(|it| it.began > at).count() > 16);
+}
+
+fn a_visitor_that_waits_for_a_dead_client_is_given_to_another_at_once(protection: Protection) {
+    let (server, addresses) = Program::server(protection, &["-n", "2", "-v"]);
+    let service = Service::echo();
+    let mut dead = client(protection, addresses, service.addr, &["-p", "0"]);
+    let _other = client(protection, addresses, service.addr, &["-p", "0"]);
+    dead.signal(Signal::STOP);
+    // Of two that have no visitor, the one that came first is asked.
+    let visitor = connect(addresses[0]);
+    server.wait_for_line(" came");
+    thread::sleep(Duration::from_millis(100));
+    dead.kill();
+    let start = Instant::now();
+    assert_echo(&visitor, "served by the other");
+    // A tunnel that is only late is asked for again after a second or more.
+    assert!(start.elapsed() < Duration::from_millis(800));
+}
+
+fn a_client_without_its_local_service_leaves_visitors_to_the_other(protection: Protection) {
+    let (server, addresses) = Program::server(protection, &["-n", "2"]);
+    let (nowhere, service) = (closed_port(), Service::echo());
+    let lame = client(protection, addresses, nowhere.addr, &[]);
+    let _other = client(protection, addresses, service.addr, &[]);
+    let start = Instant::now();
+    let mut visits = 0;
+    while start.elapsed() < Duration::from_secs(4) {
+        // Those that speak first, and those that wait, find nothing amiss.
+        let visitor = connect(addresses[0]);
+        assert_echo(&visitor, &format!("visit {visits}"));
+        visits += 1;
+        thread::sleep(Duration::from_millis(20));
+    }
+    // After a second, and then after two.
+    let failed = lame.lines_with("cannot reach the local service").len();
+    assert!((1..=4).contains(&failed), "{failed} of {visits}");
+    let told = server.lines_with("the client could not reach the local service: refused");
+    assert!(!told.is_empty() && told.len() <= failed);
+    // Its tunnels are not lost with the visitors.
+    assert_eq!(lame.lines_with("idle tunnel"), [""; 0]);
+}
+
+fn without_a_local_service_anywhere_visitors_are_reset(protection: Protection) {
+    let (_server, addresses) = Program::server(protection, &["-n", "2"]);
+    let nowhere = closed_port();
+    let clients = [(); 2].map(|()| client(protection, addresses, nowhere.addr, &[]));
+    for _ in 0..5 {
+        let visitor = connect(addresses[0]);
+        assert_reset(&visitor, Duration::from_secs(2));
+    }
+    for client in &clients {
+        client.wait_for_line("cannot reach the local service");
+    }
+}
+
+fn a_service_that_speaks_first_speaks_through_two_clients(protection: Protection) {
+    let (_server, addresses) = Program::server(protection, &["-n", "2"]);
+    let service = Service::start(|mut socket| {
+        let _ = socket.write_all(b"220 hello\r\n");
+        let _ = socket.read(&mut [0]);
+    });
+    let _clients = [(); 2].map(|()| client(protection, addresses, service.addr, &[]));
+    for _ in 0..30 {
+        let mut hello = [0; 11];
+        let mut visitor = connect(addresses[0]);
+        visitor.read_exact(&mut hello).unwrap();
+        assert_eq!(&hello, b"220 hello\r\n");
+    }
+}
+
+/// With the original's one client, nobody is asked: the client learns nothing but the visitor.
+#[test]
+fn one_client_is_never_asked() {
+    use crate::support::peer::Peer;
+    use crate::support::{RunningServer, server_options};
+    let server = RunningServer::start(server_options(Protection::Plain));
+    let mut control = Peer::dial_control(&server);
+    let session = control.say_hello(1);
+    let mut tunnel = Peer::dial_tunnel(&server, &control);
+    tunnel.write(format!("tunnel session={session}\n"));
+    let visitor = server.visit();
+    let from = visitor.local_addr().unwrap();
+    assert_eq!(tunnel.line(), format!("new visitor={from}\n"));
+}
