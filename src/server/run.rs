@@ -46,7 +46,7 @@ const PAIR_TIMEOUTS: (Duration, Duration) = (
 const SUCCESSION: Duration = Duration::from_millis(300);
 
 /// How long a visitor's connection may be under way: from the server's answer to the visitor and back.
-const ARRIVAL: Duration = Duration::from_millis(200);
+const ARRIVAL: Duration = Duration::from_millis(100);
 
 /// What a stopping server gives its threads for their last words. They need microseconds, if
 /// nothing is wrong.
