@@ -1,10 +1,10 @@
 //! A TCP tunnel: visitors of a host with a public address reach a service that has none.
 //!
 //! ```text
-//!  visitor ──TCP──▶ 8007 public ┐                                ┌──▶ 127.0.0.1:8000 local service
-//!                               │ tpserver            tpclient   │
-//!                   8009 control│◀══ one control link, kept open ═│   hi both ways; new = dial one more
-//!                   8008 tunnel │◀── tunnels, used again and again┘   dialled by the client
+//!  visitor ──TCP──▶ 8080 web ┐                                ┌──▶ 127.0.0.1:8000
+//!  visitor ──TCP──▶ 2222 ssh │ tpserver            tpclient   ├──▶ nas:22
+//!                8009 control│◀══ one control link, kept open ═│   hi both ways; new = dial one more
+//!                8008 tunnel │◀── tunnels, used again and again┘   dialled by the client
 //! ```
 //!
 //! [`Server`] and [`Client`] are the two halves. The programs `tpserver` and `tpclient` are little
@@ -63,11 +63,15 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! A server may have several services and several clients, and a client several servers:
+//! [`ServerOptions`] and [`ClientOptions`] say how.
+//!
 //! # Glossary
 //!
 //! - **visitor**: who connects to the public port. Its connection is an **accept**.
+//! - **service**: what a port for visitors leads to, by name. The original's one has none.
 //! - **local service**: what the visitor reaches, seen from the client's host.
-//! - **control link**: the one connection that a client keeps open to the server. It carries
+//! - **control link**: the one connection that a client keeps open to a server. It carries
 //!   short lines, never a visitor's bytes.
 //! - **tunnel**: a connection from the client to the server, **idle** until it is paired with an
 //!   accept; then it carries that visitor's bytes, and is idle again afterwards.
@@ -88,19 +92,23 @@
 //!    tunnels. A connection that says something else, or nothing for 5 s, is closed.
 //! 2. The server answers `hello proto=2 pool=8 session=<32 hex digits> tunnel=8008 public=8007
 //!    client=<ip:port>`: the idle tunnels that it grants, at most 64, the session's id, its two other
-//!    ports, and where it sees the client come from. Or it says `bye reason=…`: `busy` if another
-//!    client is live, `wants-key` or `no-key` if only one side has a key, `wrong-key`, `version` if
-//!    the client speaks another version than `proto=2`, `draining` if the server is about to stop. `control-port`, `tunnel-port` or `public-port` is the port that the
-//!    client has come to by mistake.
-//! 3. Both sides write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every
+//!    ports, and where it sees the client come from. Or it says `bye reason=…`: `busy` if there are as
+//!    many clients as it takes, `wants-key` or `no-key` if only one side has a key, `wrong-key`,
+//!    `version` if the client speaks another version than `proto=2`, `draining` if the server is about
+//!    to stop. `control-port`, `tunnel-port` or `public-port` is the port that the client has come to by
+//!    mistake.
+//! 3. A side with services that have names says `offers=N` in its hello, and names each of them behind
+//!    it: `offer service=web` from the client, `offer service=web port=8080` from the server, without
+//!    `service=` for the one that has no name. Without `offers`, that is the only one.
+//! 4. Both sides write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every
 //!    idle tunnel of its session ends. So is a link whose far side is heard, but takes no line for
 //!    30 s. Visitors who are joined go on.
-//! 4. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
+//! 5. The server writes `new` when a visitor waits and no idle tunnel is left: the client dials
 //!    one more.
-//! 5. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
+//! 6. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
 //!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
-//!    `exhausted`, `loop` or `error`.
-//! 6. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
+//!    `exhausted`, `loop`, `no-service` or `error`.
+//! 7. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
 //!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
 //! A tunnel carries frames, with a key or without. A frame is a length of two bytes, the higher one
@@ -116,10 +124,14 @@
 //!
 //! 1. The client dials the tunnel port and says `tunnel session=<id>`, within 5 s. A tunnel of
 //!    another session, or of none, is closed.
-//! 2. The tunnel is idle until the server writes `new visitor=<ip:port>`. Frames of that visitor's
-//!    stream follow in both directions.
+//! 2. The tunnel is idle until the server writes `new visitor=<ip:port>`, with `service=web` if the
+//!    visitor comes for a service that has a name. Frames of that visitor's stream follow in both
+//!    directions.
 //! 3. Only now does the client dial the local service, so a service that speaks first speaks to
-//!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor.
+//!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor. A server that
+//!    has another client for this visitor says `answer=1` in step 2. Then the client first says `ready`,
+//!    and the frames follow; or it says `failed` with a visitor and a reason, and the tunnel is idle
+//!    again.
 //! 4. Each side writes an end when the stream that it writes has ended. A client that has written one
 //!    and read one, and has passed on all that came, says `idle`: only then may the server give the
 //!    tunnel to the next visitor. Anything else than two ends aborts the tunnel with RST. So does a frame that must not come now: no byte of one visitor can reach another.
@@ -131,6 +143,9 @@
 //! are lost. The server hands out the one that has become idle last. Those beyond the granted number
 //! stay as long as they are needed, and one that was idle for 10 s is closed. So a steady load dials
 //! nothing.
+//!
+//! Control links and tunnels may share one port. Without a key, a frame's first byte is 0 and a line's is
+//! not. With one, the prologue below tells them apart.
 //!
 //! With a key, every control link and every tunnel is sealed from its first byte:
 //!
@@ -158,8 +173,7 @@
 //!
 //! # Limits
 //!
-//! A server has one client at a time and one public port, and carries TCP only. Everything that a
-//! stranger can cause is bounded: [limits](docs::limits) lists visitors, strangers, buffers, log
+//! The tunnel carries TCP only. Everything that a stranger can cause is bounded: [limits](docs::limits) lists visitors, strangers, buffers, log
 //! lines and ports.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
@@ -204,6 +218,10 @@ pub mod docs {
     pub mod faults {}
     #[doc = include_str!("docs/limits.md")]
     pub mod limits {}
+    #[doc = include_str!("docs/operation.md")]
+    pub mod operation {}
+    #[doc = include_str!("docs/options.md")]
+    pub mod options {}
     #[doc = include_str!("docs/original.md")]
     pub mod original {}
     #[doc = include_str!("docs/rooms.md")]
