@@ -401,6 +401,9 @@ impl Shared {
     /// True if a client is to say whether it has reached the local service, before anything of a visitor
     /// is sent to it: there is another one that the visitor can be given to, once.
     pub(super) fn asks(&self, accept: &Accept) -> bool {
+        if self.options.clients == 1 {
+            return false;
+        }
         let state = self.state.lock();
         let others = state.conn_list_map.who_serves(accept).nth(1);
         others.is_some() && accept.failed_by.is_none()
