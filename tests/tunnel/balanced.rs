@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::support::load::{assert_whole, sixteen_at_a_time};
+use crate::support::load::{assert_whole, assert_whole_after, sixteen_at_a_time};
 use crate::support::programs::{Launch, Program, ports_of};
 use crate::support::{
     Protection, Service, assert_echo, eventually, plain_and_sealed, share_turn, try_connect,
@@ -144,14 +144,7 @@ fn a_server_that_is_killed_costs_only_visits_in_flight(protection: Protection) {
         killed = Some(Instant::now());
     });
     let killed = killed.unwrap();
-    for it in &made {
-        let in_flight = it.began < killed;
-        assert!(
-            it.failed.is_none() || in_flight,
-            "after it: {:?}",
-            it.failed
-        );
-    }
+    assert_whole_after(&made, killed);
     // Until the balancer has noticed, visitors of the dead server are given to the other one.
     let rate = |from: Instant, to: Instant| {
         let within = made.iter().filter(|it| it.ended >= from && it.ended < to);
@@ -177,20 +170,5 @@ fn a_client_that_restarts_lets_visits_wait(protection: Protection) {
         thread::sleep(Duration::from_secs(1));
         all.client = client(protection, all.controls, &all.service);
     });
-    let killed = killed.unwrap();
-    for it in &made {
-        let in_flight = it.began < killed;
-        assert!(
-            it.failed.is_none() || in_flight,
-            "after it: {:?}",
-            it.failed
-        );
-    }
-    let waited = made
-        .iter()
-        .filter(|it| it.began < killed && it.ended > killed);
-    let late = made
-        .iter()
-        .filter(|it| it.began > killed + Duration::from_secs(1));
-    assert!(waited.count() + late.count() > 16);
+    assert_whole_after(&made, killed.unwrap());
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::support::load::{assert_whole, sixteen_at_a_time};
+use crate::support::load::{assert_whole, assert_whole_after, sixteen_at_a_time};
 use crate::support::programs::Program;
 use crate::support::{
     Protection, Service, assert_echo, assert_reset, closed_port, connect, plain_and_sealed,
@@ -127,18 +127,7 @@ fn a_client_that_is_killed_takes_only_its_own_visits(protection: Protection) {
         killed.kill();
         at = Some(Instant::now());
     });
-    let at = at.unwrap();
-    for it in &made {
-        let in_flight = it.began < at;
-        assert!(
-            it.failed.is_none() || in_flight,
-            "after it: {:?}",
-            it.failed
-        );
-    }
-    let failed = made.iter().filter(|it| it.failed.is_some());
-    assert!(failed.count() <= 16);
-    assert!(made.iter().filter(|it| it.began > at).count() > 16);
+    assert_whole_after(&made, at.unwrap());
 }
 
 fn a_visitor_that_waits_for_a_dead_client_is_given_to_another_at_once(protection: Protection) {

@@ -113,6 +113,23 @@ pub fn sixteen_at_a_time(
     })
 }
 
+/// Asserts that no visit failed but those that were under way at this moment, and that others followed.
+pub fn assert_whole_after(made: &[Made], moment: Instant) {
+    let later = || made.iter().filter(|it| it.began >= moment);
+    let failed: Vec<_> = later().filter_map(|it| it.failed.as_ref()).collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {}: {failed:?}",
+        failed.len(),
+        later().count()
+    );
+    assert!(
+        later().count() > 16,
+        "{} visits afterwards",
+        later().count()
+    );
+}
+
 /// Asserts that every visit was whole.
 pub fn assert_whole(made: &[Made]) {
     let failed = made.iter().filter_map(|it| it.failed.as_ref());
