@@ -183,6 +183,7 @@
 #![warn(missing_docs)]
 
 mod address;
+mod cidr;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod client;
