@@ -99,9 +99,7 @@ impl Shared {
         let control = net::dial(&server.address).map_err(NoSession::Unreachable)?;
         let control = Arc::new(control);
         self.warn_without_key(server, &control);
-        let (key, conn) = (options.key.as_ref(), Conn::new(control.clone()));
-        let services: Vec<_> = options.local.keys().collect();
-        let mut link = open_link(conn, key, options.pool, &services, options.original)?;
+        let mut link = open_link(Conn::new(control.clone()), options)?;
         let (session, to_write) = Session::new(&link, control, options.tunnel_port)?;
         self.begin_session(server, &session);
         if let Err(error) = self.start_writer(&session, link.writer, to_write) {
@@ -238,6 +236,7 @@ impl Shared {
         }
         let local = net::dial(address)?;
         let own_dial = self.own_dial(session, &local)?;
+        self.say_whose(visitor, &local)?;
         // Until it is joined and has ended well, an end would be taken for a complete visit.
         net::reset_on_close(&local, true);
         Ok((local, own_dial))

@@ -6,7 +6,7 @@ use std::io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
 use std::net::SocketAddr;
 
 use crate::address::Address;
-use crate::service::MAX_SERVICES;
+use crate::service::{MAX_SERVICES, Service};
 
 /// Why a [`Server`](crate::Server) or a [`Client`](crate::Client) did not start. What fails later is
 /// logged and tried again.
@@ -29,6 +29,8 @@ pub enum Error {
     NotOriginal(&'static str),
     /// The option names so many services.
     Services(&'static str, usize),
+    /// The option names a service that this server or client does not have.
+    UnknownService(&'static str, Service),
     /// The system has no random source to make a key from.
     Random(getrandom::Error),
     /// Without a key, the option would open the tunnel or control port to other hosts.
@@ -48,6 +50,7 @@ impl Error {
                 | Self::NoServers
                 | Self::NotOriginal(_)
                 | Self::Services(..)
+                | Self::UnknownService(..)
                 | Self::NotLoopback(..)
         )
     }
@@ -71,6 +74,13 @@ impl fmt::Display for Error {
             Self::Services(option, count) => write!(
                 f,
                 "{option}: there are {count} services; give 1 to {MAX_SERVICES}"
+            ),
+            Self::UnknownService(option, service) if service.has_name() => {
+                write!(f, "{option} {service}: there is no service of that name")
+            }
+            Self::UnknownService(option, _) => write!(
+                f,
+                "{option}: there is no service without a name; put a service's NAME= before the value"
             ),
             Self::Random(_) => write!(f, "could not make a key"),
             Self::Resolve(option, address, _) => {

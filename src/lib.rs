@@ -125,7 +125,8 @@
 //! 1. The client dials the tunnel port and says `tunnel session=<id>`, within 5 s. A tunnel of
 //!    another session, or of none, is closed.
 //! 2. The tunnel is idle until the server writes `new visitor=<ip:port>`, with `service=web` if the
-//!    visitor comes for a service that has a name. Frames of that visitor's stream follow in both
+//!    visitor comes for a service that has a name, and with `to=<ip:port>`, the public address that the
+//!    visitor came to, if the client's hello had `to=1`. Frames of that visitor's stream follow in both
 //!    directions.
 //! 3. Only now does the client dial the local service, so a service that speaks first speaks to
 //!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor. A server that
@@ -211,6 +212,7 @@ pub use key::{Key, KeyError};
 pub use options::{ClientOptions, ServerOptions};
 pub use server::Server;
 pub use service::Service;
+pub use wire::proxy_header::{NotProxyVersion, ProxyVersion};
 
 /// Pages about the program, beside what its interface says.
 #[cfg(doc)]

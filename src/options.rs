@@ -7,6 +7,7 @@ use crate::address::Address;
 use crate::error::Error;
 use crate::key::Key;
 use crate::service::{MAX_SERVICES, Service};
+use crate::wire::proxy_header::ProxyVersion;
 
 /// The original's ports: visitors, tunnels, the control link, and its example of a local service.
 const PUBLIC_PORT: u16 = 8007;
@@ -109,6 +110,19 @@ pub fn check_services(
     }
 }
 
+/// An error if an option names a service that is none of these.
+pub fn check_known<'a>(
+    option: &'static str,
+    names: impl IntoIterator<Item = &'a Service>,
+    services: &BTreeMap<Service, Address>,
+) -> Result<(), Error> {
+    let mut names = names.into_iter();
+    match names.find(|name| !services.contains_key(name)) {
+        Some(name) => Err(Error::UnknownService(option, name.clone())),
+        None => Ok(()),
+    }
+}
+
 /// What a [`Client`](crate::Client) is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -121,6 +135,9 @@ pub struct ClientOptions {
     pub tunnel_port: Option<u16>,
     /// Where each of the local services is; at least one, and at most 64.
     pub local: BTreeMap<Service, Address>,
+    /// Which of the local services get, first on each connection, a header of the PROXY protocol with the
+    /// visitor's address and the public address that it came to.
+    pub proxy_protocol: BTreeMap<Service, ProxyVersion>,
     /// How many idle tunnels to keep ready for each server; it grants at most 64. With 0, the client dials a
     /// tunnel when a visitor comes.
     pub pool: usize,
@@ -146,6 +163,7 @@ impl ClientOptions {
             servers: vec![Address::new(LOOPBACK, CONTROL_PORT)],
             tunnel_port: None,
             local: [(Service::default(), Address::new(LOOPBACK, LOCAL_PORT))].into(),
+            proxy_protocol: BTreeMap::new(),
             pool: POOL,
             linger: LINGER,
             key: None,

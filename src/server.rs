@@ -187,6 +187,7 @@ impl Shared {
             self.add_conn_match_accept(Accept {
                 socket,
                 visitor,
+                to: None,
                 service,
                 failed_by: None,
                 slot,
@@ -283,8 +284,9 @@ impl Shared {
                     tunnel,
                     client,
                 } = complete;
-                let asks = self.asks(&accept);
-                match tunnel.greet(&accept, self.service_of(&accept), asks) {
+                let arrival = self.arrival(&accept, &client);
+                let asks = arrival.answer;
+                match tunnel.greet(&accept, arrival) {
                     Some(tunnel) if asks => {
                         self.join_when_ready(accept, accept_add_time, tunnel, client);
                     }

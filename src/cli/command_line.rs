@@ -17,6 +17,7 @@ use crate::key::Key;
 use crate::options::{ClientOptions, LOOPBACK, ServerOptions};
 use crate::service::{MAX_SERVICES, Service};
 use crate::wire::line::MAX_POOL;
+use crate::wire::proxy_header::NotProxyVersion;
 
 /// A visitor with a page or a download of some size is through by then, and nobody minds a restart
 /// that takes as long.
@@ -119,12 +120,15 @@ const CLIENT: Program = Program {
                         the service that visitors are to reach
                         (127.0.0.1:8000); several times, for those of the
                         server's --public of the same names
+        --proxy-protocol [NAME=]v1|v2
+                        tell this service first on each connection, by a header
+                        of the PROXY protocol, where its visitor comes from
     -p, --pool N        tunnels kept ready, so that no visitor waits for one;
                         at most 64, 0 dials on demand (8)
     -k, --key-file FILE the key that the server has
         --original      serve a server of the original program, too, which has
                         no key",
-    repeatable: &["server", "local"],
+    repeatable: &["server", "local", "proxy-protocol"],
     examples: "
   Try it on one machine (start tpserver and `python3 -m http.server` beside it):
     tpclient
@@ -211,6 +215,8 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
                 other => other,
             }
         })?;
+        let version = |text: &str| text.parse().map_err(|why: NotProxyVersion| why.to_string());
+        options.proxy_protocol = named(given, "proxy-protocol", "v1|v2", version)?;
         set(&mut options.pool, given, "pool", number(0..=MAX_POOL))?;
         set(&mut options.linger, given, "linger", seconds(1))?;
         options.original = given.opt_present("original");
@@ -416,22 +422,7 @@ fn services(
     option: &str,
     read: impl Fn(&str) -> Result<Address, String>,
 ) -> Result<(), Error> {
-    let mut services = BTreeMap::new();
-    for text in given.opt_strs(option) {
-        let add = || {
-            let (service, address) = match text.split_once('=') {
-                Some((name, address)) => (name.parse()?, address),
-                None => (Service::default(), &*text),
-            };
-            match services.insert(service.clone(), read(address)?) {
-                None => Ok(()),
-                Some(_) if service.has_name() => Err(format!("{service} is given twice")),
-                Some(_) => Err("a second service needs a name: NAME=HOST:PORT".to_owned()),
-            }
-        };
-        let mut add = add;
-        add().map_err(|why: String| usage(format!("--{option} '{text}': {why}")))?;
-    }
+    let services = named(given, option, "HOST:PORT", read)?;
     if services.len() > MAX_SERVICES {
         let count = services.len();
         return Err(usage(format!(
@@ -442,6 +433,31 @@ fn services(
         *default = services;
     }
     Ok(())
+}
+
+/// Returns what is given of services, each of them `[NAME=]` and what `read` reads, of this form.
+fn named<T>(
+    given: &Matches,
+    option: &str,
+    form: &str,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<BTreeMap<Service, T>, Error> {
+    let mut all = BTreeMap::new();
+    for text in given.opt_strs(option) {
+        let mut add = || {
+            let (service, value) = match text.split_once('=') {
+                Some((name, value)) => (name.parse()?, value),
+                None => (Service::default(), &*text),
+            };
+            match all.insert(service.clone(), read(value)?) {
+                None => Ok(()),
+                Some(_) if service.has_name() => Err(format!("{service} is given twice")),
+                Some(_) => Err(format!("a second service needs a name: NAME={form}")),
+            }
+        };
+        add().map_err(|why: String| usage(format!("--{option} '{text}': {why}")))?;
+    }
+    Ok(all)
 }
 
 /// Replaces the default of an address to listen on. A port alone keeps the default's host.
@@ -494,6 +510,7 @@ fn seconds(least: u64) -> impl Fn(&str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::proxy_header::ProxyVersion;
 
     fn words(line: &str) -> Vec<OsString> {
         line.split_whitespace().map(OsString::from).collect()
@@ -564,6 +581,7 @@ mod tests {
             servers: vec![Address::new("::1", 1)],
             tunnel_port: Some(2),
             local: [(Service::default(), Address::new("db", 3))].into(),
+            proxy_protocol: [(Service::default(), ProxyVersion::V2)].into(),
             pool: 0,
             linger: Duration::from_secs(11),
             key: None,
@@ -576,7 +594,8 @@ mod tests {
             "-s [::1]:1 --tunnel 2 -l db:3 -p 0 -L 11 --original",
             "-s ::1 --control 1 --tunnel 2 -l db:3 -p 0 -L 11 --original",
         ] {
-            assert_eq!(client_options(line), expected);
+            let line = format!("{line} --proxy-protocol v2");
+            assert_eq!(client_options(&line), expected);
         }
     }
 
@@ -669,6 +688,14 @@ mod tests {
             ("-l web=80 -l web=81", "'web=81': web is given twice"),
             ("-l web=0", "'web=0': the port is 0"),
             ("-l w.b=80", "'w.b=80': a service's name has"),
+            (
+                "--proxy-protocol v1 --proxy-protocol v2",
+                "'v2': a second service needs a name: NAME=v1|v2",
+            ),
+            (
+                "--proxy-protocol web=2",
+                "--proxy-protocol 'web=2': the PROXY protocol has v1 (text) and v2 (binary) only",
+            ),
         ] {
             let error = client(words(line)).unwrap_err().to_string();
             assert!(error.contains(why), "{line}: {error}");

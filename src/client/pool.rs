@@ -1,6 +1,6 @@
 //! How many tunnels a client dials, and when.
 
-use std::io;
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -107,6 +107,14 @@ impl Shared {
                 && own_dials
                     .iter()
                     .any(|own| own.port() == from.port() && !own.ip().is_loopback()))
+    }
+
+    /// Says first on a connection to the local service whose it is, if that is asked for.
+    pub(super) fn say_whose(&self, visitor: &Visitor, mut local: &TcpStream) -> io::Result<()> {
+        let version = self.options.proxy_protocol.get(visitor.service());
+        version.map_or(Ok(()), |version| {
+            local.write_all(&version.header(visitor.addresses()))
+        })
     }
 
     /// Remembers where a connection to the local service comes from, if it may lead back here.

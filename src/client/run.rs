@@ -15,7 +15,7 @@ use crate::client::backoff::{Backoff, random_fraction};
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
-use crate::options::{ClientOptions, check_services};
+use crate::options::{ClientOptions, check_known, check_services};
 use crate::os::limits::{Slots, affordable_visitors};
 use crate::os::workers::Workers;
 use crate::relay::{Pairs, SWEEP};
@@ -76,7 +76,13 @@ impl Shared {
         if self.servers.is_empty() {
             return Err(Error::NoServers);
         }
-        check_services("--local", &self.options.local)?;
+        let ClientOptions {
+            local,
+            proxy_protocol,
+            ..
+        } = &self.options;
+        check_services("--local", local)?;
+        check_known("--proxy-protocol", proxy_protocol.keys(), local)?;
         for number in 0..self.servers.len() {
             let shared = self.clone();
             let keep_connected = move || shared.keep_connected(&shared.servers[number]);

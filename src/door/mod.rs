@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::key::Key;
+use crate::options::ClientOptions;
 use crate::os::net::{self, timed_out};
 use crate::service::{MAX_SERVICES, Service};
 use crate::session::Proto;
@@ -45,6 +46,8 @@ pub struct Link {
     pub proto: Proto,
     /// The services that the client offers.
     pub offers: Offers,
+    /// The client wants to know which address each visitor came to.
+    pub wants_to: bool,
     /// What its tunnels will be tied to. None without a key.
     pub bond: Option<Bond>,
 }
@@ -59,6 +62,7 @@ impl Link {
             writer: conn.writer,
             proto: Proto::Original,
             offers: unnamed(),
+            wants_to: false,
             bond,
         })
     }
@@ -198,8 +202,10 @@ impl Door {
                 proto: PROTO,
                 pool,
                 offers,
+                wants_to,
                 ..
             }) => {
+                link.wants_to = wants_to;
                 let heard = hear_offers(&mut link.lines, offers, start + HANDSHAKE_TIMEOUT);
                 link.offers = heard.map_err(|error| Refusal::of(error, Step::Hello))?;
                 // From now on its silence means something.
@@ -410,18 +416,12 @@ pub struct Answered {
 
 /// What a client begins a control link with: the handshake, if there is a key, and a line each way.
 /// A server that speaks as the original one is taken only if that was asked for.
-pub fn open_link(
-    mut conn: Conn,
-    key: Option<&Key>,
-    pool: usize,
-    services: &[&Service],
-    original: bool,
-) -> Result<Answered, NoSession> {
+pub fn open_link(mut conn: Conn, options: &ClientOptions) -> Result<Answered, NoSession> {
     conn.socket().set_write_timeout(Some(SILENCE))?;
     // Longer than a visitor waits for a tunnel by default. A server's port for visitors takes a client
     // for one that long, and tells it then.
     let deadline = Instant::now() + SILENCE;
-    let bond = match key {
+    let bond = match &options.key {
         None => None,
         Some(key) => {
             let purpose = Purpose::Control(from_ref(key));
@@ -429,16 +429,18 @@ pub fn open_link(
         }
     };
     let (mut lines, mut writer) = (Lines::new(conn.reader), conn.writer);
-    let has_names = services.iter().any(|service| service.has_name());
+    let (pool, services) = (options.pool, &options.local);
+    let has_names = services.keys().any(Service::has_name);
     let hello = Line::Hello {
         proto: PROTO,
         pool,
         offers: has_names.then_some(services.len()),
+        wants_to: !options.proxy_protocol.is_empty(),
         welcome: None,
     };
     send(&mut writer, &hello)?;
-    for service in services.iter().filter(|_| has_names) {
-        let (service, port) = ((*service).clone(), None);
+    for service in services.keys().filter(|_| has_names) {
+        let (service, port) = (service.clone(), None);
         send(&mut writer, &Line::Offer { service, port })?;
     }
     let first = lines.next_line_by(deadline);
@@ -449,6 +451,7 @@ pub fn open_link(
             pool: granted,
             offers: count,
             welcome: Some(welcome),
+            ..
         }) => {
             offers.insert(Service::default(), welcome.public);
             if count.is_some() {
@@ -458,7 +461,7 @@ pub fn open_link(
             (Proto::Tp2 { id, pool }, Some(welcome.clone()))
         }
         // The original has no key.
-        Some(Line::Hi | Line::New(None)) if bond.is_none() => match original {
+        Some(Line::Hi | Line::New(None)) if bond.is_none() => match options.original {
             true => (Proto::Original, None),
             false => return Err(NoSession::Original),
         },
@@ -525,8 +528,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (client, mut server) = (Arc::new(client), listener.accept().unwrap().0);
-        let (conn, key) = (Conn::new(client.clone()), Key::generate().unwrap());
-        let opening = thread::spawn(move || open_link(conn, Some(&key), 0, &[], false).map(drop));
+        let (conn, mut options) = (Conn::new(client.clone()), ClientOptions::new());
+        options.key = Some(Key::generate().unwrap());
+        let opening = thread::spawn(move || open_link(conn, &options).map(drop));
         server.set_read_timeout(Some(SILENCE)).unwrap();
         server.read_exact(&mut OPENING.clone()).unwrap();
         while client.read_timeout().unwrap().is_none() {

@@ -24,6 +24,7 @@ use crate::os::net;
 use crate::service::Service;
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
+use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
 use direction::Ending;
@@ -265,6 +266,7 @@ impl Drop for Expected {
 /// Who is served by a pair.
 pub struct Visitor {
     address: Option<SocketAddr>,
+    to: Option<SocketAddr>,
     service: Service,
     _slots: [Option<Slot>; 2],
 }
@@ -276,9 +278,15 @@ impl Visitor {
     pub fn new(address: Option<SocketAddr>, service: Service, slots: [Option<Slot>; 2]) -> Self {
         Self {
             address,
+            to: None,
             service,
             _slots: slots,
         }
+    }
+
+    /// The same visitor, if it is known to have come to this public address.
+    pub fn that_came_to(self, to: Option<SocketAddr>) -> Self {
+        Self { to, ..self }
     }
 
     /// What the visitor comes for.
@@ -289,6 +297,14 @@ impl Visitor {
     /// Where the visitor comes from, if that is known.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
+    }
+
+    /// Both ends of the visitor's connection, if they are known.
+    pub fn addresses(&self) -> Option<Addresses> {
+        Some(Addresses {
+            source: self.address?,
+            destination: self.to?,
+        })
     }
 }
 

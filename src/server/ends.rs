@@ -52,6 +52,8 @@ impl Public {
 pub struct Accept {
     pub socket: TcpStream,
     pub visitor: SocketAddr,
+    /// What the visitor's connection was made to, if that is not this end of the socket.
+    pub to: Option<SocketAddr>,
     /// Which of the server's services the visitor came for, counted from 0.
     pub service: usize,
     /// A client that could not reach its local service for this visitor.
@@ -61,6 +63,15 @@ pub struct Accept {
 }
 
 impl Accept {
+    /// What the visitor's connection was made to.
+    pub fn to(&self) -> Option<SocketAddr> {
+        self.to.or_else(|| {
+            let mut near = self.socket.local_addr().ok()?;
+            near.set_ip(near.ip().to_canonical());
+            Some(near)
+        })
+    }
+
     /// True if it is no visitor but a client, which has come to the wrong port; and tells the client.
     pub fn is_client(&self) -> bool {
         let mut began = [0; 12];
@@ -151,7 +162,7 @@ impl Tunnel {
     /// Tells the client, if the client understands that, whose bytes follow, or come
     /// [when it is ready](Self::wait_until_ready) if that is asked for. None if the tunnel is dead; the
     /// visitor may wait for another one then.
-    pub fn greet(mut self, accept: &Accept, service: &Service, asks: bool) -> Option<Self> {
+    pub fn greet(mut self, accept: &Accept, arrival: Arrival) -> Option<Self> {
         let socket = self.conn.socket().clone();
         // From here on an end would be taken for a complete and empty answer.
         net::reset_on_close(&accept.socket, true);
@@ -160,11 +171,7 @@ impl Tunnel {
             return Some(self);
         }
         let is_quiet = self.conn.reader.is_empty() && net::is_quiet(&socket);
-        let arrival = Arrival {
-            visitor: accept.visitor,
-            service: service.clone(),
-            answer: asks,
-        };
+        let asks = arrival.answer;
         let new = Line::New(Some(arrival));
         if is_quiet && self.conn.writer.write_now(&new).is_ok() {
             if !asks {

@@ -30,7 +30,7 @@ use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
 use crate::stop::{Phase, Stop};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
+use crate::wire::line::{Arrival, Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
 
 /// After a failed accept: short for a visitor, long for a processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
@@ -354,6 +354,7 @@ impl Shared {
             proto: PROTO,
             pool,
             offers: has_names.then_some(self.public.len()),
+            wants_to: false,
             welcome: Some(Welcome {
                 session: id,
                 tunnel: Some(self.tunnel_addr().port()),
@@ -398,9 +399,20 @@ impl Shared {
         }
     }
 
+    /// What a client is told of a visitor.
+    pub(super) fn arrival(&self, accept: &Accept, client: &Session) -> Arrival {
+        Arrival {
+            visitor: accept.visitor,
+            // To ask the system costs a call.
+            to: if client.wants_to { accept.to() } else { None },
+            service: self.service_of(accept).clone(),
+            answer: self.asks(accept),
+        }
+    }
+
     /// True if a client is to say whether it has reached the local service, before anything of a visitor
     /// is sent to it: there is another one that the visitor can be given to, once.
-    pub(super) fn asks(&self, accept: &Accept) -> bool {
+    fn asks(&self, accept: &Accept) -> bool {
         if self.options.clients == 1 {
             return false;
         }
@@ -642,7 +654,11 @@ impl Shared {
                 client,
                 ..
             } = conn_match;
-            if let Some(tunnel) = tunnel.greet(&accept, self.service_of(&accept), false) {
+            let arrival = Arrival {
+                answer: false,
+                ..self.arrival(&accept, &client)
+            };
+            if let Some(tunnel) = tunnel.greet(&accept, arrival) {
                 self.join_conn2(accept, tunnel, &client);
             }
         }

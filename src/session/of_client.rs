@@ -272,6 +272,7 @@ impl Spare {
         }
         let Arrival {
             visitor,
+            to,
             service,
             answer,
         } = visitor?;
@@ -279,7 +280,8 @@ impl Spare {
         if !answer {
             conn.reader.begin_stream();
         }
-        Ok((Visitor::new(Some(visitor), service, [None, None]), answer))
+        let visitor = Visitor::new(Some(visitor), service, [None, None]);
+        Ok((visitor.that_came_to(to), answer))
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Session {
     pub proto: Proto,
     /// What the tunnels of this session are tied to. None without a key.
     pub bond: Option<Bond>,
+    /// The client wants to know which address each visitor came to.
+    pub wants_to: bool,
     /// Of each of the server's services, how the client serves it. None if it does not.
     serves: Vec<Option<Mutex<Failing>>>,
     /// As many as it may have visitors at a time.
@@ -72,6 +74,7 @@ impl Session {
             client,
             proto: link.proto,
             bond: link.bond.clone(),
+            wants_to: link.wants_to,
             serves: serves.map(|it| it.then(Mutex::default)).collect(),
             places: Slots::new(max_conns),
             max_conns,
@@ -209,6 +212,7 @@ mod tests {
             writer: Conn::new(socket.clone()).writer,
             proto: Proto::Original,
             offers: BTreeMap::new(),
+            wants_to: false,
             bond: None,
         };
         let (session, to_write) = Session::new(&link, from, std::iter::empty(), 0);

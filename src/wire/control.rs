@@ -219,6 +219,7 @@ mod tests {
             assert_eq!(lines.next_line().unwrap(), Line::Unknown);
             let new = Line::New(Some(Arrival {
                 visitor: "127.0.0.1:9".parse().unwrap(),
+                to: None,
                 service: Service::default(),
                 answer: false,
             }));

@@ -185,6 +185,8 @@ pub enum Line {
         /// How many lines behind this one name a service each. None if there is one service, and that is
         /// the one without a name.
         offers: Option<usize>,
+        /// Only from the client: ` to=1` asks for the [address](Arrival::to) that each visitor came to.
+        wants_to: bool,
         /// Only from the server.
         welcome: Option<Welcome>,
     },
@@ -227,11 +229,13 @@ pub enum Line {
     Unknown,
 }
 
-/// The visitor that a tunnel is given: `new visitor=ip:port service=web`.
+/// The visitor that a tunnel is given: `new visitor=ip:port to=ip:port service=web`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arrival {
     /// Where the visitor comes from.
     pub visitor: SocketAddr,
+    /// The public address that the visitor came to. Only for a client whose hello has asked for it.
+    pub to: Option<SocketAddr>,
     /// What the visitor comes for.
     pub service: Service,
     /// `answer=1`: the visitor's bytes do not follow before the client has answered on the tunnel, with
@@ -296,6 +300,7 @@ impl Line {
                 proto: argument(arguments, "proto")?.ok_or(LineError::Argument("proto"))?,
                 pool: argument(arguments, "pool")?.unwrap_or(0),
                 offers: argument(arguments, "offers")?,
+                wants_to: argument::<u8>(arguments, "to")? == Some(1),
                 welcome: Welcome::parse(arguments)?,
             },
             "hi" => Line::Hi,
@@ -309,6 +314,7 @@ impl Line {
                 None => None,
                 Some(visitor) => Some(Arrival {
                     visitor,
+                    to: argument(arguments, "to")?,
                     service: argument(arguments, "service")?.unwrap_or_default(),
                     answer: argument::<u8>(arguments, "answer")? == Some(1),
                 }),
@@ -346,11 +352,15 @@ impl fmt::Display for Line {
                 proto,
                 pool,
                 offers,
+                wants_to,
                 welcome,
             } => {
                 write!(f, "hello proto={proto} pool={pool}")?;
                 if let Some(offers) = offers {
                     write!(f, " offers={offers}")?;
+                }
+                if *wants_to {
+                    f.write_str(" to=1")?;
                 }
                 match welcome {
                     Some(welcome) => writeln!(f, "{welcome}"),
@@ -373,10 +383,14 @@ impl fmt::Display for Line {
             Line::New(Some(arrival)) => {
                 let Arrival {
                     visitor,
+                    to,
                     service,
                     answer,
                 } = arrival;
                 write!(f, "new visitor={visitor}")?;
+                if let Some(to) = to {
+                    write!(f, " to={to}")?;
+                }
                 if service.has_name() {
                     write!(f, " service={service}")?;
                 }
@@ -446,6 +460,7 @@ mod tests {
     fn new(visitor: SocketAddr, name: &str) -> Line {
         Line::New(Some(Arrival {
             visitor,
+            to: Some(visitor).filter(|_| name == "asks"),
             service: service(name),
             answer: name == "asks",
         }))
@@ -460,6 +475,7 @@ mod tests {
                     proto: 2,
                     pool: 8,
                     offers: None,
+                    wants_to: false,
                     welcome: None,
                 },
                 "hello proto=2 pool=8\n".to_owned(),
@@ -470,6 +486,7 @@ mod tests {
                     proto: 2,
                     pool: 8,
                     offers: None,
+                    wants_to: false,
                     welcome: Some(Welcome {
                         session: session(),
                         tunnel: None,
@@ -484,6 +501,7 @@ mod tests {
                     proto: 2,
                     pool: 8,
                     offers: None,
+                    wants_to: false,
                     welcome: Some(Welcome {
                         session: session(),
                         tunnel: Some(8008),
@@ -502,9 +520,10 @@ mod tests {
                     proto: 2,
                     pool: 8,
                     offers: Some(2),
+                    wants_to: true,
                     welcome: None,
                 },
-                "hello proto=2 pool=8 offers=2\n".to_owned(),
+                "hello proto=2 pool=8 offers=2 to=1\n".to_owned(),
             ),
             (offer(""), "offer\n".to_owned()),
             (offer("web"), "offer service=web port=8080\n".to_owned()),
@@ -516,7 +535,7 @@ mod tests {
             (Line::Ready, "ready\n".to_owned()),
             (
                 new(visitor, "asks"),
-                "new visitor=[2001:db8::1]:50000 service=asks answer=1\n".to_owned(),
+                format!("new visitor={visitor} to={visitor} service=asks answer=1\n"),
             ),
             (
                 new(visitor, "web"),

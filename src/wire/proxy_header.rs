@@ -37,9 +37,9 @@ const TCP4: u8 = 0x11;
 /// TCP over IPv6.
 const TCP6: u8 = 0x21;
 
-/// A version of the header.
+/// A version of the PROXY protocol's header, which tells a service where its visitor comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Version {
+pub enum ProxyVersion {
     /// A line of text.
     V1,
     /// A block of bytes.
@@ -76,9 +76,9 @@ fn as_ipv6(host: IpAddr) -> IpAddr {
     }
 }
 
-impl Version {
+impl ProxyVersion {
     /// Returns a header for these addresses, or the one that says that they are not known.
-    pub fn header(self, addresses: Option<Addresses>) -> Vec<u8> {
+    pub(crate) fn header(self, addresses: Option<Addresses>) -> Vec<u8> {
         let Some(addresses) = addresses else {
             return match self {
                 Self::V1 => b"PROXY UNKNOWN\r\n".to_vec(),
@@ -111,29 +111,29 @@ impl Version {
     }
 }
 
-impl FromStr for Version {
-    type Err = NotVersion;
+impl FromStr for ProxyVersion {
+    type Err = NotProxyVersion;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
             "v1" => Ok(Self::V1),
             "v2" => Ok(Self::V2),
-            _ => Err(NotVersion),
+            _ => Err(NotProxyVersion),
         }
     }
 }
 
 /// Neither `v1` nor `v2`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NotVersion;
+pub struct NotProxyVersion;
 
-impl fmt::Display for NotVersion {
+impl fmt::Display for NotProxyVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the PROXY protocol has v1 (text) and v2 (binary) only")
     }
 }
 
-impl std::error::Error for NotVersion {}
+impl std::error::Error for NotProxyVersion {}
 
 /// What the first bytes of a connection are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -372,12 +372,12 @@ mod tests {
     }
 
     fn assert_text(source: &str, destination: &str, text: &str) {
-        let header = Version::V1.header(addresses(source, destination));
+        let header = ProxyVersion::V1.header(addresses(source, destination));
         assert_eq!(String::from_utf8(header).unwrap(), text);
     }
 
     fn assert_block(source: &str, destination: &str, block: &[u8]) {
-        let header = Version::V2.header(addresses(source, destination));
+        let header = ProxyVersion::V2.header(addresses(source, destination));
         assert_eq!(header, v2(block));
     }
 
@@ -442,8 +442,8 @@ mod tests {
 
     #[test]
     fn unknown_addresses_are_written() {
-        assert_eq!(Version::V1.header(None), b"PROXY UNKNOWN\r\n");
-        assert_eq!(Version::V2.header(None), v2(&[0x20, 0, 0, 0]));
+        assert_eq!(ProxyVersion::V1.header(None), b"PROXY UNKNOWN\r\n");
+        assert_eq!(ProxyVersion::V2.header(None), v2(&[0x20, 0, 0, 0]));
     }
 
     #[test]
@@ -455,7 +455,7 @@ mod tests {
             "[::1]:80",
             "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535",
         ];
-        for version in [Version::V1, Version::V2] {
+        for version in [ProxyVersion::V1, ProxyVersion::V2] {
             assert_eq!(whole(&version.header(None)), None);
             for (source, destination) in ends.iter().flat_map(|one| ends.map(|two| (*one, two))) {
                 let addresses = addresses(source, destination);
@@ -649,10 +649,10 @@ mod tests {
 
     #[test]
     fn a_version_has_a_name() {
-        assert_eq!("v1".parse(), Ok(Version::V1));
-        assert_eq!("v2".parse(), Ok(Version::V2));
+        assert_eq!("v1".parse(), Ok(ProxyVersion::V1));
+        assert_eq!("v2".parse(), Ok(ProxyVersion::V2));
         for text in ["", "1", "V1", "v3", "v1 "] {
-            assert_eq!(text.parse::<Version>(), Err(NotVersion));
+            assert_eq!(text.parse::<ProxyVersion>(), Err(NotProxyVersion));
         }
     }
 

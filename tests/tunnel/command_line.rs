@@ -111,6 +111,22 @@ fn bad_usage_is_exit_code_2() {
         ("--local http://127.0.0.1:8000", &["leave out http://"]),
         ("--local :8000", &["for this host: 127.0.0.1:8000"]),
         ("--pool 65", &["--pool '65'", "0 to 64"]),
+        (
+            "--proxy-protocol v3",
+            &["--proxy-protocol 'v3'", "v1 (text)"],
+        ),
+        ("--proxy-protocol Web=v1", &["'Web=v1'", "a service's name"]),
+        (
+            "-q --proxy-protocol web=v1",
+            &["--proxy-protocol web: there is no service of that name"],
+        ),
+        (
+            "-q -l web=80 --proxy-protocol v1",
+            &[
+                "--proxy-protocol: there is no service without a name",
+                "NAME=",
+            ],
+        ),
         ("-version", &["did you mean --version?"]),
         ("--control-port 70000", &["--control-port '70000'"]),
         ("one two", &["'one'"]),

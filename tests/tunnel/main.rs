@@ -39,4 +39,5 @@ mod soak;
 mod stop;
 mod support;
 mod traffic;
+mod visitor_address;
 mod wrong_ports;
