@@ -200,6 +200,9 @@ mod relay;
 mod server;
 mod service;
 mod session;
+// Neither program starts the status page yet.
+#[allow(dead_code)]
+mod status;
 mod stop;
 mod wire;
 

@@ -1,0 +1,3 @@
+//! What is to be seen of a running program over HTTP.
+
+pub mod http;
