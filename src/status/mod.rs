@@ -1,3 +1,5 @@
 //! What is to be seen of a running program over HTTP.
 
 pub mod http;
+pub mod process;
+pub mod snapshot;
