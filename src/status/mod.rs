@@ -2,5 +2,6 @@
 
 pub mod http;
 mod metrics;
+mod page;
 pub mod process;
 pub mod snapshot;
