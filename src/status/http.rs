@@ -134,9 +134,9 @@ pub fn serve(
     let slots = Slots::new(MAX_CONNECTIONS);
     let local = listener.addr.ip().is_loopback();
     let route = Arc::new(route);
-    while let Some(accepted) = listener.accept() {
+    while let Some(accepted) = listener.accept(|| Some(())) {
         let socket = match accepted {
-            Ok((socket, _)) => socket,
+            Ok((socket, ..)) => socket,
             Err(error) => {
                 journal.accept_failed(listener.option, &error);
                 listener.pause(ACCEPT_PAUSE);
