@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use log::{LevelFilter, error};
+use log::{Level, LevelFilter, error};
 
 use crate::error::Error;
 
@@ -44,15 +44,21 @@ pub fn start(program: &'static str, level: LevelFilter) -> Result<(), Error> {
     let writer = thread::Builder::new().name("log".to_owned());
     let writer = writer.spawn(move || write_lines(&receiver));
     writer.map_err(Error::Thread)?;
+    let to_journal = goes_to_journal();
     let queue = Queue(LINES.get_or_init(|| sender).clone());
     env_logger::Builder::new()
         // This comes first, so that a RUST_LOG for other programs leaves the level as it is.
         .filter_level(level)
         .parse_default_env()
-        // The format is env_logger's, with the program in the place of the module.
+        // The format is env_logger's, with the program in the place of the module. systemd's journal
+        // has the time and the program itself, and reads the priority.
         .format(move |line, record| {
-            let (time, level) = (line.timestamp_millis(), record.level());
-            writeln!(line, "[{time} {level:<5} {program}] {}", record.args())
+            let (level, what) = (record.level(), record.args());
+            if to_journal {
+                return writeln!(line, "{}{what}", priority(level));
+            }
+            let time = line.timestamp_millis();
+            writeln!(line, "[{time} {level:<5} {program}] {what}")
         })
         .target(env_logger::Target::Pipe(Box::new(queue)))
         .init();
@@ -62,9 +68,43 @@ pub fn start(program: &'static str, level: LevelFilter) -> Result<(), Error> {
     Ok(())
 }
 
+/// Returns true if stderr is the connection to systemd's journal that `JOURNAL_STREAM` names.
+#[cfg(target_os = "linux")]
+fn goes_to_journal() -> bool {
+    use std::os::fd::AsFd;
+    use std::os::linux::fs::MetadataExt;
+    let Some(named) = std::env::var_os("JOURNAL_STREAM") else {
+        return false;
+    };
+    let stderr = io::stderr().as_fd().try_clone_to_owned();
+    let found = stderr.and_then(|it| std::fs::File::from(it).metadata());
+    found.is_ok_and(|it| named == *format!("{}:{}", it.st_dev(), it.st_ino()))
+}
+
+/// There is no journal elsewhere.
+#[cfg(not(target_os = "linux"))]
+fn goes_to_journal() -> bool {
+    false
+}
+
+/// Returns what the journal reads a line's priority from.
+fn priority(level: Level) -> &'static str {
+    match level {
+        Level::Error => "<3>",
+        Level::Warn => "<4>",
+        Level::Info => "<6>",
+        Level::Debug | Level::Trace => "<7>",
+    }
+}
+
 /// Writes a last line, and waits a moment until all lines are written.
 pub fn end(last: Option<String>) {
-    let last = last.map(|line| format!("{line}\n").into_bytes());
+    let error = if goes_to_journal() {
+        priority(Level::Error)
+    } else {
+        ""
+    };
+    let last = last.map(|line| format!("{error}{line}\n").into_bytes());
     let Some(lines) = LINES.get() else {
         return last.map_or((), |line| drop(io::stderr().write_all(&line)));
     };
