@@ -5,10 +5,12 @@
 mod backoff;
 mod pool;
 mod run;
+mod shown;
 
 use std::collections::HashSet;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -23,12 +25,14 @@ use crate::os::workers::{Workers, set_name};
 use crate::relay::{End, Pairs, Peer, Visitor};
 use crate::session::of_client::{LocalError, NoVisitor, Session, Spare, Tunnel};
 use crate::session::{Ended, Proto};
+use crate::status::port::StatusPort;
 use crate::stop::Stop;
 use crate::wire::conn::Conn;
 use crate::wire::control::send;
 use crate::wire::line::{Failure, Line};
 use pool::OwnDial;
 use run::Upstream;
+use shown::Unreached;
 
 /// The half of the tunnel that runs in the LAN.
 ///
@@ -54,6 +58,9 @@ struct Shared {
     /// Where this client's own connections to the local service come from: a visitor from there
     /// would come again and again.
     own_dials: Mutex<HashSet<SocketAddr>>,
+    /// Which local services could not be reached when they were dialled last.
+    unreached: Unreached,
+    status: StatusPort,
     stop: Arc<Stop>,
     journal: Arc<Journal>,
 }
@@ -140,10 +147,9 @@ impl Shared {
                 Ok(came) => came,
                 Err(why) => return self.no_visitor(&session, &why),
             };
+            let came = Instant::now();
             let dialled = self.connect_local(&session, &visitor);
-            if let Err(error) = &dialled {
-                self.journal.local_failed(&visitor, error);
-            }
+            self.take_note(&visitor, dialled.as_ref().err());
             if answers {
                 let reached = dialled.as_ref().map(drop);
                 let answered =
@@ -167,7 +173,7 @@ impl Shared {
                     return self.refill_if_low(&session);
                 }
             };
-            let Some(again) = self.join_conn(&session, local, tunnel, visitor) else {
+            let Some(again) = self.join_conn(&session, local, tunnel, visitor, came) else {
                 return self.refill_if_low(&session);
             };
             drop(own_dial);
@@ -183,10 +189,12 @@ impl Shared {
         local: TcpStream,
         tunnel: Tunnel,
         visitor: Visitor,
+        came: Instant,
     ) -> Option<Tunnel> {
         let Tunnel { conn, held } = tunnel;
         let (up, down) = self.pairs.join(
             visitor,
+            came,
             End {
                 peer: Peer::Server,
                 conn,
@@ -265,6 +273,7 @@ impl Shared {
                 named.map_err(|error| NoVisitor::Dial(error.into()))?;
             }
         }
+        self.journal.tunnel_dialled(&session.dialled);
         Ok((Tunnel { conn, held }, spare))
     }
 

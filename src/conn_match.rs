@@ -240,6 +240,11 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         self.waiting.iter().map(|(accept, _)| accept)
     }
 
+    /// Returns the clients, each with how many idle tunnels it has.
+    pub fn clients_and_idle(&self) -> impl Iterator<Item = (&C, usize)> {
+        self.clients.iter().map(|it| (&it.client, it.idle.len()))
+    }
+
     /// Returns how many idle tunnels there are.
     pub fn idle(&self) -> usize {
         self.clients.iter().map(|it| it.idle.len()).sum()

@@ -33,7 +33,7 @@ pub enum Error {
     UnknownService(&'static str, Service),
     /// The system has no random source to make a key from.
     Random(getrandom::Error),
-    /// Without a key, the option would open the tunnel or control port to other hosts.
+    /// The option would open the tunnel or control port to other hosts without a key, or the status page.
     NotLoopback(&'static str, SocketAddr),
     /// The system refused one of the threads that the program consists of.
     Thread(io::Error),
@@ -95,6 +95,12 @@ impl fmt::Display for Error {
                 };
                 write!(f, "{option}: could not listen on {address}{hint}")
             }
+            Self::NotLoopback(option @ "--status", address) => write!(
+                f,
+                "{option}: {address} is not a loopback address, and whoever reaches that port sees \
+                 who comes, and the log. Let those who look come through ssh or a proxy that asks \
+                 who they are; or add --insecure-status if the network in between is trusted"
+            ),
             Self::NotLoopback(option, address) => write!(
                 f,
                 "{option}: {address} is not a loopback address, and whoever reaches that port can \

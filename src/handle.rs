@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -16,6 +17,9 @@ pub trait Half: Send + Sync {
 
     /// See [`Handle::status`].
     fn status(&self) -> Status;
+
+    /// See [`Handle::status_addr`].
+    fn status_addr(&self) -> Option<SocketAddr>;
 
     /// See [`Handle::wait_for_session`].
     fn wait_for_session(&self, limit: Duration) -> bool;
@@ -46,6 +50,12 @@ impl Handle {
     /// Returns what the server or client does now and has done, or None once it has ended.
     pub fn status(&self) -> Option<Status> {
         Some(self.0.upgrade()?.status())
+    }
+
+    /// Returns where the status page is. None if there is none, while another program has its port, on
+    /// a client before it runs, and in the end.
+    pub fn status_addr(&self) -> Option<SocketAddr> {
+        self.0.upgrade()?.status_addr()
     }
 
     /// Waits until the client is connected to a server. Returns false after this time, or at once

@@ -200,8 +200,6 @@ mod relay;
 mod server;
 mod service;
 mod session;
-// Neither program starts the status page yet.
-#[allow(dead_code)]
 mod status;
 mod stop;
 mod wire;

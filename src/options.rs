@@ -64,6 +64,11 @@ pub struct ServerOptions {
     /// Whether to open the tunnel and control ports to other hosts without a key, although nothing
     /// protects them.
     pub insecure: bool,
+    /// Where to show a page for people, metrics and health checks over HTTP, if anywhere: a loopback
+    /// address, unless `insecure_status`.
+    pub status: Option<Address>,
+    /// Whether to show the page to other hosts, although nothing protects it.
+    pub insecure_status: bool,
     /// Whether to take, without a key, a client that says nothing for 1 s for an original one, whose
     /// tunnels prove nothing.
     pub original: bool,
@@ -89,6 +94,8 @@ impl ServerOptions {
             linger: LINGER,
             keys: Vec::new(),
             insecure: false,
+            status: None,
+            insecure_status: false,
             original: false,
         }
     }
@@ -146,6 +153,11 @@ pub struct ClientOptions {
     pub linger: Duration,
     /// A key of the servers'. Without one, nothing is sealed, and no server must have one either.
     pub key: Option<Key>,
+    /// Where to show a page for people, metrics and health checks over HTTP, if anywhere: a loopback
+    /// address, unless `insecure_status`.
+    pub status: Option<Address>,
+    /// Whether to show the page to other hosts, although nothing protects it.
+    pub insecure_status: bool,
     /// Whether to serve, without a key, a server that speaks the original's protocol, too.
     pub original: bool,
 }
@@ -167,6 +179,8 @@ impl ClientOptions {
             pool: POOL,
             linger: LINGER,
             key: None,
+            status: None,
+            insecure_status: false,
             original: false,
         }
     }

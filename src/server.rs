@@ -4,6 +4,7 @@
 
 mod ends;
 mod run;
+mod shown;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -27,6 +28,7 @@ use crate::relay::{Direction, End, Pairs, Peer, SWEEP, Visitor};
 use crate::service::Service;
 use crate::session::Ended;
 use crate::session::of_server::Session;
+use crate::status::port::StatusPort;
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::Conn;
 use crate::wire::line::{Line, NEW};
@@ -54,6 +56,7 @@ struct Shared {
     door: Door,
     pairs: Arc<Pairs>,
     stop: Arc<Stop>,
+    status: StatusPort,
     /// Who has taken over the ports.
     successor: Mutex<Option<Successor>>,
     journal: Arc<Journal>,
@@ -257,6 +260,9 @@ impl Shared {
         let live = list.clients().find(|live| live.proto.id() == id).cloned();
         let placed = match live {
             Some(session) => {
+                if !has_served {
+                    self.journal.tunnel_dialled(&session.dialled);
+                }
                 let most = session.most_idle();
                 list.add_tunnel(&session, tunnel, Instant::now(), most)
             }
@@ -290,7 +296,7 @@ impl Shared {
                     Some(tunnel) if asks => {
                         self.join_when_ready(accept, accept_add_time, tunnel, client);
                     }
-                    Some(tunnel) => self.join_conn2(accept, tunnel, &client),
+                    Some(tunnel) => self.join_conn2(accept, accept_add_time, tunnel, &client),
                     None => self.put_back(accept, accept_add_time),
                 }
                 continue;
@@ -308,7 +314,13 @@ impl Shared {
 
     /// Joins a visitor with its tunnel, whose client has been told: two copy threads. The one that ends
     /// last gives the tunnel to the next visitor.
-    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel, client: &Session) {
+    fn join_conn2(
+        self: &Arc<Self>,
+        accept: Accept,
+        accept_add_time: Instant,
+        tunnel: Tunnel,
+        client: &Session,
+    ) {
         let service = self.service_of(&accept).clone();
         let Accept {
             socket,
@@ -324,6 +336,7 @@ impl Shared {
         } = tunnel;
         let (up, down) = self.pairs.join(
             Visitor::new(Some(visitor), service, [Some(slot), client.place()]),
+            accept_add_time,
             End {
                 peer: Peer::Visitor,
                 conn: Conn::new(Arc::new(socket)),

@@ -21,6 +21,11 @@ impl Service {
         !self.0.is_empty()
     }
 
+    /// Returns the name, if there is one.
+    pub(crate) fn name(&self) -> Option<String> {
+        self.has_name().then(|| self.to_string())
+    }
+
     /// Returns ` of NAME` for a log line about a visitor, or nothing if there is no name.
     pub(crate) fn of(&self) -> impl fmt::Display {
         Behind(" of ", self)

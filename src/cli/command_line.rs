@@ -39,6 +39,8 @@ pub enum Command<O> {
     Print(String),
     /// Print a fresh key and end.
     GenerateKey,
+    /// Ask the program whose status page is here whether it is ready, and end.
+    AskReady(Address),
 }
 
 /// What a command line says that is the same for both programs.
@@ -144,6 +146,14 @@ const COMMON_OPTIONS: &str = "
                         then moves no byte for this long (600)
     -d, --drain SECS    on TERM, INT or HUP, let the visitors that are there
                         finish for up to this long (30)
+        --status HOST:PORT
+                        show what goes on at http://HOST:PORT/, /metrics,
+                        /healthz and /readyz
+        --insecure-status
+                        let other hosts see it
+        --ready HOST:PORT
+                        ask the program with this --status whether visitors
+                        are served, and exit: 0 if they are, or else 1
     -v, --verbose       log more
     -q, --quiet         log errors only
     -h, --help          print this and exit
@@ -190,6 +200,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
         )?;
         set(&mut options.linger, given, "linger", seconds(1))?;
         options.insecure = given.opt_present("insecure");
+        (options.status, options.insecure_status) = status(given)?;
         options.original = given.opt_present("original");
         Ok(options)
     })
@@ -206,19 +217,12 @@ pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<Clien
             let port = value(given, name, number(1..=u16::MAX))?;
             options.tunnel_port = port.or(options.tunnel_port);
         }
-        services(&mut options.local, given, "local", |text| {
-            match address(text, LOOPBACK) {
-                Ok(Address { port: 0, .. }) => Err("the port is 0".to_owned()),
-                Err(why) if text.starts_with(':') => {
-                    Err(format!("{why}; for this host: {LOOPBACK}{text}"))
-                }
-                other => other,
-            }
-        })?;
+        services(&mut options.local, given, "local", at_port)?;
         let version = |text: &str| text.parse().map_err(|why: NotProxyVersion| why.to_string());
         options.proxy_protocol = named(given, "proxy-protocol", "v1|v2", version)?;
         set(&mut options.pool, given, "pool", number(0..=MAX_POOL))?;
         set(&mut options.linger, given, "linger", seconds(1))?;
+        (options.status, options.insecure_status) = status(given)?;
         options.original = given.opt_present("original");
         Ok(options)
     })
@@ -260,6 +264,9 @@ impl Program {
         }
         if given.opt_defined("generate-key") && has("generate-key") {
             return Ok(Command::GenerateKey);
+        }
+        if let Some(address) = value(&given, "ready", at_port)? {
+            return Ok(Command::AskReady(address));
         }
         if has("original") && has("key-file") {
             return Err(usage("--original and --key-file exclude each other"));
@@ -460,6 +467,32 @@ fn named<T>(
     Ok(all)
 }
 
+/// Returns where the status page is to be, if anywhere, and whether other hosts may see it.
+fn status(given: &Matches) -> Result<(Option<Address>, bool), Error> {
+    let address = value(given, "status", on_this_host)?;
+    let anywhere = given.opt_present("insecure-status");
+    match anywhere && address.is_none() {
+        true => Err(usage("--insecure-status: there is no --status")),
+        false => Ok((address, anywhere)),
+    }
+}
+
+/// Reads an address to dial, or a port alone as one of this host.
+fn at_port(text: &str) -> Result<Address, String> {
+    match on_this_host(text)? {
+        Address { port: 0, .. } => Err("the port is 0".to_owned()),
+        address => Ok(address),
+    }
+}
+
+/// Reads an address, or a port alone as one of the loopback address.
+fn on_this_host(text: &str) -> Result<Address, String> {
+    address(text, LOOPBACK).map_err(|why| match text.starts_with(':') {
+        true => format!("{why}; for this host: {LOOPBACK}{text}"),
+        false => why,
+    })
+}
+
 /// Replaces the default of an address to listen on. A port alone keeps the default's host.
 fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(), Error> {
     let host = default.host.clone();
@@ -568,12 +601,14 @@ mod tests {
             linger: Duration::from_secs(11),
             keys: Vec::new(),
             insecure: true,
+            status: Some(Address::new("::", 83)),
+            insecure_status: true,
             original: false,
         };
         for line in [
             "--public [::]:80 --tunnel localhost:81 --control 192.0.2.1:82 --pair-timeout 7 \
-             --max-conns 9 --linger 11 --insecure --clients 3",
-            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i -n 3",
+             --max-conns 9 --linger 11 --insecure --clients 3 --status [::]:83 --insecure-status",
+            "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i -n 3 --status [::]:83 --insecure-status",
         ] {
             assert_eq!(server_options(line), expected);
         }
@@ -585,6 +620,8 @@ mod tests {
             pool: 0,
             linger: Duration::from_secs(11),
             key: None,
+            status: None,
+            insecure_status: false,
             original: true,
         };
         for line in [
@@ -699,6 +736,39 @@ mod tests {
         ] {
             let error = client(words(line)).unwrap_err().to_string();
             assert!(error.contains(why), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_status_page_is_near_unless_its_host_is_named() {
+        let of_server = server_options("--status 9090");
+        assert_eq!(of_server.status, Some(Address::new(LOOPBACK, 9090)));
+        assert!(!of_server.insecure_status);
+        let of_client = client_options("--status host:0 --insecure-status");
+        assert_eq!(of_client.status, Some(Address::new("host", 0)));
+        assert!(of_client.insecure_status);
+        let ask = Command::AskReady(Address::new(LOOPBACK, 9090));
+        assert_eq!(client(words("--ready 9090")).unwrap(), ask);
+        for (line, why) in [
+            ("--status", "status"),
+            ("--status host", "--status 'host': no port"),
+            ("--status :9090", "no host; for this host: 127.0.0.1:9090"),
+            ("--status 99999", "not from 0 to 65535"),
+            ("--status http://h:9", "leave out http://"),
+            ("--insecure-status", "there is no --status"),
+            ("--status 1 --status 2", "status"),
+            ("--ready", "ready"),
+            ("--ready 0", "--ready '0': the port is 0"),
+            ("--ready host", "--ready 'host': no port"),
+        ] {
+            for error in [
+                server(words(line)).unwrap_err(),
+                client(words(line)).unwrap_err(),
+            ] {
+                let error = error.to_string();
+                assert!(error.contains(why), "{line}: {error}");
+                assert!(error.contains("--help"), "{line}: {error}");
+            }
         }
     }
 

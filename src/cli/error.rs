@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::cli::ready::NotReady;
 use crate::key::KeyError;
 
 /// Why a program ended, or did not start.
@@ -23,6 +24,8 @@ pub enum Error {
     Thread(io::Error),
     /// The system did not let the program handle signals.
     Signals(io::Error),
+    /// The program that was asked does not serve visitors, or does not answer.
+    NotReady(NotReady),
     /// The tunnel itself did not start.
     Tunnel(crate::Error),
 }
@@ -36,6 +39,12 @@ impl Error {
             Self::Tunnel(error) if error.is_usage() => 2,
             _ => 1,
         }
+    }
+}
+
+impl From<NotReady> for Error {
+    fn from(why: NotReady) -> Self {
+        Self::NotReady(why)
     }
 }
 
@@ -63,6 +72,7 @@ impl fmt::Display for Error {
             Self::Print(_) => write!(f, "could not write to stdout"),
             Self::Thread(_) => write!(f, "could not start a thread"),
             Self::Signals(_) => write!(f, "could not prepare for signals"),
+            Self::NotReady(why) => why.fmt(f),
             Self::Tunnel(error) => error.fmt(f),
         }
     }
@@ -71,7 +81,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Usage(_) | Self::Key(..) => None,
+            Self::Usage(_) | Self::Key(..) | Self::NotReady(_) => None,
             Self::KeyFile(_, error)
             | Self::Print(error)
             | Self::Thread(error)

@@ -17,9 +17,11 @@ mod command_line;
 mod error;
 mod key_file;
 mod logger;
+mod ready;
 mod signals;
 
 pub use error::Error;
+pub use ready::NotReady;
 pub use signals::Signals;
 
 use command_line::{Command, Common};
@@ -67,6 +69,10 @@ fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, Error
         Command::GenerateKey => {
             print(&Zeroizing::new(Key::generate()?.to_base64()))?;
             print("\n").map(|()| None)
+        }
+        Command::AskReady(address) => {
+            ready::ask_ready(&address)?;
+            print("ready\n").map(|()| None)
         }
         Command::Run(options, common) => {
             let keys = prepare(&common)?;

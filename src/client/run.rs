@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use crate::address::Address;
 use crate::client::Shared;
 use crate::client::backoff::{Backoff, random_fraction};
+use crate::client::shown::Unreached;
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
@@ -21,6 +22,7 @@ use crate::os::workers::Workers;
 use crate::relay::{Pairs, SWEEP};
 use crate::session::Ended;
 use crate::session::of_client::Session;
+use crate::status::port::{self, StatusPort};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::Writer;
 use crate::wire::line::{HEARTBEAT, Line, SILENCE};
@@ -35,7 +37,7 @@ pub struct Upstream {
 
 impl Upstream {
     /// The session with it, if that lives.
-    fn live(&self) -> Option<Arc<Session>> {
+    pub fn live(&self) -> Option<Arc<Session>> {
         let session = self.session.lock().clone();
         session.filter(|session| session.is_live())
     }
@@ -54,18 +56,22 @@ const LAST_WORDS: Duration = Duration::from_millis(250);
 impl Shared {
     pub(super) fn new(options: ClientOptions) -> Self {
         let (stop, affordable) = (Stop::new(), affordable_visitors());
-        let journal = Arc::new(Journal::new(affordable, options.key.is_some()));
+        let (sealed, is_shown) = (options.key.is_some(), options.status.is_some());
+        let journal = Arc::new(Journal::new(affordable, sealed, is_shown));
+        let status = StatusPort::new(options.status.as_ref(), options.insecure_status, &stop);
         let servers = options.servers.iter().map(|address| Upstream {
             address: address.clone(),
             session: Mutex::new(None),
         });
         Self {
             servers: servers.collect(),
+            unreached: Unreached::new(options.local.keys()),
             options,
             workers: Workers::new(journal::panicked),
-            pairs: Pairs::new(stop.clone(), journal.tells_of_visits()),
+            pairs: Pairs::new(stop.clone(), is_shown, journal.tells_of_visits()),
             slots: Slots::new(affordable),
             own_dials: Mutex::new(HashSet::new()),
+            status,
             stop,
             journal,
         }
@@ -83,6 +89,8 @@ impl Shared {
         } = &self.options;
         check_services("--local", local)?;
         check_known("--proxy-protocol", proxy_protocol.keys(), local)?;
+        self.status.open()?;
+        let shown = port::show(self)?;
         for number in 0..self.servers.len() {
             let shared = self.clone();
             let keep_connected = move || shared.keep_connected(&shared.servers[number]);
@@ -96,6 +104,7 @@ impl Shared {
             self.pairs.sweep();
         }
         self.pairs.wait();
+        drop(shown);
         self.workers.wait(LAST_WORDS);
         Ok(())
     }
@@ -104,7 +113,7 @@ impl Shared {
     fn keep_connected(self: &Arc<Self>, upstream: &Upstream) {
         let server = &upstream.address;
         let mut backoff = Backoff::new(Instant::now());
-        Journal::connecting(server);
+        self.journal.connecting(server);
         loop {
             let result = self.connect_control(upstream);
             if self.stop.reached(Phase::Leaving) {
@@ -203,6 +212,10 @@ impl Half for Shared {
             status.idle += idle;
         }
         status
+    }
+
+    fn status_addr(&self) -> Option<SocketAddr> {
+        self.status.addr()
     }
 
     fn wait_for_session(&self, limit: Duration) -> bool {

@@ -77,6 +77,28 @@ impl Refusal {
         }
     }
 
+    /// Returns the word under which it is counted.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::CrowdedOut => "crowded-out",
+            Self::TooLate(_) => "too-late",
+            Self::WrongKey | Self::WrongKeyOrTunnel | Self::WrongKeyOrSession => "wrong-key",
+            Self::Recorded => "recorded",
+            Self::NoKey => "no-key",
+            Self::HasKey => "has-key",
+            Self::OtherPort(_) => "other-port",
+            Self::NotClient(_) => "not-client",
+            Self::Version(_) => "version",
+            Self::BadLine(_) => "bad-line",
+            Self::Closed => "closed",
+            Self::Busy(_) => "busy",
+            Self::Stopping => "stopping",
+            Self::NoSession => "no-session",
+            Self::OldSession => "old-session",
+            Self::Io(_) => "error",
+        }
+    }
+
     /// What the client is told in the place of a session, where it helps a person at the other end.
     pub fn reason(&self) -> Option<Reason> {
         Some(match self {

@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::{Level, log};
+use log::Level;
 use parking_lot::Mutex;
 
+use super::lines::Lines;
 use crate::os::source::Source;
 
 /// The sources that have a limit of their own for each kind of line. A program that bans addresses
@@ -18,6 +20,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// Lets at most so many log lines of one kind through in a period, and counts the others.
 pub struct LogLimit {
+    lines: Arc<Lines>,
     most: u32,
     period: Duration,
     state: Mutex<LogState>,
@@ -25,13 +28,14 @@ pub struct LogLimit {
 
 impl LogLimit {
     /// Lets this many lines through in a second.
-    pub fn new(a_second: u32) -> Self {
-        Self::within(SECOND, a_second)
+    pub fn new(lines: &Arc<Lines>, a_second: u32) -> Self {
+        Self::within(lines, SECOND, a_second)
     }
 
     /// Lets this many lines through in each such period.
-    pub fn within(period: Duration, most: u32) -> Self {
+    pub fn within(lines: &Arc<Lines>, period: Duration, most: u32) -> Self {
         Self {
+            lines: lines.clone(),
             most,
             period,
             state: Mutex::new(LogState::new(Instant::now())),
@@ -43,15 +47,14 @@ impl LogLimit {
         let (mut state, now) = (self.state.lock(), Instant::now());
         let left_out = state.take(now, self.period, self.most);
         drop(state);
-        if let Some(left_out) = left_out {
-            log!(level, "{what}{left_out}");
-        }
+        say(&self.lines, level, what, left_out);
     }
 }
 
 /// Lets at most so many log lines of one kind a second through for each source, so that nobody can
 /// hide others.
 pub struct SourceLogLimit {
+    lines: Arc<Lines>,
     a_second: u32,
     table: Mutex<Table>,
 }
@@ -64,8 +67,9 @@ struct Table {
 
 impl SourceLogLimit {
     /// Lets this many lines a second through for each source.
-    pub fn new(a_second: u32) -> Self {
+    pub fn new(lines: &Arc<Lines>, a_second: u32) -> Self {
         Self {
+            lines: lines.clone(),
             a_second,
             table: Mutex::new(Table {
                 sources: HashMap::new(),
@@ -76,14 +80,21 @@ impl SourceLogLimit {
 
     /// Logs a line that this address has caused, as [`LogLimit::say`] does.
     pub fn say(&self, from: SocketAddr, level: Level, what: fmt::Arguments) {
-        if let Some(left_out) = self.take(from.into(), Instant::now()) {
-            log!(level, "{what}{left_out}");
-        }
+        let left_out = self.take(from.into(), Instant::now());
+        say(&self.lines, level, what, left_out);
     }
 
     fn take(&self, source: Source, now: Instant) -> Option<LeftOut> {
         let mut table = self.table.lock();
         table.state(source, now).take(now, SECOND, self.a_second)
+    }
+}
+
+/// Logs a line with the number of those that were left out before, or leaves it out itself.
+fn say(lines: &Lines, level: Level, what: fmt::Arguments, left_out: Option<LeftOut>) {
+    match left_out {
+        Some(left_out) => lines.say(level, format_args!("{what}{left_out}")),
+        None => lines.leave_out(level),
     }
 }
 
@@ -177,7 +188,7 @@ mod tests {
 
     #[test]
     fn each_source_has_its_own_limit_as_long_as_there_is_room() {
-        let limit = SourceLogLimit::new(1);
+        let limit = SourceLogLimit::new(&Lines::new(false), 1);
         let source = |number: usize| Source::V4(Ipv4Addr::from_bits(number as u32));
         let start = Instant::now();
         for number in 0..MAX_SOURCES {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use log::Level::{self, Debug, Info, Warn};
-use log::{error, info, log, warn};
+use log::{error, info, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
@@ -21,14 +21,17 @@ use crate::relay::{Pairs, Visit, Visitor};
 use crate::service::{MAX_SERVICES, Service};
 use crate::session::of_client::{LocalError, NoVisitor, Session};
 use crate::session::{Ended, Proto};
+use crate::status::snapshot::Snapshot;
 use crate::wire::line::{Failure, Reason};
 
 mod limit;
+mod lines;
 mod status;
 
 pub use status::{ServiceStatus, Status};
 
 use limit::{LogLimit, SourceLogLimit};
+use lines::Lines;
 
 /// The lines a second for details (`-v`), for clients that have a key, and for visitors who were
 /// served. So the log of a busy hour stays readable, and a flood of visitors is no flood of lines.
@@ -42,12 +45,24 @@ const FULL_LINES: Duration = Duration::from_secs(60);
 pub struct Journal {
     since: Instant,
     max: usize,
-    refused: AtomicU64,
+    refused: Mutex<Refused>,
     timed_out: AtomicU64,
+    dialled: AtomicU64,
     /// Of each server that the client has no session with, the one that was lost last at the end.
     last_errors: Mutex<Vec<(Address, String)>>,
+    lines: Arc<Lines>,
     limits: Limits,
     no_key: Once,
+}
+
+/// What was refused, by where it failed and why: a link or tunnel at the server's door, or a visitor at
+/// the local service. All words are this program's own.
+type Refused = BTreeMap<(Place, &'static str), u64>;
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Door,
+    Local,
 }
 
 struct Limits {
@@ -68,31 +83,35 @@ struct Limits {
 
 impl Journal {
     /// The journal of a server or a client for at most `max` visitors at a time. With a key
-    /// (`sealed`), a client is no stranger, and may cause more lines.
-    pub fn new(max: usize, sealed: bool) -> Self {
-        let once_a_second = || LogLimit::new(1);
-        let of_each_source = || SourceLogLimit::new(1);
+    /// (`sealed`), a client is no stranger, and may cause more lines. The last lines are kept if a
+    /// status page is to show them.
+    pub fn new(max: usize, sealed: bool, keeps_lines: bool) -> Self {
+        let lines = &Lines::new(keeps_lines);
+        let once_a_second = || LogLimit::new(lines, 1);
+        let of_each_source = || SourceLogLimit::new(lines, 1);
         let client_lines = if sealed { MANY_LINES } else { 1 };
         Self {
             since: Instant::now(),
             max,
-            refused: AtomicU64::new(0),
+            refused: Mutex::new(BTreeMap::new()),
             timed_out: AtomicU64::new(0),
+            dialled: AtomicU64::new(0),
+            lines: lines.clone(),
             last_errors: Mutex::new(Vec::new()),
             limits: Limits {
                 accept_failed: once_a_second(),
-                full: LogLimit::within(FULL_LINES, 1),
+                full: LogLimit::within(lines, FULL_LINES, 1),
                 no_thread: once_a_second(),
                 link_refused: of_each_source(),
                 tunnel_refused: of_each_source(),
-                client_came: SourceLogLimit::new(client_lines),
-                client_left: SourceLogLimit::new(client_lines),
-                unserved: SourceLogLimit::new(MAX_SERVICES as u32),
+                client_came: SourceLogLimit::new(lines, client_lines),
+                client_left: SourceLogLimit::new(lines, client_lines),
+                unserved: SourceLogLimit::new(lines, MAX_SERVICES as u32),
                 timed_out: of_each_source(),
                 local_failed: once_a_second(),
                 tunnel_failed: once_a_second(),
-                visitor_left: LogLimit::new(MANY_LINES),
-                detail: LogLimit::new(MANY_LINES),
+                visitor_left: LogLimit::new(lines, MANY_LINES),
+                detail: LogLimit::new(lines, MANY_LINES),
             },
             no_key: Once::new(),
         }
@@ -112,7 +131,7 @@ impl Journal {
             bytes_up: services.values().map(|it| it.bytes_up).sum(),
             bytes_down: services.values().map(|it| it.bytes_down).sum(),
             services,
-            refused: self.refused.load(Ordering::Relaxed),
+            refused: self.refused.lock().values().sum(),
             timed_out: self.timed_out.load(Ordering::Relaxed),
             last_error: self.last_errors.lock().last().map(|(_, why)| why.clone()),
         }
@@ -121,6 +140,47 @@ impl Journal {
 
 fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// What the status page shows.
+impl Journal {
+    /// The status page is there.
+    pub fn status_page(&self, addr: SocketAddr) {
+        self.say(Info, format_args!("status at http://{addr}/"));
+        if !addr.ip().is_loopback() {
+            let what = "--insecure-status: whoever reaches it sees who comes, and the log";
+            self.say(Warn, format_args!("{what}"));
+        }
+    }
+
+    /// Another program has the port of the status page, such as one that ends.
+    pub fn status_port_in_use(&self, address: &Address) {
+        let what = format_args!("--status: {address} is in use, trying again until it is free");
+        self.say(Warn, what);
+    }
+
+    /// Fills in what the journal knows of a snapshot.
+    pub fn fill(&self, snapshot: &mut Snapshot) {
+        let refused = self.refused.lock();
+        let refused = refused.iter().map(|((place, word), count)| match place {
+            Place::Door => ((*word).to_owned(), *count),
+            Place::Local => (format!("local-{word}"), *count),
+        });
+        snapshot.refused = refused.collect();
+        snapshot.dialled = self.dialled.load(Ordering::Relaxed);
+        snapshot.log = self.lines.last();
+        snapshot.log_left_out = self.lines.left_out();
+    }
+
+    fn count_refused(&self, place: Place, word: &'static str) {
+        *self.refused.lock().entry((place, word)).or_default() += 1;
+    }
+
+    /// A tunnel was dialled, and has named its session, of which this is the count.
+    pub fn tunnel_dialled(&self, of_session: &AtomicU64) {
+        count(&self.dialled);
+        count(of_session);
+    }
 }
 
 /// The threads and connections of both programs.
@@ -145,6 +205,10 @@ impl Journal {
         let what =
             format_args!("{visitor}: {up} bytes up, {down} bytes down in {seconds:.3} s{why}");
         self.limits.visitor_left.say(Info, what);
+    }
+
+    fn say(&self, level: Level, what: fmt::Arguments) {
+        self.lines.say(level, what);
     }
 
     /// Something that is logged with `-v` only.
@@ -185,27 +249,39 @@ impl Journal {
 
     /// The server listens.
     pub fn listening<'a>(
+        &self,
         options: &ServerOptions,
         public: impl Iterator<Item = (&'a Service, SocketAddr)>,
         tunnel: SocketAddr,
         control: SocketAddr,
     ) {
         for (service, public) in public {
-            info!("listening on {public} for visitors{}", service.of());
+            let of = service.of();
+            self.say(Info, format_args!("listening on {public} for visitors{of}"));
         }
-        info!("listening on {tunnel} for tunnels");
-        info!("listening on {control} for the control link");
+        self.say(Info, format_args!("listening on {tunnel} for tunnels"));
+        self.say(
+            Info,
+            format_args!("listening on {control} for the control link"),
+        );
         let sealed = !options.keys.is_empty();
         if options.insecure && sealed {
-            warn!("--insecure changes nothing: a client needs the key");
+            self.say(
+                Warn,
+                format_args!("--insecure changes nothing: a client needs the key"),
+            );
         } else if options.insecure {
-            warn!(
+            let what = format_args!(
                 "--insecure: whoever reaches {tunnel} or {control} can become the client or read \
                  along"
             );
+            self.say(Warn, what);
         }
         if options.original && sealed {
-            warn!("--original changes nothing: a client needs the key");
+            self.say(
+                Warn,
+                format_args!("--original changes nothing: a client needs the key"),
+            );
         }
     }
 
@@ -216,8 +292,8 @@ impl Journal {
     }
 
     /// Another server has taken over the ports.
-    pub fn handed_over() {
-        info!("the next server takes over");
+    pub fn handed_over(&self) {
+        self.say(Info, format_args!("the next server takes over"));
     }
 
     /// The ports could not be offered to another server.
@@ -230,14 +306,14 @@ impl Journal {
 impl Journal {
     /// A control link was refused.
     pub fn refused_link(&self, from: SocketAddr, refusal: &Refusal) {
-        count(&self.refused);
+        self.count_refused(Place::Door, refusal.word());
         let what = format_args!("refused control link from {from}: {refusal}");
         self.limits.link_refused.say(from, Warn, what);
     }
 
     /// A tunnel was refused.
     pub fn refused_tunnel(&self, from: SocketAddr, refusal: &Refusal) {
-        count(&self.refused);
+        self.count_refused(Place::Door, refusal.word());
         let what = format_args!("refused tunnel from {from}: {refusal}");
         self.limits.tunnel_refused.say(from, Warn, what);
     }
@@ -354,7 +430,7 @@ impl Journal {
 
     /// The client said that it aborted a visitor's tunnel.
     pub fn client_failed(&self, visitor: SocketAddr, reason: &Failure) {
-        count(&self.refused);
+        self.count_refused(Place::Local, reason.word());
         let reason = reason.to_string();
         let reason = reason.escape_debug();
         let what = format_args!(
@@ -367,16 +443,17 @@ impl Journal {
 /// The client's session.
 impl Journal {
     /// The first dial of a server begins. Each later one is announced by the line before it.
-    pub fn connecting(server: &Address) {
-        info!("connecting to {server}");
+    pub fn connecting(&self, server: &Address) {
+        self.say(Info, format_args!("connecting to {server}"));
     }
 
     /// The server is on another host, and there is no key. This is said once.
     pub fn no_key(&self, server: &Address) {
         self.no_key.call_once(|| {
-            warn!(
+            let what = format_args!(
                 "no --key-file: whoever is between here and {server} can read along, or be the server"
             );
+            self.say(Warn, what);
         });
     }
 
@@ -391,7 +468,7 @@ impl Journal {
         self.last_errors.lock().retain(|(lost, _)| lost != server);
         let (proto, sealed) = (session.proto, session.bond.is_some());
         let sealed = if sealed { ", sealed" } else { "" };
-        info!("connected to {server}: {proto}{sealed}");
+        self.say(Info, format_args!("connected to {server}: {proto}{sealed}"));
         let host = &server.host;
         for (service, local) in local {
             let name = match service.has_name() {
@@ -400,14 +477,17 @@ impl Journal {
             };
             match session.public.get(service) {
                 Some(Some(port)) => {
-                    info!("{} → {local}{name}", Address::new(host, *port));
+                    let public = Address::new(host, *port);
+                    self.say(Info, format_args!("{public} → {local}{name}"));
                 }
-                Some(None) => info!("visitors go to {local}{name}"),
-                None => warn!(
-                    "the server has no port for visitors{} (--public {}PORT of tpserver)",
-                    service.of(),
-                    service.option()
-                ),
+                Some(None) => self.say(Info, format_args!("visitors go to {local}{name}")),
+                None => {
+                    let (of, option) = (service.of(), service.option());
+                    let what = format_args!(
+                        "the server has no port for visitors{of} (--public {option}PORT of tpserver)"
+                    );
+                    self.say(Warn, what);
+                }
             }
         }
         let missing = session
@@ -416,9 +496,10 @@ impl Journal {
             .filter(|(service, _)| !local.contains_key(service));
         for (service, _) in missing.filter(|(_, port)| port.is_some()) {
             let (of, option) = (service.of(), service.option());
-            info!(
+            let what = format_args!(
                 "the server has visitors{of}, which this client does not serve (--local {option}HOST:PORT)"
             );
+            self.say(Info, what);
         }
     }
 
@@ -441,7 +522,10 @@ impl Journal {
 
     fn again(&self, server: &Address, level: Level, what: String, pause: Duration) {
         let seconds = pause.as_secs_f64();
-        log!(level, "{what}; trying again in {seconds:.1} s");
+        self.say(
+            level,
+            format_args!("{what}; trying again in {seconds:.1} s"),
+        );
         let mut last = self.last_errors.lock();
         last.retain(|(lost, _)| lost != server);
         last.push((server.clone(), what));
@@ -474,10 +558,10 @@ impl Journal {
 
     /// The client aborted a visitor's tunnel, as it could not reach the local service.
     pub fn local_failed(&self, visitor: &Visitor, error: &LocalError) {
-        count(match error.reason {
-            Failure::TimedOut => &self.timed_out,
-            _ => &self.refused,
-        });
+        match &error.reason {
+            Failure::TimedOut => count(&self.timed_out),
+            reason => self.count_refused(Place::Local, reason.word()),
+        }
         let what = format_args!("{visitor}: cannot reach the local service: {}", error.why);
         self.limits.local_failed.say(Warn, what);
     }

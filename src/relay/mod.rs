@@ -7,6 +7,7 @@
 
 mod direction;
 mod pair;
+mod rates;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -22,6 +23,7 @@ use crate::journal::ServiceStatus;
 use crate::os::limits::{Slot, Slots, affordable_pipes};
 use crate::os::net;
 use crate::service::Service;
+use crate::status::snapshot::{self, JoinTimes};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::proxy_header::Addresses;
@@ -29,6 +31,7 @@ use direction::BULK;
 pub use direction::Direction;
 use direction::Ending;
 use pair::{Failure, Joined, Pair, Progress, Side, Way};
+use rates::Rates;
 
 /// How many directions of a server's or a client's visitors may have the second buffer, and the third.
 /// Others stay with what they have: anyone can make a thousand downloads and stop reading, and what is
@@ -67,6 +70,8 @@ pub struct Pairs {
     pipes: Arc<Slots>,
     /// Who may have the second buffer, and the third.
     roomy: [Arc<Slots>; BULK],
+    /// None if nobody asked for a status page.
+    rates: Option<Mutex<Rates>>,
     stop: Arc<Stop>,
     told: Box<Told>,
 }
@@ -78,14 +83,17 @@ struct PairsState {
     /// Of each service: how many were joined in all, and the bytes up and down of those that are joined
     /// no more.
     totals: BTreeMap<Service, (u64, [u64; 2])>,
+    join_times: JoinTimes,
     /// How many more may be joined before long.
     expected: usize,
 }
 
 impl Pairs {
-    /// None yet. `told` is told of each pair that has ended.
+    /// None yet. `told` is told of each pair that has ended. If a status page is to show the pairs, it is
+    /// known how fast they are (`keeps_rates`).
     pub fn new(
         stop: Arc<Stop>,
+        keeps_rates: bool,
         told: impl Fn(&Visitor, Visit) + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -93,11 +101,13 @@ impl Pairs {
                 joined: HashMap::new(),
                 next_key: 0,
                 totals: BTreeMap::new(),
+                join_times: JoinTimes::default(),
                 expected: 0,
             }),
             changed: Condvar::new(),
             pipes: Slots::new(affordable_pipes()),
             roomy: ROOMY.map(Slots::new),
+            rates: keeps_rates.then(Mutex::default),
             stop,
             told: Box::new(told),
         })
@@ -105,10 +115,12 @@ impl Pairs {
 
     /// Joins two connections that [reset on close](net::reset_on_close): the one on the visitor's side,
     /// and the one on the service's side. Returns the direction up, from the visitor, and the direction
-    /// down, each to be copied on a thread of its own. One that is dropped instead aborts both.
+    /// down, each to be copied on a thread of its own. One that is dropped instead aborts both. The
+    /// visitor `came` some time ago.
     pub fn join(
         self: &Arc<Self>,
         visitor: Visitor,
+        came: Instant,
         visitor_end: End,
         service_end: End,
         linger: Duration,
@@ -144,6 +156,8 @@ impl Pairs {
         });
         state.joined.insert(key, Arc::downgrade(&pair));
         state.total_of(&pair.joined.service).0 += 1;
+        let waited = pair.started.saturating_duration_since(came);
+        state.join_times.add(waited);
         drop(state);
         if self.stop.reached(Phase::Done) {
             pair.abort(Aborted::CutOff);
@@ -203,9 +217,39 @@ impl Pairs {
     /// Aborts half-closed pairs that stand still or that nobody waits for any more. To be called
     /// every [`SWEEP`].
     pub fn sweep(&self) {
-        for pair in self.all() {
+        let pairs = self.all();
+        for pair in &pairs {
             pair.check();
         }
+        if let Some(rates) = &self.rates {
+            let moved = pairs.iter().map(|it| (it.joined.key, it.joined.moved()));
+            rates.lock().sample(Instant::now(), moved);
+        }
+    }
+
+    /// Returns the visitors of now, in any order.
+    pub fn visitors(&self) -> Vec<snapshot::Visitor> {
+        let (pairs, now) = (self.all(), Instant::now());
+        let rates = self.rates.as_ref().map(Mutex::lock);
+        let visitors = pairs.iter().map(|pair| {
+            let Joined { key, service, .. } = &pair.joined;
+            let moved = pair.joined.moved();
+            let rates = rates.as_ref();
+            let rate = rates.map(|rates| rates.rate(now, *key, pair.started, moved));
+            snapshot::Visitor {
+                address: pair.visitor.address.map(|it| it.to_string()),
+                service: service.name(),
+                age: now.saturating_duration_since(pair.started),
+                moved,
+                rate: rate.unwrap_or_default(),
+            }
+        });
+        visitors.collect()
+    }
+
+    /// Returns how long all visitors took to be joined.
+    pub fn join_times(&self) -> JoinTimes {
+        self.state.lock().join_times.clone()
     }
 
     /// What the pairs of each service do now and have done.
@@ -418,8 +462,8 @@ mod tests {
     use std::thread;
 
     fn new_pairs() -> Arc<Pairs> {
-        let journal = Journal::new(1, false);
-        Pairs::new(Stop::new(), move |visitor, visit| {
+        let journal = Journal::new(1, false, false);
+        Pairs::new(Stop::new(), false, move |visitor, visit| {
             journal.visitor_left(visitor, &visit);
         })
     }
@@ -469,7 +513,8 @@ mod tests {
             let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
             let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
             let visitor = Visitor::new(None, Service::default(), [None, None]);
-            let (up, down) = new_pairs().join(visitor, from, to, Duration::from_secs(600));
+            let (up, down) =
+                new_pairs().join(visitor, Instant::now(), from, to, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
             up.copy();
             let error = client.read(&mut [0]).unwrap_err();
@@ -495,7 +540,7 @@ mod tests {
             End { peer, conn }
         });
         let from = Visitor::new(from.parse().ok(), Service::default(), [None, None]);
-        let (up, down) = pairs.join(from, near, far, Duration::from_secs(600));
+        let (up, down) = pairs.join(from, Instant::now(), near, far, Duration::from_secs(600));
         workers.start("up", move || drop(up.copy())).unwrap();
         workers.start("down", move || drop(down.copy())).unwrap();
         [visitor, service]

@@ -28,6 +28,7 @@ use crate::server::{Shared, State};
 use crate::service::Service;
 use crate::session::of_server::Session;
 use crate::session::{Ended, Proto};
+use crate::status::port::{self, StatusPort};
 use crate::stop::{Phase, Stop};
 use crate::wire::handshake::Bond;
 use crate::wire::line::{Arrival, Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
@@ -89,12 +90,15 @@ impl Shared {
         let sealed = !options.keys.is_empty();
         let stop = Stop::new();
         let (public, control, tunnel) = open_ports(&options, &stop, longest)?;
-        let journal = Arc::new(Journal::new(options.max_conns, sealed));
+        let status = StatusPort::new(options.status.as_ref(), options.insecure_status, &stop);
+        status.open()?;
+        let is_shown = options.status.is_some();
+        let journal = Arc::new(Journal::new(options.max_conns, sealed, is_shown));
         let (conn_list_map_update, updates) = bounded(1);
         let shared = Self {
             slots: Slots::new(options.max_conns),
             door: Door::new(options.keys.clone(), options.original, tunnel.is_none()),
-            pairs: Pairs::new(stop.clone(), journal.tells_of_visits()),
+            pairs: Pairs::new(stop.clone(), is_shown, journal.tells_of_visits()),
             options,
             state: Mutex::new(State {
                 conn_list_map: ConnList::new(),
@@ -106,6 +110,7 @@ impl Shared {
             conn_list_map_update,
             workers: Workers::new(journal::panicked),
             stop,
+            status,
             successor: Mutex::new(None),
             journal,
         };
@@ -116,7 +121,9 @@ impl Shared {
     pub(super) fn run(self: &Arc<Self>, updates: &Receiver<()>) -> Result<(), Error> {
         let public = self.public.iter();
         let public = public.map(|public| (&public.service, public.listener.addr));
-        Journal::listening(&self.options, public, self.tunnel_addr(), self.control.addr);
+        self.journal
+            .listening(&self.options, public, self.tunnel_addr(), self.control.addr);
+        let shown = port::show(self)?;
         type Work<'a> = Box<dyn FnOnce() + Send + 'a>;
         let mut threads: Vec<(String, Work)> = vec![
             ("make_control".to_owned(), Box::new(|| self.make_control())),
@@ -144,6 +151,7 @@ impl Shared {
             Ok(())
         })?;
         self.pairs.wait();
+        drop(shown);
         self.workers.wait(LAST_WORDS);
         Ok(())
     }
@@ -156,7 +164,9 @@ fn check_apart(options: &ServerOptions) -> Result<(), Error> {
     let mut taken: Vec<(&str, &Address)> = Vec::new();
     let public = options.public.values().map(|address| ("--public", address));
     let tunnel = Some(("--tunnel", tunnel)).filter(|_| !options.has_one_port());
-    for (option, address) in public.chain([("--control", control)]).chain(tunnel) {
+    let status = options.status.as_ref().map(|address| ("--status", address));
+    let others = [("--control", control)].into_iter().chain(tunnel);
+    for (option, address) in public.chain(others).chain(status) {
         if let Some((other, taken)) = taken.iter().find(|(_, taken)| address.overlaps(taken)) {
             return Err(Error::SameAddress(option, other, (*taken).clone()));
         }
@@ -435,7 +445,7 @@ impl Shared {
             match tunnel.wait_until_ready() {
                 Answer::Ready(tunnel) => {
                     client.has_reached(accept.service, true);
-                    server.join_conn2(accept, tunnel, &client);
+                    server.join_conn2(accept, accept_add_time, tunnel, &client);
                 }
                 Answer::Failed(reason, tunnel) => {
                     server.journal.client_failed(accept.visitor, &reason);
@@ -582,6 +592,10 @@ impl Half for Shared {
         status
     }
 
+    fn status_addr(&self) -> Option<SocketAddr> {
+        self.status.addr()
+    }
+
     fn wait_for_session(&self, limit: Duration) -> bool {
         let is_live = || self.state.lock().conn_list_map.clients().next().is_some();
         self.stop.wait_for(limit, is_live)
@@ -596,7 +610,8 @@ impl Shared {
         let ended = || self.stop.reached(Phase::Leaving);
         match Successor::find(self.control.addr, &listeners, time, ended) {
             Ok(Some(successor)) => {
-                Journal::handed_over();
+                self.journal.handed_over();
+                self.status.close();
                 let mut place = self.successor.lock();
                 // A server that has finished does not look there again.
                 if !ended() {
@@ -650,16 +665,16 @@ impl Shared {
         for conn_match in promised {
             let ConnMatch {
                 accept,
+                accept_add_time,
                 tunnel,
                 client,
-                ..
             } = conn_match;
             let arrival = Arrival {
                 answer: false,
                 ..self.arrival(&accept, &client)
             };
             if let Some(tunnel) = tunnel.greet(&accept, arrival) {
-                self.join_conn2(accept, tunnel, &client);
+                self.join_conn2(accept, accept_add_time, tunnel, &client);
             }
         }
         for session in sessions {

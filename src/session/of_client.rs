@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -40,6 +41,8 @@ pub struct Session {
     pub seen_as: Option<IpAddr>,
     /// When it began.
     pub began: Instant,
+    /// The tunnels that this client has dialled.
+    pub dialled: AtomicU64,
     control: Arc<TcpStream>,
     state: Mutex<State>,
     /// No tunnel is spare any more.
@@ -91,6 +94,7 @@ impl Session {
             public,
             seen_as: welcome.and_then(|welcome| Some(welcome.client?.ip())),
             began: Instant::now(),
+            dialled: AtomicU64::new(0),
             control,
             state: Mutex::new(State {
                 held: 0,

@@ -2,6 +2,7 @@
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -43,6 +44,10 @@ pub struct Session {
     pub client: SocketAddr,
     /// What was agreed.
     pub proto: Proto,
+    /// When it began.
+    pub began: Instant,
+    /// The tunnels that the client has dialled.
+    pub dialled: AtomicU64,
     /// What the tunnels of this session are tied to. None without a key.
     pub bond: Option<Bond>,
     /// The client wants to know which address each visitor came to.
@@ -73,6 +78,8 @@ impl Session {
         let session = Self {
             client,
             proto: link.proto,
+            began: Instant::now(),
+            dialled: AtomicU64::new(0),
             bond: link.bond.clone(),
             wants_to: link.wants_to,
             serves: serves.map(|it| it.then(Mutex::default)).collect(),

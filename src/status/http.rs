@@ -501,7 +501,13 @@ pub mod tests {
                 let listener = listener.clone();
                 move || {
                     let workers = Workers::new(|job| panic!("{job}"));
-                    serve(&listener, &workers, &Journal::new(1, false), limit, route);
+                    serve(
+                        &listener,
+                        &workers,
+                        &Journal::new(1, false, false),
+                        limit,
+                        route,
+                    );
                 }
             });
             Self {

@@ -1,9 +1,11 @@
 //! What is to be seen of a running program over HTTP: a page for people, metrics, and two paths for
 //! health checks. Everything shows a [`Snapshot`], which the server or the client fills in.
 
+mod fill;
 pub mod http;
 mod metrics;
 mod page;
+pub mod port;
 pub mod process;
 pub mod ready;
 pub mod snapshot;

@@ -8,7 +8,7 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use ring::digest::{SHA256, digest};
 
 use super::http::{Code, POLICY, Response};
-use super::snapshot::{Service, Session, Side, Snapshot, Visitor};
+use super::snapshot::{LogLine, Service, Session, Side, Snapshot, Visitor};
 
 /// The visitors who are shown: the busiest, then those who came last.
 const MAX_VISITORS: usize = 200;
@@ -224,9 +224,9 @@ fn log(page: &mut Page, snapshot: &Snapshot) {
     );
     page.title("Log", &left_out);
     page.put("<ol>\n");
-    for line in snapshot.log.iter().rev() {
+    for LogLine { age, level, text } in snapshot.log.iter().rev() {
         page.put("<li>");
-        page.text(line);
+        page.text(format_args!("{} ago {level} {text}", Time(*age)));
         page.put("</li>\n");
     }
     page.put("</ol>\n");
@@ -404,8 +404,8 @@ mod tests {
         snapshot.sessions[0].peer = evil.to_owned();
         snapshot.visitors[0].address = Some(evil.to_owned());
         snapshot.visitors[0].service = Some(evil.to_owned());
-        snapshot.refused.insert(evil, 1);
-        snapshot.log.push(evil.to_owned());
+        snapshot.refused.insert(evil.to_owned(), 1);
+        snapshot.log[0].text = evil.to_owned();
         let page = render(&snapshot);
         let escaped = "&quot;&gt;&lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;";
         assert_eq!(page.matches(escaped).count(), 8);
@@ -431,6 +431,7 @@ mod tests {
             "<td class=\"n\" data-head=\"Down/s\">2.5\u{a0}MB</td>",
             "<dt>wrong-key</dt><dd>3</dd>",
             "newest first; 4 lines left out",
+            "<li>3\u{a0}min 20\u{a0}s ago INFO listening on ",
         ] {
             assert!(page.contains(shown), "{shown} is not in {page}");
         }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use log::Level;
+
 use super::process::Process;
 
 /// The log lines that are shown.
@@ -42,7 +44,7 @@ pub struct Snapshot {
     pub max_visitors: usize,
     /// What was refused since the start. The reasons are words of the program's own: a stranger cannot
     /// invent one.
-    pub refused: BTreeMap<&'static str, u64>,
+    pub refused: BTreeMap<String, u64>,
     /// Visitors who were not joined in time since the start.
     pub timed_out: u64,
     /// Tunnels that were dialled since the start.
@@ -50,9 +52,17 @@ pub struct Snapshot {
     pub join_times: JoinTimes,
     pub process: Process,
     /// The last [`LOG_LINES`] lines of the log, the oldest first.
-    pub log: Vec<String>,
+    pub log: Vec<LogLine>,
     /// Log lines that a limit has left out since the start.
     pub log_left_out: u64,
+}
+
+/// A line of the log.
+pub struct LogLine {
+    /// The time since it was logged.
+    pub age: Duration,
+    pub level: Level,
+    pub text: String,
 }
 
 /// A public port on the server, a local service on the client.
@@ -153,6 +163,11 @@ impl Snapshot {
             visits: 1_234,
             moved: [56_789, 1_234_567_890],
         };
+        let line = |level, text: &str| LogLine {
+            age: Duration::from_secs(200),
+            level,
+            text: text.to_owned(),
+        };
         let visitor = |address: &str, seconds, rate| Visitor {
             address: Some(address.to_owned()),
             service: Some("web".to_owned()),
@@ -182,7 +197,9 @@ impl Snapshot {
                 visitor("<script>alert('1')</script>\"&", 4_000, 2_500_000),
             ],
             max_visitors: 4_000,
-            refused: BTreeMap::from([("wrong-key", 3), ("busy", 1)]),
+            refused: [("wrong-key", 3), ("busy", 1)]
+                .map(|(word, count)| (word.to_owned(), count))
+                .into(),
             timed_out: 2,
             dialled: 24,
             join_times,
@@ -194,8 +211,8 @@ impl Snapshot {
                 memory: Some(6_291_456),
             },
             log: vec![
-                "[INFO] listening on [::]:8007 for visitors".to_owned(),
-                "[WARN] refused control link from <b>&</b>: wrong key".to_owned(),
+                line(Level::Info, "listening on [::]:8007 for visitors"),
+                line(Level::Warn, "refused control link from <b>&</b>: wrong key"),
             ],
             log_left_out: 4,
         }

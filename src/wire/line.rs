@@ -54,12 +54,22 @@ macro_rules! words {
             Other(String),
         }
 
+        impl $name {
+            /// Returns the word, or one word for all that this version does not know.
+            pub fn word(&self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word,)*
+                    Self::Other(_) => "other",
+                }
+            }
+        }
+
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                match self {
-                    $(Self::$variant => f.write_str($word),)*
-                    Self::Other(word) => f.write_str(word),
-                }
+                f.write_str(match self {
+                    Self::Other(word) => word,
+                    known => known.word(),
+                })
             }
         }
 
