@@ -6,10 +6,11 @@ use crate::rows::{CPU, FAR_VISITORS, Figure, ROWS, Row, Sample, middle};
 use crate::run::Fallible;
 use crate::systems::System;
 
-/// The systems that are compared, the last two for processor time alone.
-const RATIOS: [(System, System); 3] = [
+/// The systems that are compared, one of them for processor time alone.
+const RATIOS: [(System, System); 4] = [
     (System::Plain, System::Rathole),
     (System::Key, System::RatholeNoise),
+    (System::Plain, System::Haproxy),
     (System::Key, System::Rathole),
 ];
 
@@ -94,7 +95,7 @@ impl Results {
             });
         }
         for (at, of) in RATIOS.into_iter().enumerate() {
-            let wanted = at < 2 || what == CPU;
+            let wanted = at + 1 < RATIOS.len() || what == CPU;
             let ratio = self.ratio(row, number, of).filter(|_| wanted);
             line.push(ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")));
         }

@@ -11,7 +11,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use System::{Bore, Direct, Key, Plain, Rathole, RatholeNoise};
+use System::{Bore, Direct, Haproxy, Key, Plain, Rathole, RatholeNoise};
 use tempfile::TempDir;
 
 use crate::load::first_byte;
@@ -45,16 +45,19 @@ pub enum System {
     Rathole,
     RatholeNoise,
     Bore,
+    /// No tunnel, but two of the fastest relays in a row.
+    Haproxy,
 }
 
 impl System {
-    pub const ALL: &[Self] = &[Direct, Plain, Key, Rathole, RatholeNoise, Bore];
-    pub const TUNNELS: &[Self] = &[Plain, Key, Rathole, RatholeNoise, Bore];
+    pub const ALL: &[Self] = &[Direct, Plain, Key, Rathole, RatholeNoise, Bore, Haproxy];
+    pub const TUNNELS: &[Self] = &[Plain, Key, Rathole, RatholeNoise, Bore, Haproxy];
     pub const OWN: &[Self] = &[Plain, Key];
     const RATHOLE: &[Self] = &[Rathole, RatholeNoise];
 
     pub fn name(self) -> &'static str {
-        ["direct", "plain", "key", "rathole", "rathole+noise", "bore"][self as usize]
+        let peers = ["rathole", "rathole+noise", "bore", "haproxy ×2"];
+        [&["direct", "plain", "key"], &peers[..]].concat()[self as usize]
     }
 }
 
@@ -80,18 +83,26 @@ impl Programs {
         fs::write(folder.path().join("tp.key"), key)?;
         let mut notes = vec![output(&own[0], "--version")?.trim().to_owned()];
         let mut programs = BTreeMap::from([(Plain, own.clone()), (Key, own)]);
-        for (name, path, before, systems) in [
-            ("rathole", rathole, "Build Version:", System::RATHOLE),
-            ("bore", bore, "bore-cli ", &[Bore]),
+        for (name, path, word, before, systems) in [
+            (
+                "rathole",
+                rathole,
+                "--version",
+                "Build Version:",
+                System::RATHOLE,
+            ),
+            ("bore", bore, "--version", "bore-cli ", &[Bore]),
+            ("haproxy", "haproxy", "-v", "HAProxy version ", &[Haproxy]),
         ] {
             let mut path = PathBuf::from(path);
             if path.components().count() > 1 {
                 path = path::absolute(path)?;
             }
-            match output(&path, "--version") {
+            match output(&path, word) {
                 Ok(said) => {
                     let version = said.lines().find_map(|line| line.strip_prefix(before));
-                    notes.push(format!("{name} {}", version.unwrap_or_default().trim()));
+                    let version = version.and_then(|it| it.split_whitespace().next());
+                    notes.push(format!("{name} {}", version.unwrap_or_default()));
                     programs.extend(systems.iter().map(|it| (*it, [path.clone(), path.clone()])));
                 }
                 Err(error) => notes.push(format!("without {name}: {error}")),
@@ -141,6 +152,16 @@ impl Programs {
                 let (host, from, to) = ("127.0.0.1", local.port(), public.port());
                 let client = format!("local {from} --local-host {host} --to {host} --port {to}");
                 [format!("server --bind-addr {host}"), client]
+            }
+            Haproxy => {
+                for (name, from, to) in [("far", control, local), ("near", public, control)] {
+                    let text = format!(
+                        "defaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n\
+                         listen {name}\n bind {from}\n server next {to}\n"
+                    );
+                    fs::write(self.folder.path().join(format!("{name}.cfg")), text)?;
+                }
+                ["far", "near"].map(|name| format!("-q -db -f {name}.cfg"))
             }
         };
         let (processes, counts) = (Vec::new(), self.counts.clone());
