@@ -29,7 +29,7 @@ pub trait Client<A>: Clone + PartialEq {
 /// The visitors who are not joined yet, ordered by arrival, and the clients with their idle tunnels.
 ///
 /// As those who came first are served first, a client has idle tunnels only while nobody waits whom it
-/// could serve.
+/// could serve, or all who wait are left to others, as it has just failed.
 #[derive(Debug)]
 pub struct ConnList<A, T, C> {
     matches: VecDeque<ConnMatch<A, T, C>>,
@@ -106,20 +106,22 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         self.clients.iter().map(|it| &it.client)
     }
 
-    /// Adds a visitor, who gets the newest idle tunnel of the client that has the fewest visitors.
+    /// Adds a visitor, who gets the newest idle tunnel of the client that has the fewest visitors. One
+    /// that has just failed serves only those whom no other one could.
     pub fn add_accept(&mut self, accept: A, accept_add_time: Instant) -> Added<C> {
         let end = self.waiting.len();
         self.insert(end, accept, accept_add_time)
     }
 
-    /// Puts back a visitor whose tunnel was of no use, before all that wait, as this visitor has waited
-    /// longest.
+    /// Puts back a visitor whose tunnel was of no use, before all who came later.
     pub fn put_back(&mut self, accept: A, accept_add_time: Instant) -> Added<C> {
-        self.insert(0, accept, accept_add_time)
+        let before = |(_, came): &(A, Instant)| *came < accept_add_time;
+        let place = self.waiting.partition_point(before);
+        self.insert(place, accept, accept_add_time)
     }
 
     fn insert(&mut self, place: usize, accept: A, accept_add_time: Instant) -> Added<C> {
-        if let Some(live) = self.first_in_rank(&accept, |it| !it.idle.is_empty())
+        if let Some(live) = self.first_in_rank(&accept)
             && let Some((tunnel, _)) = live.idle.pop_back()
         {
             let client = live.client.clone();
@@ -140,27 +142,24 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         });
     }
 
-    /// Finds the client that is to serve a visitor, among those that `may`. Visitors who are about to be
-    /// joined count as if they were.
-    fn first_in_rank(
-        &mut self,
-        accept: &A,
-        may: impl Fn(&Live<T, C>) -> bool,
-    ) -> Option<&mut Live<T, C>> {
+    /// Finds the client that is to serve a visitor: rather one with an idle tunnel than one that has to
+    /// dial. Visitors who are about to be joined count as if they were.
+    fn first_in_rank(&mut self, accept: &A) -> Option<&mut Live<T, C>> {
         let matches = &self.matches;
         let rank = |it: &Live<T, C>| {
             let (failed, visitors) = it.client.rank(accept)?;
             let of_it = matches.iter().filter(|other| other.client == it.client);
-            Some((failed, visitors + it.asked + of_it.count()))
+            let visitors = visitors + it.asked + of_it.count();
+            Some((failed, it.idle.is_empty(), visitors))
         };
-        let able = self.clients.iter_mut().filter(|it| may(it));
-        let ranked = able.filter_map(|it| Some((rank(it)?, it)));
+        let ranked = self.clients.iter_mut();
+        let ranked = ranked.filter_map(|it| Some((rank(it)?, it)));
         Some(ranked.min_by_key(|(rank, _)| *rank)?.1)
     }
 
     /// Returns the client that is to dial a tunnel for this visitor.
     fn ask_for(&mut self, accept: &A) -> Option<C> {
-        let live = self.first_in_rank(accept, |_| true)?;
+        let live = self.first_in_rank(accept)?;
         live.asked += 1;
         Some(live.client.clone())
     }
@@ -181,15 +180,18 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         asked
     }
 
-    /// Gives a client's tunnel to the visitor who has waited longest among those whom it could serve,
+    /// Gives a client's tunnel to the visitor who has waited longest among those whom it is to serve,
     /// or else keeps the tunnel idle from `now` on, as one of at most `most`.
     pub fn add_tunnel(&mut self, client: &C, tunnel: T, now: Instant, most: usize) -> Placed<T> {
-        let Some(live) = self.clients.iter_mut().find(|it| it.client == *client) else {
+        let Some(place) = self.clients.iter().position(|it| it.client == *client) else {
             return Placed::Homeless(tunnel);
         };
+        let oldest = self
+            .waiting
+            .iter()
+            .position(|(it, _)| self.is_for(it, client));
+        let live = &mut self.clients[place];
         live.asked = live.asked.saturating_sub(1);
-        let served = |(accept, _): &(A, Instant)| client.rank(accept).is_some();
-        let oldest = self.waiting.iter().position(served);
         if let Some((accept, came)) = oldest.and_then(|place| self.waiting.remove(place)) {
             let client = live.client.clone();
             self.complete(accept, came, tunnel, client);
@@ -203,6 +205,13 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
             Some((oldest, _)) => Placed::Superfluous(oldest),
             None => Placed::Idle,
         }
+    }
+
+    /// True if a client could serve a visitor, and has not failed just now where others have not.
+    fn is_for(&self, accept: &A, client: &C) -> bool {
+        let failed = |client: &C| Some(client.rank(accept)?.0);
+        let others_failed = || !self.clients().any(|it| failed(it) == Some(false));
+        failed(client).is_some_and(|failed| !failed || others_failed())
     }
 
     /// Takes out the oldest complete match.
@@ -475,6 +484,19 @@ mod tests {
     }
 
     #[test]
+    fn who_is_put_back_keeps_nobody_waiting_who_came_before() {
+        let (mut list, now) = (list(&[Dials { from: 'm', ..ANY }]), NOW());
+        let later = now + Duration::from_secs(1);
+        list.add_accept("a", now);
+        list.add_accept("m", later);
+        list.add_tunnel(&Dials { from: 'm', ..ANY }, 1, later, 8);
+        let dead = list.take_match().unwrap();
+        list.put_back(dead.accept, dead.accept_add_time);
+        assert_eq!(list.take_expired(now + TIMEOUT, TIMEOUT), ["a"]);
+        assert_eq!(list.oldest_waiting(), Some(later));
+    }
+
+    #[test]
     fn a_tunnel_goes_to_the_oldest_visitor_whom_its_client_serves() {
         let early = Dials { to: 'm', ..ANY };
         let late = Dials { from: 'n', ..ANY };
@@ -524,9 +546,16 @@ mod tests {
         };
         let busy = Dials { visitors: 9, ..ANY };
         let (mut list, now) = (list(&[failed, busy]), NOW());
+        // Not even with a tunnel at hand.
+        idle(&mut list, failed, &[1]);
         assert_eq!(list.add_accept("a", now), Added::Waits(Some(busy)));
+        idle(&mut list, failed, &[2]);
         list.take_client(&busy);
-        assert_eq!(list.add_accept("b", now), Added::Waits(Some(failed)));
+        assert_eq!(list.add_tunnel(&failed, 3, now, 9), Placed::Matched);
+        assert_eq!(list.add_accept("b", now), Added::Matched);
+        assert_eq!(served(&mut list), [("a", 3), ("b", 2)]);
+        assert_eq!(list.add_accept("c", now), Added::Matched);
+        assert_eq!(list.add_accept("d", now), Added::Waits(Some(failed)));
     }
 
     #[test]
