@@ -108,12 +108,16 @@ impl Session {
     }
 
     /// Takes note of whether the client has reached this one of its local services. If not, other
-    /// clients come first for a second, and for twice as long each further time.
+    /// clients come first for a second, and for twice as long each further time. What fails during such
+    /// a pause was tried before it, and is no further time.
     pub fn has_reached(&self, service: usize, reached: bool) {
         let Some(failing) = &self.serves[service] else {
             return;
         };
         let mut failing = failing.lock();
+        if !reached && failing.until.is_some_and(|until| until > Instant::now()) {
+            return;
+        }
         failing.times = match reached {
             true => 0,
             false => failing.times + 1,
@@ -206,23 +210,46 @@ mod tests {
     use std::collections::BTreeMap;
     use std::net::TcpListener;
 
-    #[test]
-    fn why_nothing_can_be_written_is_told_before_the_link_is_closed() {
+    /// The session of a link, with one service; what is to be written to its client; and the client.
+    fn session() -> (Arc<Session>, Receiver<Line>, Link, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (socket, from) = listener.accept().unwrap();
         let socket = Arc::new(socket);
         let Conn { reader, writer } = Conn::new(socket.clone());
         let link = Link {
-            socket: socket.clone(),
+            socket,
             lines: Lines::new(reader),
-            writer: Conn::new(socket.clone()).writer,
+            writer,
             proto: Proto::Original,
             offers: BTreeMap::new(),
             wants_to: false,
             bond: None,
         };
-        let (session, to_write) = Session::new(&link, from, std::iter::empty(), 0);
+        let (session, to_write) = Session::new(&link, from, std::iter::once(true), 1);
+        (session, to_write, link, client)
+    }
+
+    #[test]
+    fn visitors_who_fail_at_once_are_one_failure() {
+        let (session, ..) = session();
+        let pause = || {
+            let until = session.serves[0].as_ref().unwrap().lock().until;
+            until.map(|until| until.saturating_duration_since(Instant::now()))
+        };
+        for _ in 0..16 {
+            session.has_reached(0, false);
+        }
+        assert!(session.is_failing(0));
+        assert!(pause() <= Some(FIRST_PAUSE));
+        session.has_reached(0, true);
+        assert!(!session.is_failing(0));
+    }
+
+    #[test]
+    fn why_nothing_can_be_written_is_told_before_the_link_is_closed() {
+        let (session, to_write, link, _client) = session();
+        let Link { socket, writer, .. } = link;
         session.send(Line::Hi);
         socket.shutdown(Shutdown::Write).unwrap();
         let patience = Duration::from_millis(10);
