@@ -21,7 +21,7 @@ use crate::handle::{Handle, Running};
 use crate::journal::Journal;
 use crate::options::ServerOptions;
 use crate::os::hand_over::Successor;
-use crate::os::limits::Slots;
+use crate::os::limits::{Slot, Slots};
 use crate::os::listener::Listener;
 use crate::os::workers::Workers;
 use crate::relay::{Direction, End, Pairs, Peer, SWEEP, Visitor};
@@ -32,7 +32,7 @@ use crate::status::port::StatusPort;
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::Conn;
 use crate::wire::line::{Line, NEW};
-use ends::{Accept, Public, Tunnel};
+use ends::{Accept, Asked, Public, Tunnel};
 
 /// The half of the tunnel that runs on the host with the public address.
 pub struct Server {
@@ -69,6 +69,8 @@ struct State {
     /// How many of the ports for visitors still take some. Once none does, every visitor that will ever
     /// come to this server is in the list, or was.
     public_open: usize,
+    /// Who waits for a client's [answer](Shared::join_when_ready).
+    asked: Vec<Asked>,
 }
 
 impl Server {
@@ -296,7 +298,9 @@ impl Shared {
                     Some(tunnel) if asks => {
                         self.join_when_ready(accept, accept_add_time, tunnel, client);
                     }
-                    Some(tunnel) => self.join_conn2(accept, accept_add_time, tunnel, &client),
+                    Some(tunnel) => {
+                        self.join_conn2(accept, accept_add_time, tunnel, client.place());
+                    }
                     None => self.put_back(accept, accept_add_time),
                 }
                 continue;
@@ -312,14 +316,14 @@ impl Shared {
         }
     }
 
-    /// Joins a visitor with its tunnel, whose client has been told: two copy threads. The one that ends
-    /// last gives the tunnel to the next visitor.
+    /// Joins a visitor, who has this place among those of the client, with its tunnel, whose client has
+    /// been told: two copy threads. The one that ends last gives the tunnel to the next visitor.
     fn join_conn2(
         self: &Arc<Self>,
         accept: Accept,
         accept_add_time: Instant,
         tunnel: Tunnel,
-        client: &Session,
+        place: Option<Slot>,
     ) {
         let service = self.service_of(&accept).clone();
         let Accept {
@@ -335,7 +339,7 @@ impl Shared {
             ..
         } = tunnel;
         let (up, down) = self.pairs.join(
-            Visitor::new(Some(visitor), service, [Some(slot), client.place()]),
+            Visitor::new(Some(visitor), service, [Some(slot), place]),
             accept_add_time,
             End {
                 peer: Peer::Visitor,

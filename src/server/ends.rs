@@ -26,10 +26,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(12);
 pub enum Answer {
     /// It has reached the local service: the visitor's bytes follow.
     Ready(Tunnel),
-    /// It has not, and its tunnel is idle again.
-    Failed(Failure, Tunnel),
+    /// It has not, and its tunnel is idle again. None if it has said nothing at all in time.
+    Failed(Failure, Option<Tunnel>),
     /// The tunnel has died, and nothing of the visitor has reached the client.
     Dead,
+}
+
+/// A visitor who waits for a client's answer.
+pub struct Asked {
+    pub client: Arc<Session>,
+    pub tunnel: Arc<TcpStream>,
+    /// Which of the server's services the visitor came for.
+    pub service: usize,
 }
 
 /// A port for visitors.
@@ -150,11 +158,14 @@ impl Tunnel {
             }
             (Ok(Line::Failed { reason, .. }), Ok(())) => {
                 self.has_served = true;
-                Answer::Failed(reason, self)
+                Answer::Failed(reason, Some(self))
             }
-            _ => {
+            (line, _) => {
                 net::abort(self.conn.socket());
-                Answer::Dead
+                match line.is_err_and(|error| net::timed_out(&error)) {
+                    true => Answer::Failed(Failure::TimedOut, None),
+                    false => Answer::Dead,
+                }
             }
         }
     }

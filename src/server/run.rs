@@ -23,7 +23,7 @@ use crate::os::listener::Listener;
 use crate::os::net;
 use crate::os::workers::Workers;
 use crate::relay::Pairs;
-use crate::server::ends::{Accept, Answer, Public, Tunnel};
+use crate::server::ends::{Accept, Answer, Asked, Public, Tunnel};
 use crate::server::{Shared, State};
 use crate::service::Service;
 use crate::session::of_server::Session;
@@ -103,6 +103,7 @@ impl Shared {
             state: Mutex::new(State {
                 conn_list_map: ConnList::new(),
                 public_open: public.len(),
+                asked: Vec::new(),
             }),
             public,
             tunnel,
@@ -231,6 +232,21 @@ impl Drop for AllOrNone<'_> {
         if thread::panicking() {
             self.0.finish();
             self.0.update();
+        }
+    }
+}
+
+/// That a visitor waits for a client's answer on this tunnel.
+struct WaitsForAnswer(Arc<Shared>, Arc<TcpStream>);
+
+impl Drop for WaitsForAnswer {
+    fn drop(&mut self) {
+        let Self(server, tunnel) = self;
+        let asked = &mut server.state.lock().asked;
+        asked.retain(|it| !Arc::ptr_eq(&it.tunnel, tunnel));
+        if server.stop.end_by().is_some() {
+            // A stop waits for those that wait.
+            server.update();
         }
     }
 }
@@ -392,7 +408,8 @@ impl Shared {
     }
 
     /// Ends a session, if it is still live, closes its idle tunnels, and lets other clients dial tunnels
-    /// for those who wait.
+    /// for those who wait. A client that has not said bye may answer no more: whoever waits for that is
+    /// given to another one.
     pub(super) fn end_session(&self, session: &Arc<Session>, ended: &Ended) {
         session.end();
         let mut state = self.state.lock();
@@ -401,8 +418,12 @@ impl Shared {
             return;
         };
         let asked = list.ask_again(Instant::now(), Duration::ZERO, usize::MAX);
+        let unanswered = state.asked.iter().filter(|it| it.client == *session);
+        let unanswered = unanswered.filter(|_| !matches!(ended, Ended::Bye(_)));
+        let unanswered: Vec<_> = unanswered.map(|it| it.tunnel.clone()).collect();
         drop(state);
         drop(idle);
+        unanswered.iter().for_each(|tunnel| net::abort(tunnel));
         self.journal.client_left(session.client, ended);
         for client in asked {
             client.send(NEW);
@@ -440,23 +461,49 @@ impl Shared {
         tunnel: Tunnel,
         client: Arc<Session>,
     ) {
-        let expected = self.pairs.expect();
+        let (asked_at, expected) = (Instant::now(), self.pairs.expect());
+        // Who waits here counts: a client that answers late would get all visitors otherwise.
+        let place = client.place();
+        let waits = self.wait_for_answer(&client, &tunnel, accept.service);
         self.start("ready", move |server| {
-            match tunnel.wait_until_ready() {
+            let answer = tunnel.wait_until_ready();
+            // Meanwhile the visitor has not waited for a tunnel.
+            let put_back_time = accept_add_time + asked_at.elapsed();
+            match answer {
                 Answer::Ready(tunnel) => {
+                    drop(waits);
                     client.has_reached(accept.service, true);
-                    server.join_conn2(accept, accept_add_time, tunnel, &client);
+                    server.join_conn2(accept, accept_add_time, tunnel, place);
                 }
                 Answer::Failed(reason, tunnel) => {
                     server.journal.client_failed(accept.visitor, &reason);
                     client.has_reached(accept.service, false);
-                    server.config_conn_list_tunnel(tunnel);
-                    server.give_to_another(accept, accept_add_time, client);
+                    if let Some(tunnel) = tunnel {
+                        server.config_conn_list_tunnel(tunnel);
+                    }
+                    server.give_to_another(accept, put_back_time, client);
                 }
-                Answer::Dead => server.put_back(accept, accept_add_time),
+                Answer::Dead => server.put_back(accept, put_back_time),
             }
             drop(expected);
         });
+    }
+
+    /// A visitor waits for a client's answer as long as what this returns lives.
+    fn wait_for_answer(
+        self: &Arc<Self>,
+        client: &Arc<Session>,
+        tunnel: &Tunnel,
+        service: usize,
+    ) -> WaitsForAnswer {
+        let (client, tunnel) = (client.clone(), tunnel.conn.socket().clone());
+        let waits = WaitsForAnswer(self.clone(), tunnel.clone());
+        self.state.lock().asked.push(Asked {
+            client,
+            tunnel,
+            service,
+        });
+        waits
     }
 
     /// Gives a visitor to another client than this one, if there is one. Otherwise resets it.
@@ -542,7 +589,8 @@ impl Shared {
     /// have been accepted, and not be in the list yet.
     pub(super) fn is_finished(&self) -> bool {
         let state = self.state.lock();
-        let all_served = state.public_open == 0 && state.conn_list_map.waiting().len() == 0;
+        let nobody_waits = state.conn_list_map.waiting().len() == 0 && state.asked.is_empty();
+        let all_served = state.public_open == 0 && nobody_waits;
         drop(state);
         all_served || self.stop.reached(Phase::Leaving) || self.stop.time_is_up()
     }
@@ -580,6 +628,10 @@ impl Half for Shared {
         let mut waiting: BTreeMap<_, _> = self.options.public.keys().map(|it| (it, 0)).collect();
         for accept in list.waiting() {
             *waiting.entry(self.service_of(accept)).or_default() += 1;
+        }
+        for asked in &state.asked {
+            let service = &self.public[asked.service].service;
+            *waiting.entry(service).or_default() += 1;
         }
         let idle = list.idle();
         drop(state);
@@ -674,7 +726,7 @@ impl Shared {
                 ..self.arrival(&accept, &client)
             };
             if let Some(tunnel) = tunnel.greet(&accept, arrival) {
-                self.join_conn2(accept, accept_add_time, tunnel, &client);
+                self.join_conn2(accept, accept_add_time, tunnel, client.place());
             }
         }
         for session in sessions {

@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::support::load::{assert_whole, assert_whole_after, sixteen_at_a_time};
+use crate::support::peer::Peer;
 use crate::support::programs::Program;
 use crate::support::{
-    Protection, Service, assert_echo, assert_reset, closed_port, connect, plain_and_sealed,
-    share_turn,
+    DEADLINE, Protection, RunningClient, RunningServer, Service, assert_echo, assert_reset,
+    client_options, closed_port, connect, eventually, plain_and_sealed, server_options, share_turn,
+    try_connect,
 };
 
 plain_and_sealed! {
@@ -25,6 +27,8 @@ plain_and_sealed! {
     a_client_without_its_local_service_leaves_visitors_to_the_other,
     without_a_local_service_anywhere_visitors_are_reset,
     a_service_that_speaks_first_speaks_through_two_clients,
+    a_client_that_does_not_answer_keeps_one_visitor_waiting_and_no_other,
+    a_server_that_stops_waits_for_an_answer,
 }
 
 /// A service that says this name to each visitor who has said something.
@@ -198,11 +202,58 @@ fn a_service_that_speaks_first_speaks_through_two_clients(protection: Protection
     }
 }
 
+/// A server with two clients: one that is made by hand, with a tunnel, and one that serves. The first
+/// visitor goes to the one that came first.
+fn with_a_client_by_hand(
+    protection: Protection,
+) -> (RunningServer, [Peer; 2], (RunningClient, Service)) {
+    let mut options = server_options(protection);
+    options.clients = 2;
+    let server = RunningServer::start(options);
+    let mut control = Peer::dial_control(&server);
+    let session = control.say_hello(1);
+    let mut tunnel = Peer::dial_tunnel(&server, &control);
+    tunnel.write(format!("tunnel session={session}\n"));
+    let service = Service::echo();
+    let client = RunningClient::start(client_options(&server, service.addr));
+    eventually("the tunnels of both", || {
+        server.handle().status().unwrap().idle == 9
+    });
+    (server, [control, tunnel], (client, service))
+}
+
+fn a_client_that_does_not_answer_keeps_one_visitor_waiting_and_no_other(protection: Protection) {
+    let (server, [control, mut tunnel], _other) = with_a_client_by_hand(protection);
+    let waits = server.visit();
+    assert!(tunnel.line().ends_with(" answer=1\n"));
+    for visit in 0..5 {
+        assert_echo(&server.visit(), &format!("visit {visit}"));
+    }
+    assert_eq!(server.handle().status().unwrap().waiting, 1);
+    // The tunnel stays open. An answer would be waited for for 12 s.
+    let start = Instant::now();
+    drop(control);
+    assert_echo(&waits, "given to the other");
+    assert!(start.elapsed() < Duration::from_secs(6));
+}
+
+fn a_server_that_stops_waits_for_an_answer(protection: Protection) {
+    let (mut server, [_control, mut tunnel], _other) = with_a_client_by_hand(protection);
+    let waits = server.visit();
+    assert!(tunnel.line().ends_with(" answer=1\n"));
+    server.handle().stop(DEADLINE);
+    eventually("no more visitors", || try_connect(server.public).is_err());
+    thread::sleep(Duration::from_millis(100));
+    let from = waits.local_addr().unwrap();
+    tunnel.write(format!("failed visitor={from} reason=refused\n"));
+    assert_echo(&waits, "given to the other");
+    drop(waits);
+    server.wait_for_end();
+}
+
 /// With the original's one client, nobody is asked: the client learns nothing but the visitor.
 #[test]
 fn one_client_is_never_asked() {
-    use crate::support::peer::Peer;
-    use crate::support::{RunningServer, server_options};
     let server = RunningServer::start(server_options(Protection::Plain));
     let mut control = Peer::dial_control(&server);
     let session = control.say_hello(1);
