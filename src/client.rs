@@ -244,7 +244,7 @@ impl Shared {
         }
         let local = net::dial(address)?;
         let own_dial = self.own_dial(session, &local)?;
-        self.say_whose(visitor, &local)?;
+        self.say_whose(visitor, &local, address)?;
         // Until it is joined and has ended well, an end would be taken for a complete visit.
         net::reset_on_close(&local, true);
         Ok((local, own_dial))

@@ -205,6 +205,7 @@ mod stop;
 mod wire;
 
 pub use address::Address;
+pub use cidr::{Cidr, CidrError};
 pub use client::Client;
 pub use error::Error;
 pub use handle::{Handle, Running};

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::address::Address;
+use crate::cidr::Cidr;
 use crate::error::Error;
 use crate::key::Key;
 use crate::service::{MAX_SERVICES, Service};
@@ -49,6 +50,9 @@ pub struct ServerOptions {
     pub port_patience: Duration,
     /// How long a visitor waits for a tunnel before it is closed.
     pub pair_timeout: Duration,
+    /// The addresses of proxies, whose header of the PROXY protocol says where each visitor comes from. With
+    /// one or more, visitors from elsewhere are reset.
+    pub accept_proxy: Vec<Cidr>,
     /// The most clients at a time; the original has one. With more, a visitor goes to the one with the
     /// fewest, and the client says whether it reaches the local service before any byte moves.
     pub clients: usize,
@@ -89,6 +93,7 @@ impl ServerOptions {
             control: Address::new(LOOPBACK, CONTROL_PORT),
             port_patience: Duration::ZERO,
             pair_timeout: PAIR_TIMEOUT,
+            accept_proxy: Vec::new(),
             clients: 1,
             max_conns: MAX_CONNS,
             linger: LINGER,

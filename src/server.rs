@@ -3,6 +3,7 @@
 //! begins and ends, in `run`.
 
 mod ends;
+mod entry;
 mod run;
 mod shown;
 
@@ -15,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
 use crate::conn_match::{Added, ConnList, ConnMatch, Placed};
-use crate::door::{Admitted, Door, Link, Refusal};
+use crate::door::{Admitted, Door, Link, Networks, Refusal};
 use crate::error::Error;
 use crate::handle::{Handle, Running};
 use crate::journal::Journal;
@@ -44,6 +45,8 @@ struct Shared {
     options: ServerOptions,
     /// One for each service.
     public: Vec<Public>,
+    /// Who says first where visitors come from. Nobody else is let in then.
+    proxies: Networks,
     /// None if tunnels come to the control port.
     tunnel: Option<Listener>,
     control: Listener,
@@ -71,6 +74,9 @@ struct State {
     public_open: usize,
     /// Who waits for a client's [answer](Shared::join_when_ready).
     asked: Vec<Asked>,
+    /// How many visitors have come and are not in the list yet, as their proxy has still to say where
+    /// they come from.
+    coming: usize,
 }
 
 impl Server {
@@ -139,7 +145,7 @@ impl Shared {
     /// shows on a thread of its own.
     fn make_control(self: &Arc<Self>) {
         while let Some((socket, from, ())) = self.accept(&self.control, || Some(())) {
-            let place = self.door.links.enter(socket, from);
+            let place = self.door.links.enter(socket.into(), from);
             self.start("control", move |server| {
                 match server.door.admit_link(place, &server.live()) {
                     Ok(Admitted::Link(link)) => server.control(*link, from),
@@ -182,21 +188,13 @@ impl Shared {
     /// kernel's backlog: a place comes first, as a visitor that was accepted without one would be in
     /// nobody's hands.
     fn make_accept(self: &Arc<Self>, service: usize) {
-        let Public {
-            service: name,
-            listener,
-        } = &self.public[service];
+        let listener = &self.public[service].listener;
         let place = || self.slots.take(|| self.journal.full());
         while let Some((socket, visitor, slot)) = self.accept(listener, place) {
-            self.journal.visitor_came(visitor, name);
-            self.add_conn_match_accept(Accept {
-                socket,
-                visitor,
-                to: None,
-                service,
-                failed_by: None,
-                slot,
-            });
+            let accept = Accept::new(socket, visitor, service, slot);
+            if let Some(accept) = self.admit(accept) {
+                self.add_conn_match_accept(accept);
+            }
         }
         self.take_no_more(listener);
     }
@@ -236,7 +234,7 @@ impl Shared {
                 self.config_conn_list_tunnel(Tunnel::new(conn, from, None));
                 continue;
             }
-            let place = self.door.tunnels.enter(socket, from);
+            let place = self.door.tunnels.enter(socket.into(), from);
             self.start("tunnel", move |server| {
                 match server.door.admit_tunnel(place, &server.live()) {
                     Ok((conn, id)) => {
@@ -343,7 +341,7 @@ impl Shared {
             accept_add_time,
             End {
                 peer: Peer::Visitor,
-                conn: Conn::new(Arc::new(socket)),
+                conn: Conn::new(socket),
             },
             End {
                 peer: Peer::Client,

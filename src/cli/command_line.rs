@@ -12,6 +12,7 @@ use getopts::{HasArg, Matches, Occur};
 use log::LevelFilter;
 
 use crate::address::{Address, parse_host, parse_port};
+use crate::cidr::{Cidr, CidrError};
 use crate::cli::error::Error;
 use crate::key::Key;
 use crate::options::{ClientOptions, LOOPBACK, ServerOptions};
@@ -79,6 +80,10 @@ pub const SERVER: Program = Program {
                         the same as --control
     -c, --control HOST:PORT
                         where clients' control links come to (127.0.0.1:8009)
+        --accept-proxy CIDR
+                        take visitors only from these proxies, which say first,
+                        by a header of the PROXY protocol, whose connection it
+                        is; several times
     -n, --clients N     clients at a time; with more than one, a visitor goes to
                         the one that has the fewest (1)
     -w, --pair-timeout SECS
@@ -93,7 +98,7 @@ pub const SERVER: Program = Program {
                         client or read along
         --original      take a client that says nothing for one of the
                         original program, which has no key",
-    repeatable: &["public", "key-file"],
+    repeatable: &["public", "accept-proxy", "key-file"],
     examples: "
   Try it on one machine (start tpclient and `python3 -m http.server` beside it):
     tpserver
@@ -189,6 +194,7 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
         })?;
         listening(&mut options.tunnel, given, "tunnel")?;
         listening(&mut options.control, given, "control")?;
+        options.accept_proxy = values(given, "accept-proxy", cidr)?;
         set(&mut options.pair_timeout, given, "pair-timeout", seconds(1))?;
         let places = number(1..=1_000_000);
         set(&mut options.max_conns, given, "max-conns", places)?;
@@ -416,10 +422,20 @@ fn value<T>(
     option: &str,
     read: impl Fn(&str) -> Result<T, String>,
 ) -> Result<Option<T>, Error> {
-    given
-        .opt_str(option)
-        .map(|text| read(&text).map_err(|why| usage(format!("--{option} '{text}': {why}"))))
-        .transpose()
+    Ok(values(given, option, read)?.pop())
+}
+
+/// Returns the option's values, one for each time that it is given.
+fn values<T>(
+    given: &Matches,
+    option: &str,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<Vec<T>, Error> {
+    let read = |text: String| {
+        let named = |why| usage(format!("--{option} '{text}': {why}"));
+        read(&text).map_err(named)
+    };
+    given.opt_strs(option).into_iter().map(read).collect()
 }
 
 /// Replaces the default by the services that are given, each of them `[NAME=]` and what `read` reads.
@@ -516,6 +532,11 @@ fn address(text: &str, host: &str) -> Result<Address, String> {
     }
 }
 
+/// Reads a network of addresses.
+fn cidr(text: &str) -> Result<Cidr, String> {
+    text.parse().map_err(|why: CidrError| why.to_string())
+}
+
 /// Reads a host without a port. Brackets around an IPv6 address are forgiven.
 fn host(text: &str) -> Result<String, String> {
     let inside = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
@@ -594,6 +615,7 @@ mod tests {
             public: [(Service::default(), Address::new("::", 80))].into(),
             tunnel: Address::new("localhost", 81),
             control: Address::new("192.0.2.1", 82),
+            accept_proxy: vec!["192.0.2.0/24".parse().unwrap(), "::1".parse().unwrap()],
             clients: 3,
             port_patience: Duration::ZERO,
             pair_timeout: Duration::from_secs(7),
@@ -610,7 +632,8 @@ mod tests {
              --max-conns 9 --linger 11 --insecure --clients 3 --status [::]:83 --insecure-status",
             "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i -n 3 --status [::]:83 --insecure-status",
         ] {
-            assert_eq!(server_options(line), expected);
+            let line = format!("{line} --accept-proxy 192.0.2.0/24 --accept-proxy ::1");
+            assert_eq!(server_options(&line), expected);
         }
         let expected = ClientOptions {
             servers: vec![Address::new("::1", 1)],
@@ -842,6 +865,10 @@ mod tests {
             ("--public host:99999", "--public 'host:99999'"),
             ("--bind a/b", "--bind 'a/b'"),
             ("--max-conns 0", "--max-conns '0'"),
+            (
+                "--accept-proxy 192.0.2.1/24",
+                "--accept-proxy '192.0.2.1/24': the network is written 192.0.2.0/24",
+            ),
             (
                 "--clients 0",
                 "--clients '0': a whole number from 1 to 64 is",

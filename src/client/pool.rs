@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::address::Address;
 use crate::client::Shared;
 use crate::door::NoSession;
 use crate::os::net::timed_out;
@@ -110,10 +111,19 @@ impl Shared {
     }
 
     /// Says first on a connection to the local service whose it is, if that is asked for.
-    pub(super) fn say_whose(&self, visitor: &Visitor, mut local: &TcpStream) -> io::Result<()> {
-        let version = self.options.proxy_protocol.get(visitor.service());
-        version.map_or(Ok(()), |version| {
-            local.write_all(&version.header(visitor.addresses()))
+    pub(super) fn say_whose(
+        &self,
+        visitor: &Visitor,
+        mut local: &TcpStream,
+        address: &Address,
+    ) -> io::Result<()> {
+        let Some(version) = self.options.proxy_protocol.get(visitor.service()) else {
+            return Ok(());
+        };
+        let header = version.header(visitor.addresses());
+        local.write_all(&header).map_err(|error| {
+            let what = format!("{address}: writing its PROXY protocol header: {error}");
+            io::Error::new(error.kind(), what)
         })
     }
 

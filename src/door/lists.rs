@@ -8,15 +8,21 @@ use crate::cidr::Cidr;
 /// Networks of which no two overlap, in ascending order: one binary search finds the network
 /// that an address is in.
 #[derive(Debug)]
-struct Networks(Vec<Cidr>);
+pub struct Networks(Vec<Cidr>);
 
 impl Networks {
-    fn new(mut networks: Vec<Cidr>) -> Self {
+    /// All addresses of these networks.
+    pub fn new(mut networks: Vec<Cidr>) -> Self {
         networks.sort_unstable();
         // A network is inside another one or apart from it, and stands behind the one that it is in.
         networks.dedup_by(|next, kept| kept.contains(next.first()));
         networks.shrink_to_fit();
         Self(networks)
+    }
+
+    /// Returns true if one of the networks has this address.
+    pub fn contain(&self, address: IpAddr) -> bool {
+        self.find(address.to_canonical()).is_some()
     }
 
     /// Returns the widest network that has this address.
@@ -77,6 +83,20 @@ pub enum Rule {
     NotAllowed,
     /// As many visitors of the same source are there as may be.
     TooMany(usize),
+    /// Visitors come through proxies only, and this is none of them.
+    NotProxy,
+}
+
+impl Rule {
+    /// Returns the word under which it is counted.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Denied(_) => "denied",
+            Self::NotAllowed => "not-allowed",
+            Self::TooMany(_) => "too-many",
+            Self::NotProxy => "no-proxy",
+        }
+    }
 }
 
 /// Behind "refused visitor from ". Programs read it too: the address alone, then a colon.
@@ -92,6 +112,7 @@ impl fmt::Display for Rule {
             Self::Denied(network) => write!(f, "deny {network}"),
             Self::NotAllowed => f.write_str("not on the allow list"),
             Self::TooMany(most) => write!(f, "more than {most} at a time"),
+            Self::NotProxy => f.write_str("none of the proxies (--accept-proxy)"),
         }
     }
 }

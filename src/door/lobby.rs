@@ -28,6 +28,10 @@ const KNOWN_GRACE: Duration = Duration::from_secs(1);
 
 /// The connections of a port that have not proved themselves yet.
 pub struct Lobby {
+    /// As many as there may be, in all and of one source.
+    most: [usize; 2],
+    /// As many threads as there may be, with those that have not noticed that they were sent away.
+    threads: usize,
     unproved: Mutex<Vec<Unproved>>,
     left: Condvar,
 }
@@ -54,9 +58,20 @@ impl Unproved {
 }
 
 impl Lobby {
-    /// An empty lobby.
+    /// An empty lobby for clients.
     pub fn new() -> Arc<Self> {
+        Self::with([MAX_UNPROVED, MAX_OF_ONE_SOURCE], MAX_THREADS)
+    }
+
+    /// An empty lobby for so many connections, all of which may come from one proxy.
+    pub fn of(most: usize) -> Arc<Self> {
+        Self::with([most, most], most + most.div_ceil(8))
+    }
+
+    fn with(most: [usize; 2], threads: usize) -> Arc<Self> {
         Arc::new(Self {
+            most,
+            threads,
             unproved: Mutex::new(Vec::new()),
             left: Condvar::new(),
         })
@@ -65,15 +80,14 @@ impl Lobby {
     /// Lets a connection in. A full lobby waits until one of those inside has had its time, and shuts
     /// that one down; and it waits for their threads if too many have not noticed yet. Never for
     /// long: with 64 threads at work and a grace of milliseconds, thousands come in a second.
-    pub fn enter(self: &Arc<Self>, socket: TcpStream, from: SocketAddr) -> Place {
-        let socket = Arc::new(socket);
+    pub fn enter(self: &Arc<Self>, socket: Arc<TcpStream>, from: SocketAddr) -> Place {
         let mut unproved = self.unproved.lock();
         loop {
-            if unproved.len() >= MAX_THREADS {
+            if unproved.len() >= self.threads {
                 self.left.wait(&mut unproved);
                 continue;
             }
-            let Some((next, may_go)) = next_to_go(&unproved) else {
+            let Some((next, may_go)) = next_to_go(&unproved, self.most) else {
                 break;
             };
             let now = Instant::now();
@@ -113,14 +127,18 @@ impl Lobby {
 }
 
 /// Which connection makes room in a full lobby, and when; None if there is room.
-fn next_to_go(unproved: &[Unproved]) -> Option<(usize, Instant)> {
+fn next_to_go(
+    unproved: &[Unproved],
+    [most, of_one_source]: [usize; 2],
+) -> Option<(usize, Instant)> {
     let staying = || unproved.iter().enumerate().filter(|(_, it)| !it.sent_away);
-    if staying().count() < MAX_UNPROVED {
+    if staying().count() < most {
         return None;
     }
     let places = |source| staying().filter(|(_, it)| it.source == source).count();
     let unknown = || staying().filter(|(_, it)| !it.known);
-    let crowd = unknown().find(|(_, it)| places(it.source) > MAX_OF_ONE_SOURCE);
+    let is_crowd = |it: &Unproved| of_one_source < most && places(it.source) > of_one_source;
+    let crowd = unknown().find(|(_, it)| is_crowd(it));
     if let Some((_, Unproved { source, .. })) = crowd {
         let own = unknown().filter(|(_, it)| it.source == *source);
         let oldest = own.min_by_key(|(_, it)| it.came);
@@ -199,7 +217,7 @@ mod tests {
         let from = hosts.iter().cycle().take(MAX_UNPROVED);
         let enter = |host: &u8| {
             let (near, socket) = connect(listener);
-            (near, lobby.enter(socket, from_host(*host)))
+            (near, lobby.enter(socket.into(), from_host(*host)))
         };
         from.map(enter).collect()
     }
@@ -217,7 +235,7 @@ mod tests {
         inside[0].1.extend();
         let (mut oldest, oldest_place) = inside.remove(1);
         let (_near, newcomer) = connect(&listener);
-        let place = lobby.enter(newcomer, from_host(5));
+        let place = lobby.enter(newcomer.into(), from_host(5));
         assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
         assert!(start.elapsed() >= GRACE);
         assert!(!oldest_place.leave());
@@ -235,14 +253,14 @@ mod tests {
         let newcomers: Vec<_> = (MAX_UNPROVED..MAX_THREADS)
             .map(|_| {
                 let (near, socket) = connect(&listener);
-                (near, lobby.enter(socket, from_host(1)))
+                (near, lobby.enter(socket.into(), from_host(1)))
             })
             .collect();
         assert_eq!(lobby.unproved.lock().len(), MAX_THREADS);
         let (_near, one_more) = connect(&listener);
         let entering = thread::spawn({
             let lobby = lobby.clone();
-            move || lobby.enter(one_more, from_host(2))
+            move || lobby.enter(one_more.into(), from_host(2))
         });
         thread::sleep(2 * GRACE);
         assert!(!entering.is_finished(), "in before another is out");
@@ -258,7 +276,7 @@ mod tests {
         let inside = fill(&lobby, &listener, &[1, 2, 2, 2]);
         inside[1].1.extend();
         let (_near, newcomer) = connect(&listener);
-        let place = lobby.enter(newcomer, from_host(3));
+        let place = lobby.enter(newcomer.into(), from_host(3));
         let stayed = inside.into_iter().map(|(_, place)| place.leave());
         let stayed: Vec<_> = stayed.collect();
         assert_eq!(stayed.iter().filter(|it| !**it).count(), 1);

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::key::Key;
-use crate::options::ClientOptions;
+use crate::options::{ClientOptions, ServerOptions};
+use crate::os::limits::MAX_HEADERLESS;
 use crate::os::net::{self, timed_out};
 use crate::service::{MAX_SERVICES, Service};
 use crate::session::Proto;
@@ -20,16 +21,16 @@ use crate::wire::line::{
     HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE, SessionId, Welcome,
 };
 
-// Nothing asks for them yet.
-#[cfg_attr(not(test), expect(dead_code))]
-mod crowd;
-#[cfg_attr(not(test), expect(dead_code))]
+#[allow(dead_code)]
 mod lists;
 mod lobby;
 pub mod openings;
+mod proxied;
 mod refusal;
 
+pub use lists::{Networks, Rule, Unwelcome};
 pub use lobby::{Lobby, Place};
+pub use proxied::{NoHeader, hear_addresses};
 pub use refusal::{NoSession, Port, Refusal, Step};
 
 use openings::Openings;
@@ -107,20 +108,23 @@ pub struct Door {
     pub links: Arc<Lobby>,
     /// See `links`.
     pub tunnels: Arc<Lobby>,
+    /// Visitors whose proxy has not said yet where they come from.
+    pub visitors: Arc<Lobby>,
 }
 
 impl Door {
-    /// For clients with one of these keys, whose links and tunnels come to `one_port` or to two. An
-    /// original client has no key.
-    pub fn new(keys: Vec<Key>, original: bool, one_port: bool) -> Self {
+    /// For clients whose links and tunnels come to `one_port` or to two. An original client has no key.
+    pub fn new(options: &ServerOptions, one_port: bool) -> Self {
+        let keys = options.keys.clone();
         Self {
-            original: original && keys.is_empty(),
+            original: options.original && keys.is_empty(),
             keys,
             one_port,
             link_openings: Openings::new(),
             tunnel_openings: Openings::new(),
             links: Lobby::new(),
             tunnels: Lobby::new(),
+            visitors: Lobby::of((options.max_conns / 2).clamp(1, MAX_HEADERLESS)),
         }
     }
 
@@ -128,6 +132,7 @@ impl Door {
     pub fn close(&self) {
         self.links.clear();
         self.tunnels.clear();
+        self.visitors.clear();
     }
 
     /// Which of the keys a client has, counted from 1, and how many there are: whoever changes keys

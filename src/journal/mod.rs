@@ -14,7 +14,7 @@ use log::{error, info, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
-use crate::door::{NoSession, Refusal};
+use crate::door::{NoHeader, NoSession, Refusal, Unwelcome};
 use crate::options::ServerOptions;
 use crate::os::listener::Opening;
 use crate::relay::{Pairs, Visit, Visitor};
@@ -55,13 +55,14 @@ pub struct Journal {
     no_key: Once,
 }
 
-/// What was refused, by where it failed and why: a link or tunnel at the server's door, or a visitor at
-/// the local service. All words are this program's own.
+/// What was refused, by where it failed and why: a link or tunnel at the server's door, or a visitor there
+/// or at the local service. All words are this program's own.
 type Refused = BTreeMap<(Place, &'static str), u64>;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Place {
     Door,
+    Visitor,
     Local,
 }
 
@@ -74,6 +75,8 @@ struct Limits {
     client_came: SourceLogLimit,
     client_left: SourceLogLimit,
     unserved: SourceLogLimit,
+    visitor_refused: SourceLogLimit,
+    header_refused: SourceLogLimit,
     timed_out: SourceLogLimit,
     local_failed: LogLimit,
     tunnel_failed: LogLimit,
@@ -107,6 +110,8 @@ impl Journal {
                 client_came: SourceLogLimit::new(lines, client_lines),
                 client_left: SourceLogLimit::new(lines, client_lines),
                 unserved: SourceLogLimit::new(lines, MAX_SERVICES as u32),
+                visitor_refused: of_each_source(),
+                header_refused: of_each_source(),
                 timed_out: of_each_source(),
                 local_failed: once_a_second(),
                 tunnel_failed: once_a_second(),
@@ -164,6 +169,7 @@ impl Journal {
         let refused = self.refused.lock();
         let refused = refused.iter().map(|((place, word), count)| match place {
             Place::Door => ((*word).to_owned(), *count),
+            Place::Visitor => (format!("visitor-{word}"), *count),
             Place::Local => (format!("local-{word}"), *count),
         });
         snapshot.refused = refused.collect();
@@ -372,6 +378,21 @@ impl Journal {
     /// A visitor came.
     pub fn visitor_came(&self, visitor: SocketAddr, service: &Service) {
         self.detail(format_args!("visitor {visitor}{} came", service.of()));
+    }
+
+    /// A visitor may not come in. Programs that ban addresses read this line.
+    pub fn refused_visitor(&self, unwelcome: &Unwelcome) {
+        self.count_refused(Place::Visitor, unwelcome.rule.word());
+        let what = format_args!("refused visitor from {unwelcome}");
+        let from = SocketAddr::new(unwelcome.address, 0);
+        self.limits.visitor_refused.say(from, Warn, what);
+    }
+
+    /// A proxy has not said where a visitor comes from.
+    pub fn refused_through(&self, proxy: SocketAddr, why: &NoHeader) {
+        self.count_refused(Place::Visitor, why.word());
+        let what = format_args!("refused visitor through {proxy}: {why}");
+        self.limits.header_refused.say(proxy, Warn, what);
     }
 
     /// There is no place for a further visitor.

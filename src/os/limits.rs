@@ -13,6 +13,10 @@ pub const MAX_UNPROVED: usize = 64;
 /// yet: a flood must not wait for each of them in turn.
 pub const MAX_THREADS: usize = MAX_UNPROVED + MAX_UNPROVED / 8;
 
+/// Visitors whose proxy has not said yet where they come from, or half of all visitors if that is less:
+/// more than a proxy takes in before it says something to each.
+pub const MAX_HEADERLESS: usize = 1024;
+
 /// What a server needs besides its visitors, or half of what it has if that is less: three ports,
 /// strangers at two of them, a full pool, and a few for the system.
 const OTHER_DESCRIPTORS: usize = 2 * MAX_THREADS + MAX_POOL + 16;

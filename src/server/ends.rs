@@ -58,7 +58,7 @@ impl Public {
 
 /// A visitor's connection.
 pub struct Accept {
-    pub socket: TcpStream,
+    pub socket: Arc<TcpStream>,
     pub visitor: SocketAddr,
     /// What the visitor's connection was made to, if that is not this end of the socket.
     pub to: Option<SocketAddr>,
@@ -71,6 +71,18 @@ pub struct Accept {
 }
 
 impl Accept {
+    /// A visitor who has just come.
+    pub fn new(socket: TcpStream, visitor: SocketAddr, service: usize, slot: Slot) -> Self {
+        Self {
+            socket: Arc::new(socket),
+            visitor,
+            to: None,
+            service,
+            failed_by: None,
+            slot,
+        }
+    }
+
     /// What the visitor's connection was made to.
     pub fn to(&self) -> Option<SocketAddr> {
         self.to.or_else(|| {
@@ -90,7 +102,7 @@ impl Accept {
             || begins_with_line(began);
         if is_client && self.socket.set_nonblocking(true).is_ok() {
             let reason = Reason::PublicPort;
-            let _ = send(&self.socket, &Line::Bye { reason });
+            let _ = send(&*self.socket, &Line::Bye { reason });
         }
         is_client
     }

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use crate::address::Address;
 use crate::conn_match::{Added, ConnList, ConnMatch};
-use crate::door::{Door, Link, Refusal};
+use crate::door::{Door, Link, Networks, Refusal};
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
@@ -97,13 +97,15 @@ impl Shared {
         let (conn_list_map_update, updates) = bounded(1);
         let shared = Self {
             slots: Slots::new(options.max_conns),
-            door: Door::new(options.keys.clone(), options.original, tunnel.is_none()),
+            door: Door::new(&options, tunnel.is_none()),
+            proxies: Networks::new(options.accept_proxy.clone()),
             pairs: Pairs::new(stop.clone(), is_shown, journal.tells_of_visits()),
             options,
             state: Mutex::new(State {
                 conn_list_map: ConnList::new(),
                 public_open: public.len(),
                 asked: Vec::new(),
+                coming: 0,
             }),
             public,
             tunnel,
@@ -589,8 +591,9 @@ impl Shared {
     /// have been accepted, and not be in the list yet.
     pub(super) fn is_finished(&self) -> bool {
         let state = self.state.lock();
+        let nobody_comes = state.public_open == 0 && state.coming == 0;
         let nobody_waits = state.conn_list_map.waiting().len() == 0 && state.asked.is_empty();
-        let all_served = state.public_open == 0 && nobody_waits;
+        let all_served = nobody_comes && nobody_waits;
         drop(state);
         all_served || self.stop.reached(Phase::Leaving) || self.stop.time_is_up()
     }

@@ -309,7 +309,7 @@ pub enum BadHeader {
     TooLong(usize),
 }
 
-/// Behind "refused … from …: ".
+/// Behind "refused visitor through …: ".
 impl fmt::Display for BadHeader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("its PROXY protocol header ")?;

@@ -17,6 +17,8 @@ pub mod faulty_relay;
 pub mod load;
 pub mod peer;
 pub mod programs;
+#[cfg(target_os = "linux")]
+pub mod proxies;
 pub mod random;
 
 pub use random::{Pattern, expect_pattern, pattern, send_pattern};
@@ -183,6 +185,17 @@ pub fn open_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
     // The connection is under way, or was refused: then a write says so.
     let _ = socket.connect(&to.into());
     socket.into()
+}
+
+/// Connects from another address of this host.
+#[cfg(target_os = "linux")]
+pub fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
+    let domain = socket2::Domain::for_address(to);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
+    let source = SocketAddr::new(source.parse().unwrap(), 0);
+    socket.bind(&source.into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    with_deadline(socket.into())
 }
 
 fn with_deadline(socket: TcpStream) -> TcpStream {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::lists::{Rule, Unwelcome};
 use crate::os::source::Source;
 
 /// The visitors who are there, by source. It never holds more sources than there are visitors.
@@ -25,22 +24,17 @@ impl Crowd {
         })
     }
 
-    /// Counts a visitor until what is returned is dropped.
-    ///
-    /// # Errors
-    /// There are as many of the visitor's source as may be.
-    pub fn enter(self: &Arc<Self>, from: SocketAddr) -> Result<Counted, Unwelcome> {
+    /// Counts a visitor until what is returned is dropped. None if there are as many of the visitor's
+    /// source as may be.
+    pub fn enter(self: &Arc<Self>, from: SocketAddr) -> Option<Counted> {
         let source = Source::from(from);
         let mut visitors = self.visitors.lock();
         let there = visitors.get(&source).copied().unwrap_or(0);
         if there >= self.most {
-            return Err(Unwelcome {
-                address: from.ip().to_canonical(),
-                rule: Rule::TooMany(self.most),
-            });
+            return None;
         }
         visitors.insert(source, there + 1);
-        Ok(Counted {
+        Some(Counted {
             crowd: self.clone(),
             source,
         })
@@ -70,7 +64,7 @@ impl Drop for Counted {
 mod tests {
     use super::*;
 
-    fn enter(crowd: &Arc<Crowd>, from: &str) -> Result<Counted, Unwelcome> {
+    fn enter(crowd: &Arc<Crowd>, from: &str) -> Option<Counted> {
         crowd.enter(from.parse().unwrap())
     }
 
@@ -79,21 +73,19 @@ mod tests {
         let crowd = Crowd::new(2);
         let one = enter(&crowd, "192.0.2.1:1").unwrap();
         let _two = enter(&crowd, "[::ffff:192.0.2.1]:2").unwrap();
-        let refused = enter(&crowd, "[::ffff:192.0.2.1]:3").unwrap_err();
-        assert_eq!(refused.to_string(), "192.0.2.1: more than 2 at a time");
-        assert!(enter(&crowd, "192.0.2.1:4").is_err());
+        assert!(enter(&crowd, "[::ffff:192.0.2.1]:3").is_none());
+        assert!(enter(&crowd, "192.0.2.1:4").is_none());
         let _other = enter(&crowd, "192.0.2.2:1").unwrap();
         drop(one);
         let _three = enter(&crowd, "192.0.2.1:5").unwrap();
-        assert!(enter(&crowd, "192.0.2.1:6").is_err());
+        assert!(enter(&crowd, "192.0.2.1:6").is_none());
     }
 
     #[test]
     fn an_ipv6_source_is_a_network_of_64_bits() {
         let crowd = Crowd::new(1);
         let _one = enter(&crowd, "[2001:db8::1]:1").unwrap();
-        let refused = enter(&crowd, "[2001:db8::2]:1").unwrap_err();
-        assert_eq!(refused.to_string(), "2001:db8::2: more than 1 at a time");
+        assert!(enter(&crowd, "[2001:db8::2]:1").is_none());
         let _other = enter(&crowd, "[2001:db8:0:1::1]:1").unwrap();
     }
 
@@ -106,7 +98,7 @@ mod tests {
                 .clone()
                 .map(|host| crowd.enter(([192, 0, 2, host], 1).into()))
         };
-        let there: Vec<_> = enter_all().chain(enter_all()).map(Result::unwrap).collect();
+        let there: Vec<_> = enter_all().chain(enter_all()).map(Option::unwrap).collect();
         assert_eq!(crowd.visitors.lock().len(), 256);
         drop(there);
         assert!(crowd.visitors.lock().is_empty());
