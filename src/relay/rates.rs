@@ -33,8 +33,9 @@ impl Rates {
 
     /// Returns the bytes a second of a pair that was joined at a time and has moved so much until now.
     pub fn rate(&self, now: Instant, key: u64, joined: Instant, moved: UpDown) -> UpDown {
-        // A pair without a place in the oldest sample was joined after that.
-        let oldest = self.0.front();
+        // What is younger than the window has moved all in it.
+        let is_young = now.saturating_duration_since(joined) < WINDOW;
+        let oldest = self.0.front().filter(|_| !is_young);
         let before = oldest.and_then(|(at, all)| Some((*at, *all.get(&key)?)));
         let (since, [up, down]) = before.unwrap_or((joined, [0; 2]));
         let time = now.saturating_duration_since(since).max(YOUNGEST);
@@ -61,12 +62,13 @@ mod tests {
             let moved = if second < 20 { second * 100 } else { 2_000 };
             rates.sample(at(second), [(1, [0, moved])].into_iter());
             assert!(rates.0.len() <= 7, "{}", rates.0.len());
-            if second == 15 {
-                assert_eq!(rates.rate(at(15), 1, start, [0, 1_500]), [0, 100]);
+            if second >= 10 && second < 20 {
+                assert_eq!(rates.rate(at(second), 1, start, [0, moved]), [0, 100]);
             }
         }
         assert_eq!(rates.rate(at(40), 1, start, [0, 2_000]), [0, 0]);
-        // One that came later.
+        // One that came later, and had moved all before it was looked at.
+        rates.sample(at(40), [(1, [0, 2_000]), (2, [10, 20])].into_iter());
         assert_eq!(rates.rate(at(40), 2, at(38), [10, 20]), [5, 10]);
     }
 }

@@ -95,6 +95,13 @@ fn bad_usage_is_exit_code_2() {
         ("--public :8080", &["for all addresses: [::]:8080"]),
         ("-version", &["did you mean --version?"]),
         ("--clients 0", &["--clients '0'", "1 to 64"]),
+        ("--status host", &["--status 'host'", "no port"]),
+        ("--insecure-status", &["--insecure-status", "no --status"]),
+        (
+            "-q -p 127.0.0.1:9 --status localhost:9",
+            &["--status: --public", "127.0.0.1:9"],
+        ),
+        ("--ready 0", &["--ready '0'", "the port is 0"]),
         ("-q --original --clients 2", &["--original", "--clients"]),
         (
             "-q --original -t 127.0.0.1:9 -c 127.0.0.1:9",
@@ -111,6 +118,9 @@ fn bad_usage_is_exit_code_2() {
         ("--local http://127.0.0.1:8000", &["leave out http://"]),
         ("--local :8000", &["for this host: 127.0.0.1:8000"]),
         ("--pool 65", &["--pool '65'", "0 to 64"]),
+        ("--status :9", &["--status", "for this host: 127.0.0.1:9"]),
+        ("--insecure-status", &["--insecure-status", "no --status"]),
+        ("--ready", &["ready"]),
         (
             "--proxy-protocol v3",
             &["--proxy-protocol 'v3'", "v1 (text)"],
@@ -404,6 +414,31 @@ fn ports_without_protection_need_insecure() {
             2,
             &[option, "loopback", "--key-file", "--insecure"],
         );
+    }
+}
+
+#[test]
+fn a_page_for_other_hosts_needs_insecure_status() {
+    for program in [SERVER, CLIENT] {
+        for host in ["0.0.0.0", "[::]", "192.0.2.1"] {
+            let line = format!("-q --status {host}:0 -c 1");
+            let named = ["--status", "loopback", "--insecure-status"];
+            assert_error(program, &line, 2, &named);
+        }
+        let line = "-q --status 192.0.2.1:0 --insecure-status -c 0";
+        let line = if program == CLIENT {
+            line.replace(" -c 0", "")
+        } else {
+            format!("{line} -p 0 -t 0")
+        };
+        assert_error(
+            program,
+            &line,
+            1,
+            &["--status", "192.0.2.1:0", "not an address"],
+        );
+        let line = line.replace("192.0.2.1", "does-not-exist.invalid");
+        assert_error(program, &line, 1, &["--status", "could not find"]);
     }
 }
 

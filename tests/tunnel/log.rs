@@ -9,7 +9,8 @@ use rustix::process::Signal;
 
 use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
-    Protection, Service, Tunnel, assert_echo, connect, echo, eventually, plain_and_sealed,
+    Protection, Service, Tunnel, assert_echo, closed_port, connect, echo, eventually,
+    plain_and_sealed,
 };
 
 plain_and_sealed! {
@@ -116,6 +117,57 @@ fn lines_name_the_program_and_the_first_the_version(protection: Protection) {
 }
 
 /// The listener is one of IPv6, to which an address of IPv4 is a longer one.
+/// The journal has the time and the program itself.
+#[test]
+fn lines_for_systemds_journal_have_a_priority_and_no_time() {
+    let closed = closed_port();
+    let start = |stream: &str| {
+        let shell = format!(r#"JOURNAL_STREAM={stream} exec "$0" "$@""#);
+        let under = ["sh", "-c", &shell];
+        let launch = Launch::new(Protection::Plain).under(&under);
+        let server = launch.bare_server(&["-v", "-p0", "-t0", "-c0"]);
+        let client = launch.bare_client(&["-s", &closed.addr.to_string()]);
+        server.wait_for_line("listening on 127.0.0.1:");
+        client.wait_for_line("could not reach the server");
+        (server, client)
+    };
+    let (mut server, client) = start("$(stat -Lc %d:%i /proc/self/fd/2)");
+    drop(connect(server.address("visitors")));
+    let version = env!("CARGO_PKG_VERSION");
+    for (program, line) in [
+        (
+            &server,
+            format!("<6>version {version}, a client needs no key"),
+        ),
+        (&server, "<6>listening on 127.0.0.1:".to_owned()),
+        (&server, "<7>visitor 127.0.0.1:".to_owned()),
+        (
+            &client,
+            "<4>could not reach the server: 127.0.0.1:".to_owned(),
+        ),
+    ] {
+        let found = program.wait_for_line(line.trim_start_matches(|it| it != '>'));
+        assert!(found.starts_with(&line), "{found}");
+    }
+    server.signal(Signal::TERM);
+    assert!(server.wait_for_end().success());
+    // It names another file, as that of the service which started a shell that has its own stderr.
+    let (server, _client) = start("1:2");
+    assert_eq!(server.lines_with("<6>"), [""; 0]);
+    assert_ne!(server.lines_with(" INFO  tpserver] "), [""; 0]);
+    // The error that ends a program.
+    let output = std::process::Command::new("sh")
+        .args([
+            "-c",
+            r#"JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2) exec "$0" --local x"#,
+        ])
+        .arg(env!("CARGO_BIN_EXE_tpclient"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.starts_with("<3>tpclient: --local 'x': "), "{said}");
+}
+
 fn lines_name_a_visitor_of_ipv4_by_its_address(protection: Protection) {
     let any = ["[::]:0", "127.0.0.1:0", "127.0.0.1:0"].map(|any| any.parse().unwrap());
     let launch = Launch::new(protection);

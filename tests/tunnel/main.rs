@@ -36,6 +36,7 @@ mod servers;
 mod services;
 mod sessions;
 mod soak;
+mod status;
 mod stop;
 mod support;
 mod traffic;
