@@ -62,7 +62,7 @@ mod tests {
             let moved = if second < 20 { second * 100 } else { 2_000 };
             rates.sample(at(second), [(1, [0, moved])].into_iter());
             assert!(rates.0.len() <= 7, "{}", rates.0.len());
-            if second >= 10 && second < 20 {
+            if (10..20).contains(&second) {
                 assert_eq!(rates.rate(at(second), 1, start, [0, moved]), [0, 100]);
             }
         }
