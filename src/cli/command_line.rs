@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Display;
+use std::io;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use getopts::{HasArg, Matches, Occur};
+use getopts::{HasArg, Occur};
 use log::LevelFilter;
 
 use crate::address::{Address, parse_host, parse_port};
 use crate::cidr::{Cidr, CidrError};
 use crate::cli::error::Error;
+use crate::cli::given::Given;
 use crate::key::Key;
 use crate::options::{ClientOptions, LOOPBACK, ServerOptions};
 use crate::service::{MAX_SERVICES, Service};
@@ -30,6 +32,9 @@ const MAX_SECS: u64 = 366 * 24 * 60 * 60;
 /// Each client costs a server a pool of idle tunnels, and each server costs a client one.
 const MAX_CLIENTS: usize = 64;
 const MAX_SERVERS: usize = 64;
+
+/// Reads the file that `--config` names.
+pub type ReadFile = fn(&Path) -> io::Result<String>;
 
 /// What a command line asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -159,6 +164,8 @@ const COMMON_OPTIONS: &str = "
         --ready HOST:PORT
                         ask the program with this --status whether visitors
                         are served, and exit: 0 if they are, or else 1
+        --config FILE   read options from this file, an option a line: its name
+                        without dashes, then its value; the command line wins
     -v, --verbose       log more
     -q, --quiet         log errors only
     -h, --help          print this and exit
@@ -177,8 +184,11 @@ Environment:
 ";
 
 /// Reads the words behind `tpserver`.
-pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<ServerOptions>, Error> {
-    SERVER.read(words, |given| {
+pub fn server(
+    words: impl IntoIterator<Item = OsString>,
+    read_file: ReadFile,
+) -> Result<Command<ServerOptions>, Error> {
+    SERVER.read(words, read_file, |given| {
         let mut options = ServerOptions::default();
         let host = value(given, "bind", host)?;
         let host = host.unwrap_or_else(|| LOOPBACK.to_owned());
@@ -213,8 +223,11 @@ pub fn server(words: impl IntoIterator<Item = OsString>) -> Result<Command<Serve
 }
 
 /// Reads the words behind `tpclient`.
-pub fn client(words: impl IntoIterator<Item = OsString>) -> Result<Command<ClientOptions>, Error> {
-    CLIENT.read(words, |given| {
+pub fn client(
+    words: impl IntoIterator<Item = OsString>,
+    read_file: ReadFile,
+) -> Result<Command<ClientOptions>, Error> {
+    CLIENT.read(words, read_file, |given| {
         let mut options = ClientOptions {
             servers: servers(given)?,
             ..ClientOptions::default()
@@ -239,7 +252,8 @@ impl Program {
     fn read<O>(
         &self,
         words: impl IntoIterator<Item = OsString>,
-        options: impl FnOnce(&Matches) -> Result<O, Error>,
+        read_file: ReadFile,
+        options: impl FnOnce(&Given) -> Result<O, Error>,
     ) -> Result<Command<O>, Error> {
         let (name, grammar) = (self.name, self.grammar());
         let words: Vec<_> = words.into_iter().collect();
@@ -252,8 +266,8 @@ impl Program {
         if let Some(error) = words.iter().find_map(|word| one_dash(word, &grammar)) {
             return Err(error);
         }
-        let given = grammar.parse(words).map_err(usage)?;
-        let has = |option| given.opt_present(option);
+        let line = grammar.parse(words).map_err(usage)?;
+        let has = |option| line.opt_present(option);
         if has("help") {
             let (options, examples) = (self.options, self.examples);
             return Ok(Command::Print(format!(
@@ -265,12 +279,20 @@ impl Program {
             let version = env!("CARGO_PKG_VERSION");
             return Ok(Command::Print(format!("{name} {version}\n")));
         }
-        if let Some(word) = given.free.first() {
+        if let Some(word) = line.free.first() {
             return Err(usage(format!("unexpected word '{word}'")));
         }
-        if given.opt_defined("generate-key") && has("generate-key") {
+        if line.opt_defined("generate-key") && has("generate-key") {
             return Ok(Command::GenerateKey);
         }
+        let config = line.opt_str("config");
+        let mut given = Given::new(line);
+        if let Some(path) = config {
+            let text = read_file(Path::new(&path));
+            let text = text.map_err(|error| Error::ConfigFile(path.clone().into(), error))?;
+            given.add_file(&path, &text, &grammar).map_err(usage)?;
+        }
+        let has = |option| given.opt_present(option);
         if let Some(address) = value(&given, "ready", at_port)? {
             return Ok(Command::AskReady(address));
         }
@@ -281,17 +303,20 @@ impl Program {
         Ok(Command::Run(options, self.common(&given)?))
     }
 
-    fn common(&self, given: &Matches) -> Result<Common, Error> {
-        let files = given.opt_strs("key-file").into_iter();
+    fn common(&self, given: &Given) -> Result<Common, Error> {
+        let decides = |option| match given.line_has(&["verbose", "quiet"]) {
+            true => given.line_has(&[option]),
+            false => given.opt_present(option),
+        };
         Ok(Common {
             program: self.name,
-            level: match (given.opt_present("verbose"), given.opt_present("quiet")) {
+            level: match (decides("verbose"), decides("quiet")) {
                 (true, true) => return Err(usage("-v and -q exclude each other")),
                 (true, false) => LevelFilter::Debug,
                 (false, true) => LevelFilter::Error,
                 (false, false) => LevelFilter::Info,
             },
-            key_files: files.map(PathBuf::from).collect(),
+            key_files: given.paths("key-file"),
             drain: value(given, "drain", seconds(0))?.unwrap_or(DRAIN),
         })
     }
@@ -323,7 +348,7 @@ impl Program {
 
 /// Returns the servers' hosts and control ports. A port may stand in an option of its own, which is for
 /// those servers that have none.
-fn servers(given: &Matches) -> Result<Vec<Address>, Error> {
+fn servers(given: &Given) -> Result<Vec<Address>, Error> {
     let Address { host: near, port } = ClientOptions::new().servers.swap_remove(0);
     let mut control = None;
     for name in ["control-port", "control"] {
@@ -338,7 +363,7 @@ fn servers(given: &Matches) -> Result<Vec<Address>, Error> {
     let mut servers = Vec::new();
     let mut needed = !given.opt_present("server");
     for text in given.opt_strs("server") {
-        let failed = |why: String| usage(format!("--server '{text}': {why}"));
+        let failed = |why: String| usage(format!("{}: {why}", given.place("server", &text)));
         let address = match text.parse::<Address>() {
             Ok(Address { port: 0, .. }) => return Err(failed("the port is 0".to_owned())),
             Ok(address) => address,
@@ -406,7 +431,7 @@ fn usage(what: impl Display) -> Error {
 /// Replaces a default by the option's value, if it is given.
 fn set<T>(
     default: &mut T,
-    given: &Matches,
+    given: &Given,
     option: &str,
     read: impl Fn(&str) -> Result<T, String>,
 ) -> Result<(), Error> {
@@ -418,7 +443,7 @@ fn set<T>(
 
 /// Returns the option's value, if it is given.
 fn value<T>(
-    given: &Matches,
+    given: &Given,
     option: &str,
     read: impl Fn(&str) -> Result<T, String>,
 ) -> Result<Option<T>, Error> {
@@ -427,12 +452,12 @@ fn value<T>(
 
 /// Returns the option's values, one for each time that it is given.
 fn values<T>(
-    given: &Matches,
+    given: &Given,
     option: &str,
     read: impl Fn(&str) -> Result<T, String>,
 ) -> Result<Vec<T>, Error> {
     let read = |text: String| {
-        let named = |why| usage(format!("--{option} '{text}': {why}"));
+        let named = |why| usage(format!("{}: {why}", given.place(option, &text)));
         read(&text).map_err(named)
     };
     given.opt_strs(option).into_iter().map(read).collect()
@@ -441,7 +466,7 @@ fn values<T>(
 /// Replaces the default by the services that are given, each of them `[NAME=]` and what `read` reads.
 fn services(
     default: &mut BTreeMap<Service, Address>,
-    given: &Matches,
+    given: &Given,
     option: &str,
     read: impl Fn(&str) -> Result<Address, String>,
 ) -> Result<(), Error> {
@@ -460,7 +485,7 @@ fn services(
 
 /// Returns what is given of services, each of them `[NAME=]` and what `read` reads, of this form.
 fn named<T>(
-    given: &Matches,
+    given: &Given,
     option: &str,
     form: &str,
     read: impl Fn(&str) -> Result<T, String>,
@@ -478,13 +503,13 @@ fn named<T>(
                 Some(_) => Err(format!("a second service needs a name: NAME={form}")),
             }
         };
-        add().map_err(|why: String| usage(format!("--{option} '{text}': {why}")))?;
+        add().map_err(|why: String| usage(format!("{}: {why}", given.place(option, &text))))?;
     }
     Ok(all)
 }
 
 /// Returns where the status page is to be, if anywhere, and whether other hosts may see it.
-fn status(given: &Matches) -> Result<(Option<Address>, bool), Error> {
+fn status(given: &Given) -> Result<(Option<Address>, bool), Error> {
     let address = value(given, "status", on_this_host)?;
     let anywhere = given.opt_present("insecure-status");
     match anywhere && address.is_none() {
@@ -510,7 +535,7 @@ fn on_this_host(text: &str) -> Result<Address, String> {
 }
 
 /// Replaces the default of an address to listen on. A port alone keeps the default's host.
-fn listening(default: &mut Address, given: &Matches, option: &str) -> Result<(), Error> {
+fn listening(default: &mut Address, given: &Given, option: &str) -> Result<(), Error> {
     let host = default.host.clone();
     set(default, given, option, |text| listen_address(text, &host))
 }
@@ -566,26 +591,30 @@ mod tests {
     use super::*;
     use crate::wire::proxy_header::ProxyVersion;
 
+    fn no_file(_: &Path) -> io::Result<String> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
     fn words(line: &str) -> Vec<OsString> {
         line.split_whitespace().map(OsString::from).collect()
     }
 
     fn server_options(line: &str) -> ServerOptions {
-        match server(words(line)).unwrap() {
+        match server(words(line), no_file).unwrap() {
             Command::Run(options, _) => options,
             other => panic!("{other:?}"),
         }
     }
 
     fn client_common(line: &str) -> Common {
-        match client(words(line)).unwrap() {
+        match client(words(line), no_file).unwrap() {
             Command::Run(_, common) => common,
             other => panic!("{other:?}"),
         }
     }
 
     fn client_options(line: &str) -> ClientOptions {
-        match client(words(line)).unwrap() {
+        match client(words(line), no_file).unwrap() {
             Command::Run(options, _) => options,
             other => panic!("{other:?}"),
         }
@@ -681,7 +710,7 @@ mod tests {
             ("--server host:x", "not a number"),
             ("--original --key-file x", "exclude each other"),
         ] {
-            let error = client(words(line)).unwrap_err().to_string();
+            let error = client(words(line), no_file).unwrap_err().to_string();
             assert!(error.contains(why), "{line}: {error}");
         }
     }
@@ -741,7 +770,7 @@ mod tests {
                 "--public: 65 services, and at most 64 are possible",
             ),
         ] {
-            let error = server(words(line)).unwrap_err().to_string();
+            let error = server(words(line), no_file).unwrap_err().to_string();
             assert!(error.contains(why), "{line}: {error}");
         }
         for (line, why) in [
@@ -757,7 +786,7 @@ mod tests {
                 "--proxy-protocol 'web=2': the PROXY protocol has v1 (text) and v2 (binary) only",
             ),
         ] {
-            let error = client(words(line)).unwrap_err().to_string();
+            let error = client(words(line), no_file).unwrap_err().to_string();
             assert!(error.contains(why), "{line}: {error}");
         }
     }
@@ -771,7 +800,7 @@ mod tests {
         assert_eq!(of_client.status, Some(Address::new("host", 0)));
         assert!(of_client.insecure_status);
         let ask = Command::AskReady(Address::new(LOOPBACK, 9090));
-        assert_eq!(client(words("--ready 9090")).unwrap(), ask);
+        assert_eq!(client(words("--ready 9090"), no_file).unwrap(), ask);
         for (line, why) in [
             ("--status", "status"),
             ("--status host", "--status 'host': no port"),
@@ -785,8 +814,8 @@ mod tests {
             ("--ready host", "--ready 'host': no port"),
         ] {
             for error in [
-                server(words(line)).unwrap_err(),
-                client(words(line)).unwrap_err(),
+                server(words(line), no_file).unwrap_err(),
+                client(words(line), no_file).unwrap_err(),
             ] {
                 let error = error.to_string();
                 assert!(error.contains(why), "{line}: {error}");
@@ -813,14 +842,14 @@ mod tests {
     fn key_files_are_named_and_keys_are_not() {
         assert!(client_common("").key_files.is_empty());
         assert_eq!(client_common("-k a").key_files, [PathBuf::from("a")]);
-        let Ok(Command::Run(_, common)) = server(words("--key-file a -k b/c")) else {
+        let Ok(Command::Run(_, common)) = server(words("--key-file a -k b/c"), no_file) else {
             panic!("not understood");
         };
         assert_eq!(common.key_files, ["a", "b/c"].map(PathBuf::from));
-        let error = client(words("-k a -k b")).unwrap_err().to_string();
+        let error = client(words("-k a -k b"), no_file).unwrap_err().to_string();
         assert!(error.contains("key-file"), "{error}");
 
-        let generate = server(words("--generate-key")).unwrap();
+        let generate = server(words("--generate-key"), no_file).unwrap();
         assert_eq!(generate, Command::GenerateKey);
 
         let key = Key::generate().unwrap().to_base64();
@@ -834,7 +863,7 @@ mod tests {
             "-b KEY=",
         ] {
             let line = line.replace("KEY", key);
-            let error = server(words(&line)).unwrap_err().to_string();
+            let error = server(words(&line), no_file).unwrap_err().to_string();
             assert!(!error.contains(key), "{error}");
             assert!(error.contains("--key-file FILE"), "{error}");
         }
@@ -880,7 +909,7 @@ mod tests {
             ("-v -q", "-v and -q"),
             ("one two", "'one'"),
         ] {
-            let error = server(words(line)).unwrap_err().to_string();
+            let error = server(words(line), no_file).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
             assert!(error.contains("--help"), "{line}: {error}");
         }
@@ -901,14 +930,14 @@ mod tests {
                 "--pool '65': a whole number from 0 to 64 is needed",
             ),
         ] {
-            let error = client(words(line)).unwrap_err().to_string();
+            let error = client(words(line), no_file).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
         }
     }
 
     #[test]
     fn the_help_shows_every_default() {
-        let Ok(Command::Print(help)) = server(words("-h")) else {
+        let Ok(Command::Print(help)) = server(words("-h"), no_file) else {
             panic!("no help");
         };
         let default = ServerOptions::default();
@@ -925,7 +954,7 @@ mod tests {
         ] {
             assert!(help.contains(&shown), "{shown}");
         }
-        let Ok(Command::Print(help)) = client(words("--help")) else {
+        let Ok(Command::Print(help)) = client(words("--help"), no_file) else {
             panic!("no help");
         };
         let default = ClientOptions::default();
@@ -939,5 +968,83 @@ mod tests {
         ] {
             assert!(help.contains(&shown), "{shown}");
         }
+    }
+
+    /// The options of a server with a file that has this text.
+    fn with_file(line: &str, read_file: ReadFile) -> Result<(ServerOptions, Common), Error> {
+        match server(words(&format!("--config dir/tp.conf {line}")), read_file)? {
+            Command::Run(options, common) => Ok((options, common)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_file_has_an_option_a_line_and_the_command_line_wins() {
+        let file = |_: &Path| {
+            Ok(
+                "# comment\n\npublic web=8080\n  public\tssh=[::]:22 \nbind 192.0.2.1\n\
+                insecure\nmax-conns 7\nkey-file a b.key\nverbose\n"
+                    .to_owned(),
+            )
+        };
+        let (options, common) = with_file("", file).unwrap();
+        let public: Vec<_> = options.public.values().map(Address::to_string).collect();
+        assert_eq!(public, ["[::]:22", "192.0.2.1:8080"]);
+        assert_eq!((options.max_conns, options.insecure), (7, true));
+        assert_eq!(common.key_files, [PathBuf::from("dir/a b.key")]);
+        assert_eq!(common.level, LevelFilter::Debug);
+        let (options, common) = with_file("-p 1 -m 9 -k c -q", file).unwrap();
+        assert_eq!(of(&options.public), "192.0.2.1:1");
+        assert_eq!(options.max_conns, 9);
+        assert_eq!(common.key_files, [PathBuf::from("c")]);
+        assert_eq!(common.level, LevelFilter::Error);
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_named_with_its_line() {
+        let checks: [(ReadFile, &str); 9] = [
+            (
+                |_| Ok("bind ::\npublic http://x:1\n".to_owned()),
+                "dir/tp.conf, line 2: public 'http://x:1': leave out http://",
+            ),
+            (
+                |_| Ok("\n# x\nnonsense 1".to_owned()),
+                "dir/tp.conf, line 3: there is no option nonsense",
+            ),
+            (
+                |_| Ok("bind=::".to_owned()),
+                "line 1: a space, not '=', stands behind bind",
+            ),
+            (
+                |_| Ok("--bind ::".to_owned()),
+                "line 1: leave out the dashes before an option's name",
+            ),
+            (
+                |_| Ok("bind".to_owned()),
+                "line 1: bind needs a value behind a space",
+            ),
+            (
+                |_| Ok("insecure yes".to_owned()),
+                "line 1: insecure has no value",
+            ),
+            (
+                |_| Ok("drain 1\ndrain 2".to_owned()),
+                "dir/tp.conf: drain stands in lines 1 and 2",
+            ),
+            (
+                |_| Ok("config other".to_owned()),
+                "line 1: config belongs on the command line",
+            ),
+            (
+                |_| Ok("public web=1\npublic web=2".to_owned()),
+                "line 2: public 'web=2': web is given twice",
+            ),
+        ];
+        for (file, why) in checks {
+            let error = with_file("", file).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+        let error = with_file("", no_file).unwrap_err().to_string();
+        assert_eq!(error, "--config: could not read dir/tp.conf");
     }
 }

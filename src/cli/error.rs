@@ -18,6 +18,8 @@ pub enum Error {
     Key(String, KeyError),
     /// A key file could not be read.
     KeyFile(PathBuf, io::Error),
+    /// The file that `--config` names could not be read.
+    ConfigFile(PathBuf, io::Error),
     /// A text could not be written to stdout.
     Print(io::Error),
     /// The system refused the thread that writes the log, or the one that waits for signals.
@@ -35,7 +37,7 @@ impl Error {
     /// the machine is.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) | Self::Key(..) | Self::KeyFile(..) => 2,
+            Self::Usage(_) | Self::Key(..) | Self::KeyFile(..) | Self::ConfigFile(..) => 2,
             Self::Tunnel(error) if error.is_usage() => 2,
             _ => 1,
         }
@@ -69,6 +71,9 @@ impl fmt::Display for Error {
             // Here a key is there, with something else beside it.
             Self::Key(place, why) => write!(f, "{place}: {why}"),
             Self::KeyFile(path, _) => write!(f, "--key-file: could not read {}", path.display()),
+            Self::ConfigFile(path, _) => {
+                write!(f, "--config: could not read {}", path.display())
+            }
             Self::Print(_) => write!(f, "could not write to stdout"),
             Self::Thread(_) => write!(f, "could not start a thread"),
             Self::Signals(_) => write!(f, "could not prepare for signals"),
@@ -83,6 +88,7 @@ impl std::error::Error for Error {
         match self {
             Self::Usage(_) | Self::Key(..) | Self::NotReady(_) => None,
             Self::KeyFile(_, error)
+            | Self::ConfigFile(_, error)
             | Self::Print(error)
             | Self::Thread(error)
             | Self::Signals(error) => Some(error),

@@ -3,7 +3,9 @@
 
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -15,6 +17,7 @@ use crate::options::{ClientOptions, ServerOptions};
 
 mod command_line;
 mod error;
+mod given;
 mod key_file;
 mod logger;
 mod ready;
@@ -32,6 +35,9 @@ use command_line::{Command, Common};
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// More bytes than the options of a program ever need.
+const CONFIG_SIZE: u64 = 1024 * 1024;
+
 /// Reads the words behind `tpserver`. If they only ask for a text, this prints it and returns None.
 /// Otherwise it starts the log, and returns the server's options, and the signals that the program
 /// takes from now on.
@@ -41,7 +47,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub fn server(
     words: impl IntoIterator<Item = OsString>,
 ) -> Result<Option<(ServerOptions, Signals)>, Error> {
-    let Some((mut options, keys, signals)) = start(command_line::server(words)?)? else {
+    let Some((mut options, keys, signals)) = start(command_line::server(words, read_config)?)?
+    else {
         return Ok(None);
     };
     options.port_patience = options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
@@ -56,7 +63,8 @@ pub fn server(
 pub fn client(
     words: impl IntoIterator<Item = OsString>,
 ) -> Result<Option<(ClientOptions, Signals)>, Error> {
-    let Some((mut options, mut keys, signals)) = start(command_line::client(words)?)? else {
+    let Some((mut options, mut keys, signals)) = start(command_line::client(words, read_config)?)?
+    else {
         return Ok(None);
     };
     options.key = keys.pop();
@@ -78,6 +86,18 @@ fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, Error
             let keys = prepare(&common)?;
             Ok(Some((options, keys, Signals::take(common.drain)?)))
         }
+    }
+}
+
+/// Reads the file that `--config` names. It has some lines; `/dev/zero` has no end.
+fn read_config(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?
+        .take(CONFIG_SIZE)
+        .read_to_string(&mut text)?;
+    match (text.len() as u64) < CONFIG_SIZE {
+        true => Ok(text),
+        false => Err(io::Error::other("it is too large")),
     }
 }
 
