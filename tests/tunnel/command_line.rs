@@ -147,6 +147,29 @@ fn bad_usage_is_exit_code_2() {
 }
 
 #[test]
+fn a_file_has_what_a_command_line_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tpserver.conf");
+    let config = path.to_str().unwrap();
+    let write = |text: &str| std::fs::write(&path, text).unwrap();
+    write("# The ports.\npublic web=0\ntunnel 0\ncontrol 0\nverbose\n");
+    let server = Launch::new(Protection::Plain).bare_server(&["--config", config]);
+    let web = server.address("visitors of web");
+    let _visitor = connect(web);
+    server.wait_for_line(" of web came");
+    write("control 0\n\npublic web=a:99999\n");
+    let named = [config, "line 3: public 'web=a:99999'", "0 to 65535"];
+    assert_error(SERVER, &format!("--config {config}"), 2, &named);
+    write("local web=127.0.0.1:80\n");
+    let named = [config, "line 1: there is no option local"];
+    assert_error(SERVER, &format!("--config {config}"), 2, &named);
+    let named = ["--config: could not read", "No such file"];
+    assert_error(CLIENT, "--config /does/not/exist", 2, &named);
+    let named = ["--config: could not read /dev/zero"];
+    assert_error(CLIENT, "--config /dev/zero", 2, &named);
+}
+
+#[test]
 fn two_ports_at_one_address_are_refused_at_once() {
     for (line, named) in [
         (
