@@ -79,11 +79,6 @@ impl Given {
         self.source(option).opt_present(option)
     }
 
-    /// The option's value, if it is given.
-    pub fn opt_str(&self, option: &str) -> Option<String> {
-        self.source(option).opt_str(option)
-    }
-
     /// The option's values.
     pub fn opt_strs(&self, option: &str) -> Vec<String> {
         self.source(option).opt_strs(option)
