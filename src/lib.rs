@@ -10,8 +10,8 @@
 //! [`Server`] and [`Client`] are the two halves. The programs `tpserver` and `tpclient` are little
 //! more than their command lines, which stand behind the feature `cli`: a program that embeds the
 //! tunnel can leave it out. Both halves can run in one process, as often as wanted: nothing is
-//! global. Sockets that carry bytes block, with a thread for each direction; an idle tunnel takes
-//! no thread on the server.
+//! global. Both can show what goes on over HTTP: see [`ServerOptions::status`]. Sockets that carry
+//! bytes block, with a thread for each direction; an idle tunnel takes no thread on the server.
 //!
 //! With a [`Key`] on both sides, nobody without it becomes the client, reads along, or changes or
 //! cuts a stream unnoticed. Without one, nothing is protected, and the control and tunnel ports are

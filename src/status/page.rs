@@ -5,6 +5,7 @@ use std::fmt::{self, Display, Write as _};
 use std::time::Duration;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
+use log::Level;
 use ring::digest::{SHA256, digest};
 
 use super::http::{Code, POLICY, Response};
@@ -225,7 +226,10 @@ fn log(page: &mut Page, snapshot: &Snapshot) {
     page.title("Log", &left_out);
     page.put("<ol>\n");
     for LogLine { age, level, text } in snapshot.log.iter().rev() {
-        page.put("<li>");
+        page.put(match *level <= Level::Warn {
+            true => "<li class=\"bad\">",
+            false => "<li>",
+        });
         page.text(format_args!("{} ago {level} {text}", Time(*age)));
         page.put("</li>\n");
     }
@@ -432,6 +436,7 @@ mod tests {
             "<dt>wrong-key</dt><dd>3</dd>",
             "newest first; 4 lines left out",
             "<li>3\u{a0}min 20\u{a0}s ago INFO listening on ",
+            "<li class=\"bad\">3\u{a0}min 20\u{a0}s ago WARN refused ",
         ] {
             assert!(page.contains(shown), "{shown} is not in {page}");
         }
