@@ -15,6 +15,9 @@ pub trait Half: Send + Sync {
     /// See [`Handle::stop`].
     fn stop(self: Arc<Self>, drain: Duration);
 
+    /// See [`Handle::make_way`].
+    fn make_way(self: Arc<Self>);
+
     /// See [`Handle::status`].
     fn status(&self) -> Status;
 
@@ -44,6 +47,14 @@ impl Handle {
     pub fn stop(&self, drain: Duration) {
         if let Some(half) = self.0.upgrade() {
             half.stop(drain);
+        }
+    }
+
+    /// Leaves new visitors, the ports and the status page to another server or client, which takes this
+    /// one's place. The visitors who are there have as long as they like.
+    pub fn make_way(&self) {
+        if let Some(half) = self.0.upgrade() {
+            half.make_way();
         }
     }
 

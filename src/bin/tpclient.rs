@@ -3,17 +3,9 @@
 use std::env;
 use std::process::ExitCode;
 
-use tunnel_proxy::{Client, cli};
+use tunnel_proxy::cli;
 
 fn main() -> ExitCode {
-    cli::exit("tpclient", run())
-}
-
-fn run() -> Result<(), cli::Error> {
-    if let Some((options, signals)) = cli::client(env::args_os().skip(1))? {
-        let client = Client::new(options);
-        signals.obey_for(client.handle());
-        client.run()?;
-    }
-    Ok(())
+    let words = env::args_os().skip(1).collect();
+    cli::exit("tpclient", cli::run_client(words))
 }

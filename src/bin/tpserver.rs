@@ -3,17 +3,9 @@
 use std::env;
 use std::process::ExitCode;
 
-use tunnel_proxy::{Server, cli};
+use tunnel_proxy::cli;
 
 fn main() -> ExitCode {
-    cli::exit("tpserver", run())
-}
-
-fn run() -> Result<(), cli::Error> {
-    if let Some((options, signals)) = cli::server(env::args_os().skip(1))? {
-        let server = Server::bind(options)?;
-        signals.obey_for(server.handle());
-        server.run()?;
-    }
-    Ok(())
+    let words = env::args_os().skip(1).collect();
+    cli::exit("tpserver", cli::run_server(words))
 }

@@ -58,6 +58,8 @@ pub struct Common {
     pub level: LevelFilter,
     /// The files that hold the keys.
     pub key_files: Vec<PathBuf>,
+    /// Some of that stands in a file, which HUP has read again.
+    pub has_file: bool,
     /// The time that a signal to end leaves to the visitors who are there.
     pub drain: Duration,
 }
@@ -184,10 +186,7 @@ Environment:
 ";
 
 /// Reads the words behind `tpserver`.
-pub fn server(
-    words: impl IntoIterator<Item = OsString>,
-    read_file: ReadFile,
-) -> Result<Command<ServerOptions>, Error> {
+pub fn server(words: Vec<OsString>, read_file: ReadFile) -> Result<Command<ServerOptions>, Error> {
     SERVER.read(words, read_file, |given| {
         let mut options = ServerOptions::default();
         let host = value(given, "bind", host)?;
@@ -223,10 +222,7 @@ pub fn server(
 }
 
 /// Reads the words behind `tpclient`.
-pub fn client(
-    words: impl IntoIterator<Item = OsString>,
-    read_file: ReadFile,
-) -> Result<Command<ClientOptions>, Error> {
+pub fn client(words: Vec<OsString>, read_file: ReadFile) -> Result<Command<ClientOptions>, Error> {
     CLIENT.read(words, read_file, |given| {
         let mut options = ClientOptions {
             servers: servers(given)?,
@@ -251,12 +247,11 @@ impl Program {
     /// Does what every command line needs, and has `options` read what is the program's own.
     fn read<O>(
         &self,
-        words: impl IntoIterator<Item = OsString>,
+        words: Vec<OsString>,
         read_file: ReadFile,
         options: impl FnOnce(&Given) -> Result<O, Error>,
     ) -> Result<Command<O>, Error> {
         let (name, grammar) = (self.name, self.grammar());
-        let words: Vec<_> = words.into_iter().collect();
         if words.iter().any(holds_key) {
             return Err(usage(
                 "a key is among the words of the command, where others can see it: use --key-file \
@@ -317,6 +312,7 @@ impl Program {
                 (false, false) => LevelFilter::Info,
             },
             key_files: given.paths("key-file"),
+            has_file: given.line_has(&["config"]),
             drain: value(given, "drain", seconds(0))?.unwrap_or(DRAIN),
         })
     }

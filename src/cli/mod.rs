@@ -1,19 +1,23 @@
 //! What the two programs do around the library: they read the command line and the keys, log, obey
 //! signals, and end with an exit code. The feature `cli` brings this module.
 
-use std::error::Error as _;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use log::{info, warn};
+use parking_lot::Mutex;
 use zeroize::Zeroizing;
 
+use crate::client::Client;
+use crate::handle::{Handle, Running};
 use crate::key::Key;
 use crate::options::{ClientOptions, ServerOptions};
+use crate::server::Server;
 
 mod command_line;
 mod error;
@@ -25,9 +29,9 @@ mod signals;
 
 pub use error::Error;
 pub use ready::NotReady;
-pub use signals::Signals;
 
-use command_line::{Command, Common};
+use command_line::{Command, Common, ReadFile};
+use signals::{Reload, Signals};
 
 /// A server that was told to stop keeps its ports as long as visitors wait for a tunnel, up to
 /// `--pair-timeout`. The next server waits for them a second longer, but not much longer than a
@@ -38,55 +42,78 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// More bytes than the options of a program ever need.
 const CONFIG_SIZE: u64 = 1024 * 1024;
 
-/// Reads the words behind `tpserver`. If they only ask for a text, this prints it and returns None.
-/// Otherwise it starts the log, and returns the server's options, and the signals that the program
-/// takes from now on.
+/// Does what the words behind `tpserver` ask for: most often runs a server until a signal ends it.
 ///
 /// # Errors
-/// The words make no sense, a key is missing or malformed, or stdout or a thread could not be had.
-pub fn server(
-    words: impl IntoIterator<Item = OsString>,
-) -> Result<Option<(ServerOptions, Signals)>, Error> {
-    let Some((mut options, keys, signals)) = start(command_line::server(words, read_config)?)?
-    else {
-        return Ok(None);
+/// The words make no sense, a key is missing or malformed, a port cannot be had, or stdout or a thread.
+pub fn run_server(words: Vec<OsString>) -> Result<(), Error> {
+    let with_keys = |mut options: ServerOptions, keys| {
+        options.port_patience = options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
+        options.keys = keys;
+        options
     };
-    options.port_patience = options.pair_timeout.min(MAX_PATIENCE) + PATIENCE;
-    options.keys = keys;
-    Ok(Some((options, signals)))
+    let start = |options| Server::bind(options)?.spawn();
+    run(words, command_line::server, with_keys, start)
 }
 
-/// Reads the words behind `tpclient`, as [`server`] does those behind `tpserver`.
+/// Does what the words behind `tpclient` ask for, as [`run_server`] does.
 ///
 /// # Errors
-/// Those of [`server`].
-pub fn client(
-    words: impl IntoIterator<Item = OsString>,
-) -> Result<Option<(ClientOptions, Signals)>, Error> {
-    let Some((mut options, mut keys, signals)) = start(command_line::client(words, read_config)?)?
-    else {
-        return Ok(None);
+/// Those of [`run_server`], but for ports.
+pub fn run_client(words: Vec<OsString>) -> Result<(), Error> {
+    let with_keys = |mut options: ClientOptions, mut keys: Vec<_>| {
+        options.key = keys.pop();
+        options
     };
-    options.key = keys.pop();
-    Ok(Some((options, signals)))
+    let start = |options| Client::new(options).spawn();
+    run(words, command_line::client, with_keys, start)
 }
 
-fn start<O>(command: Command<O>) -> Result<Option<(O, Vec<Key>, Signals)>, Error> {
-    match command {
-        Command::Print(text) => print(&text).map(|()| None),
+fn run<O: Clone + Send + 'static>(
+    words: Vec<OsString>,
+    read: fn(Vec<OsString>, ReadFile) -> Result<Command<O>, Error>,
+    with_keys: fn(O, Vec<Key>) -> O,
+    start: fn(O) -> Result<Running, crate::Error>,
+) -> Result<(), Error> {
+    let (options, common) = match read(words.clone(), read_config)? {
+        Command::Print(text) => return print(&text),
         Command::GenerateKey => {
             print(&Zeroizing::new(Key::generate()?.to_base64()))?;
-            print("\n").map(|()| None)
+            return print("\n");
         }
         Command::AskReady(address) => {
             ready::ask_ready(&address)?;
-            print("ready\n").map(|()| None)
+            return print("ready\n");
         }
-        Command::Run(options, common) => {
-            let keys = prepare(&common)?;
-            Ok(Some((options, keys, Signals::take(common.drain)?)))
-        }
-    }
+        Command::Run(options, common) => (options, common),
+    };
+    let keys = prepare(&common)?;
+    let signals = Signals::take(common.drain)?;
+    let options = with_keys(options, keys);
+    let running = start(options.clone())?;
+    let in_force = Mutex::new(options);
+    let reload = move |before: &Handle| {
+        let Command::Run(options, common) = read(words.clone(), read_config)? else {
+            return Err(Error::Usage(
+                "the options ask for something else".to_owned(),
+            ));
+        };
+        let options = with_keys(options, read_keys(&common)?);
+        before.make_way();
+        let mut in_force = in_force.lock();
+        start(options.clone())
+            .inspect(|_| *in_force = options)
+            .or_else(|error| {
+                warn!("going on with the options from before: {}", chain(&error));
+                Ok(start(in_force.clone())?)
+            })
+    };
+    let reload: Option<Arc<Reload>> = match common.has_file {
+        true => Some(Arc::new(reload)),
+        false => None,
+    };
+    signals.obey_for(running, reload);
+    signals.wait()
 }
 
 /// Reads the file that `--config` names. It has some lines; `/dev/zero` has no end.
@@ -105,7 +132,7 @@ fn read_config(path: &Path) -> io::Result<String> {
 fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
     raise_descriptors();
     logger::start(common.program, common.level)?;
-    let (keys, remarks) = key_file::read_all(&common.key_files)?;
+    let keys = read_keys(common)?;
     let version = env!("CARGO_PKG_VERSION");
     let needs = match keys.is_empty() {
         _ if common.program != command_line::SERVER.name => "",
@@ -113,10 +140,26 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
         false => ", a client needs the key",
     };
     info!("version {version}{needs}");
+    Ok(keys)
+}
+
+fn read_keys(common: &Common) -> Result<Vec<Key>, Error> {
+    let (keys, remarks) = key_file::read_all(&common.key_files)?;
     for remark in remarks {
         warn!("{remark}");
     }
     Ok(keys)
+}
+
+/// An error and its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line += &format!(": {error}");
+        cause = error.source();
+    }
+    line
 }
 
 /// Raises the process's limit of descriptors as far as its user may. The usual limit of 1024 is
@@ -147,12 +190,6 @@ pub fn exit(program: &str, result: Result<(), Error>) -> ExitCode {
         logger::end(None);
         return ExitCode::SUCCESS;
     };
-    let mut line = format!("{program}: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line += &format!(": {error}");
-        cause = error.source();
-    }
-    logger::end(Some(line));
+    logger::end(Some(format!("{program}: {}", chain(&error))));
     ExitCode::from(error.exit_code())
 }

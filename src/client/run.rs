@@ -202,6 +202,11 @@ impl Half for Shared {
         self.say_bye();
     }
 
+    fn make_way(self: Arc<Self>) {
+        self.status.close();
+        self.stop(Duration::MAX);
+    }
+
     fn status(&self) -> Status {
         let sessions: Vec<_> = self.servers.iter().filter_map(Upstream::live).collect();
         let names = sessions.iter().map(|session| session.proto.name());

@@ -624,6 +624,11 @@ impl Half for Shared {
         }
     }
 
+    fn make_way(self: Arc<Self>) {
+        self.status.close();
+        self.stop(Duration::MAX);
+    }
+
     fn status(&self) -> Status {
         let state = self.state.lock();
         let list = &state.conn_list_map;

@@ -29,6 +29,7 @@ mod namespaces;
 mod one_port;
 mod original;
 mod protocol;
+mod reload;
 mod restarts;
 mod reuse;
 mod sealed;

@@ -1,0 +1,227 @@
+//! HUP has a program read its `--config` again, and no visitor notices.
+#![cfg(target_os = "linux")]
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::support::load::{assert_whole, sixteen_at_a_time};
+use crate::support::programs::{Launch, Program, ports_of};
+use crate::support::{
+    Protection, Service, assert_echo, connect, eventually, plain_and_sealed, share_turn,
+    try_connect,
+};
+
+plain_and_sealed! {
+    a_server_takes_up_new_services_while_its_visitors_go_on,
+    a_client_goes_to_another_service_while_its_visitors_go_on,
+    a_reload_under_load_costs_no_visit,
+    a_file_with_a_fault_changes_nothing,
+    a_port_that_is_taken_changes_nothing,
+    a_stop_after_a_reload_ends_everything,
+}
+
+/// A file of options in a folder of its own.
+struct Config {
+    folder: TempDir,
+}
+
+impl Config {
+    fn new(text: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Self { folder };
+        config.write(text);
+        config
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("tp.conf")
+    }
+
+    fn write(&self, text: &str) {
+        std::fs::write(self.path(), text).unwrap();
+    }
+}
+
+/// The text for a server on fixed ports, as a reload must find them again.
+fn ports(protection: Protection, number: usize) -> [std::net::SocketAddr; 3] {
+    let low = 2 * number + usize::from(protection == Protection::Sealed);
+    ports_of(&format!("127.0.88.{}", low + 1))
+}
+
+fn server(protection: Protection, config: &Config) -> Program {
+    let path = config.path();
+    let server = Launch::new(protection).bare_server(&["--config", path.to_str().unwrap()]);
+    server.wait_for_line("for the control link");
+    server
+}
+
+fn client(protection: Protection, config: &Config) -> Program {
+    let path = config.path();
+    let client = Launch::new(protection).bare_client(&["--config", path.to_str().unwrap()]);
+    client.wait_for_line("connected to");
+    client
+}
+
+fn reload(program: &Program, time: usize) {
+    program.signal(Signal::HUP);
+    program.wait_for_lines("the new options are in force", time);
+}
+
+/// A service that says its name first.
+fn named(name: &'static str) -> Service {
+    use std::io::{Read, Write};
+    Service::start(move |mut socket| {
+        let mut buffer = [0; 64];
+        let _ = socket.write_all(name.as_bytes());
+        while let Ok(count @ 1..) = socket.read(&mut buffer) {
+            let _ = socket.write_all(&buffer[..count]);
+        }
+    })
+}
+
+fn name_at(address: std::net::SocketAddr) -> (std::net::TcpStream, char) {
+    use std::io::Read;
+    let (mut visitor, mut name) = (connect(address), [0]);
+    visitor.read_exact(&mut name).unwrap();
+    (visitor, name[0].into())
+}
+
+fn a_server_takes_up_new_services_while_its_visitors_go_on(protection: Protection) {
+    let [a, b, control] = ports(protection, 0);
+    let text = format!("control {control}\ntunnel {control}\npublic a={a}\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let services = ["a", "b"].map(named);
+    let [local_a, local_b] = services.each_ref().map(|it| it.addr);
+    let both = format!("server {control}\nlocal a={local_a}\nlocal b={local_b}\n");
+    let both = Config::new(&both);
+    let client = client(protection, &both);
+    let (patient, name) = name_at(a);
+    assert_eq!(name, 'a');
+    config.write(&format!("{text}public b={b}\n"));
+    reload(&server, 1);
+    client.wait_for_lines("connected to", 2);
+    assert_eq!(name_at(b).1, 'b');
+    assert_eq!(name_at(a).1, 'a');
+    assert_echo(&patient, "still here");
+    // And without the first one.
+    config.write(&format!(
+        "control {control}\ntunnel {control}\npublic b={b}\n"
+    ));
+    reload(&server, 2);
+    client.wait_for_lines("connected to", 3);
+    assert_eq!(name_at(b).1, 'b');
+    eventually("its port is closed", || try_connect(a).is_err());
+    assert_echo(&patient, "still here after that");
+}
+
+fn a_client_goes_to_another_service_while_its_visitors_go_on(protection: Protection) {
+    let (_server, [public, _, control]) = Program::server(protection, &[]);
+    let services = ["a", "b"].map(named);
+    let [local_a, local_b] = services.each_ref().map(|it| it.addr);
+    let config = Config::new(&format!("server {control}\nlocal {local_a}\n"));
+    let client = client(protection, &config);
+    let (patient, name) = name_at(public);
+    assert_eq!(name, 'a');
+    config.write(&format!("server {control}\nlocal {local_b}\n"));
+    reload(&client, 1);
+    client.wait_for_lines("connected to", 2);
+    assert_eq!(name_at(public).1, 'b');
+    assert_echo(&patient, "still here");
+}
+
+fn a_reload_under_load_costs_no_visit(protection: Protection) {
+    let _turn = share_turn();
+    let [public, tunnel, control] = ports(protection, 1);
+    let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let service = Service::echo();
+    let local = format!("server {control}\nlocal {}\n", service.addr);
+    let local = Config::new(&local);
+    let client = client(protection, &local);
+    let made = sixteen_at_a_time(public, Duration::from_secs(6), || {
+        for time in 1..=3 {
+            thread::sleep(Duration::from_millis(700));
+            config.write(&format!("{text}max-conns {}\n", 1000 + time));
+            reload(&server, time);
+            client.wait_for_lines("connected to", 2 * time);
+            reload(&client, time);
+            client.wait_for_lines("connected to", 2 * time + 1);
+        }
+    });
+    assert_whole(&made);
+}
+
+fn a_file_with_a_fault_changes_nothing(protection: Protection) {
+    let [public, tunnel, control] = ports(protection, 2);
+    let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let service = Service::echo();
+    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
+    let client = client(protection, &local);
+    for (program, config) in [(&server, &config), (&client, &local)] {
+        config.write("nonsense\n");
+        program.signal(Signal::HUP);
+        let line = program.wait_for_line("nothing has changed: ");
+        assert!(
+            line.contains("line 1: there is no option nonsense"),
+            "{line}"
+        );
+        assert!(line.contains(config.path().to_str().unwrap()), "{line}");
+    }
+    assert_echo(&connect(public), "as before");
+    assert_eq!(client.lines_with("lost the server"), [""; 0]);
+}
+
+fn a_port_that_is_taken_changes_nothing(protection: Protection) {
+    let [public, tunnel, control] = ports(protection, 3);
+    let text = format!("control {control}\ntunnel {tunnel}\npair-timeout 1\npublic {public}\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let service = Service::echo();
+    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
+    let _client = client(protection, &local);
+    let taken = TcpListener::bind((public.ip(), 0)).unwrap();
+    let taken = taken.local_addr().map(|addr| (taken, addr)).unwrap();
+    config.write(&format!("{text}public web={}\n", taken.1));
+    server.signal(Signal::HUP);
+    let line = server.wait_for_line("going on with the options from before");
+    assert!(line.contains(&taken.1.to_string()), "{line}");
+    assert_echo(&connect(public), "as before");
+}
+
+fn a_stop_after_a_reload_ends_everything(protection: Protection) {
+    let [public, tunnel, control] = ports(protection, 4);
+    let config = Config::new(&format!(
+        "control {control}\ntunnel {tunnel}\npublic {public}\n"
+    ));
+    let mut server = server(protection, &config);
+    let service = Service::echo();
+    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
+    let mut client = client(protection, &local);
+    let patient = connect(public);
+    assert_echo(&patient, "before");
+    reload(&server, 1);
+    client.wait_for_lines("connected to", 2);
+    reload(&client, 1);
+    client.wait_for_lines("connected to", 3);
+    assert_echo(&patient, "on what is left of the first ones");
+    let later = connect(public);
+    assert_echo(&later, "on the new ones");
+    for program in [&server, &client] {
+        program.signal(Signal::TERM);
+        program.wait_for_line("stopping");
+    }
+    assert_echo(&patient, "in the drain");
+    assert_echo(&later, "in the drain, too");
+    drop((patient, later));
+    assert!(server.wait_for_end().success());
+    assert!(client.wait_for_end().success());
+}
