@@ -12,11 +12,11 @@ use rustix::process::Signal;
 
 use crate::support::load::under_load;
 use crate::support::peer::Peer;
-use crate::support::programs::Launch;
+use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
-    DEADLINE, Protection, RunningClient, RunningServer, Service, any, assert_echo, assert_reset,
-    client_options, closed_port, connect, echo, eventually, plain_and_sealed, raise_descriptors,
-    server_options, take_turn, unnamed, with,
+    DEADLINE, Protection, RunningClient, RunningServer, Service, accept, any, assert_echo,
+    assert_reset, client_options, closed_port, connect, echo, eventually, plain_and_sealed,
+    raise_descriptors, server_options, take_turn, unnamed, with,
 };
 use tunnel_proxy::{Address, Client, Error, Server};
 
@@ -32,6 +32,8 @@ plain_and_sealed! {
     four_thousand_visitors_hold_up_neither_the_page_nor_others,
     what_a_client_says_is_no_markup,
     the_next_program_gets_the_page_of_the_one_that_ends,
+    the_next_server_gets_the_page_with_the_ports,
+    a_client_that_hangs_or_dies_is_not_counted_on,
     a_health_check_exits_as_it_is_told,
 }
 
@@ -77,6 +79,13 @@ fn status_of_client(client: &RunningClient) -> SocketAddr {
         client.handle().status_addr().is_some()
     });
     client.handle().status_addr().unwrap()
+}
+
+/// Where a program shows its page, by its log.
+fn status_of(program: &Program) -> SocketAddr {
+    let line = program.wait_for_line("status at http://");
+    let (_, address) = line.rsplit_once("http://").unwrap();
+    address.trim_end_matches('/').parse().unwrap()
 }
 
 /// Both halves with a page each, and where the pages are.
@@ -209,7 +218,7 @@ fn metrics_count_what_goes_on(protection: Protection) {
             ("log_lines_left_out_total", 0.0),
             ("join_seconds_count", 3.0),
         ] {
-            assert_eq!(metric(at, name), value, "{name}");
+            eventually(name, || metric(at, name) == value);
         }
         assert!(metric(at, "tunnels_dialled_total") >= 8.0);
         assert!(metric(at, "join_seconds_sum") > 0.0);
@@ -285,7 +294,7 @@ fn a_client_is_ready_unless_it_has_no_server_or_a_service_is_down(protection: Pr
         .unwrap();
     let local = down.local_addr().unwrap().as_socket().unwrap();
     let shown = Shown::start(protection, local);
-    let [of_server, of_client] = shown.pages;
+    let of_client = shown.pages[1];
     assert_eq!(not_ready(of_client), None);
     assert_reset(&shown.server.visit(), DEADLINE);
     let why = format!(
@@ -294,20 +303,18 @@ fn a_client_is_ready_unless_it_has_no_server_or_a_service_is_down(protection: Pr
     eventually("the dial has failed", || {
         not_ready(of_client).as_ref() == Some(&why)
     });
-    assert_eq!(
-        metric(of_client, "refused_total{reason=\"local-refused\"}"),
-        1.0
-    );
-    eventually("the server is told", || {
-        let (_, metrics) = get(of_server, "/metrics");
-        metrics.contains("{reason=\"local-refused\"} 1\n")
-    });
+    for at in shown.pages {
+        eventually("it is counted", || {
+            let (_, metrics) = get(at, "/metrics");
+            metrics.contains("{reason=\"local-refused\"} 1\n")
+        });
+    }
     // The service comes up.
     down.listen(16).unwrap();
     let up = TcpListener::from(down);
     let mut visitor = shown.server.visit();
     visitor.write_all(b"x").unwrap();
-    up.accept().unwrap().0.read_exact(&mut [0]).unwrap();
+    accept(&up).read_exact(&mut [0]).unwrap();
     assert_eq!(not_ready(of_client), None);
     let Shown { server, client, .. } = shown;
     drop(server);
@@ -409,11 +416,7 @@ fn four_thousand_visitors_hold_up_neither_the_page_nor_others(protection: Protec
     let local = [format!("-l{}", echoing.addr), format!("-lheld={held_by}")];
     let client = launch.bare_client(&["-s", &control, &local[0], &local[1], "--status", "0"]);
     client.wait_for_line("connected to");
-    let pages = [&server, &client].map(|program| {
-        let line = program.wait_for_line("status at http://");
-        let (_, address) = line.rsplit_once("http://").unwrap();
-        address.trim_end_matches('/').parse().unwrap()
-    });
+    let pages = [&server, &client].map(status_of);
     let [public, held] = ["visitors", "visitors of held"].map(|whom| server.address(whom));
     let visitors: Vec<TcpStream> = (0..HELD)
         .map(|number| {
@@ -426,7 +429,11 @@ fn four_thousand_visitors_hold_up_neither_the_page_nor_others(protection: Protec
             connect(held)
         })
         .collect();
-    eventually("all are joined", || kept.lock().unwrap().len() == HELD);
+    for at in pages {
+        eventually("all are joined", || {
+            metric(at, "joined_visitors{service=\"held\"}") == HELD as f64
+        });
+    }
     // Long enough for looks at how fast they are.
     let (start, mut took) = (Instant::now(), Vec::new());
     thread::scope(|scope| {
@@ -486,25 +493,74 @@ fn what_a_client_says_is_no_markup(protection: Protection) {
 
 fn the_next_program_gets_the_page_of_the_one_that_ends(protection: Protection) {
     let service = Service::echo();
-    let shown = Shown::start(protection, service.addr);
-    let taken = shown.pages.map(|at| Some(Address::from(at)));
-    let [of_server, of_client] = taken;
-    let server = RunningServer::start(with!(server_options(protection);
-            status: of_server,
-    ));
-    let client = RunningClient::start(with!(client_options(&server, service.addr);
-            status: of_client,
-    ));
-    assert!(client.handle().wait_for_session(DEADLINE));
+    let [of_server, of_client, _] = ports_of(match protection {
+        Protection::Plain => "127.0.84.1",
+        Protection::Sealed => "127.0.84.2",
+    });
+    let start = || {
+        let server = RunningServer::start(with!(server_options(protection);
+                status: Some(of_server.into()),
+        ));
+        let client = RunningClient::start(with!(client_options(&server, service.addr);
+                status: Some(of_client.into()),
+        ));
+        assert!(client.handle().wait_for_session(DEADLINE));
+        (server, client)
+    };
+    let first = start();
+    assert_eq!(status_of_client(&first.1), of_client);
+    let (server, client) = start();
     assert_eq!(server.handle().status_addr(), None);
     assert_eq!(client.handle().status_addr(), None);
     echo(&server.visit());
-    let pages = shown.pages;
-    drop(shown);
-    for (at, handle) in pages.into_iter().zip([server.handle(), client.handle()]) {
+    drop(first);
+    for (at, handle) in [(of_server, server.handle()), (of_client, client.handle())] {
         eventually("the page is there", || handle.status_addr() == Some(at));
         assert_eq!(metric(at, "visits_total{service=\"\"}"), 1.0);
     }
+}
+
+/// The old server still has a visitor then.
+fn the_next_server_gets_the_page_with_the_ports(protection: Protection) {
+    let [of_ports, of_page] = match protection {
+        Protection::Plain => ["127.0.84.3", "127.0.83.4"],
+        Protection::Sealed => ["127.0.84.5", "127.0.83.6"],
+    };
+    let service = Service::echo();
+    let launch = Launch::new(protection).on(ports_of(of_ports));
+    let at = ports_of(of_page)[0].to_string();
+    let mut old = launch.server(&["--status", &at]);
+    let at = status_of(&old);
+    let addresses = old.addresses();
+    let client = launch.client(addresses, service.addr, &[]);
+    client.wait_for_line("connected to");
+    let visitor = connect(addresses[0]);
+    echo(&visitor);
+    let new = launch.server(&["--status", &at.to_string()]);
+    new.wait_for_line("is in use, waiting for it");
+    old.signal(Signal::TERM);
+    assert_eq!(status_of(&new), at);
+    assert_echo(&visitor, "still here");
+    assert!(old.ended().is_none());
+    eventually("the next server is ready", || not_ready(at).is_none());
+    assert_eq!(metric(at, "visits_total{service=\"\"}"), 0.0);
+    drop(visitor);
+    assert!(old.wait_for_end().success());
+}
+
+fn a_client_that_hangs_or_dies_is_not_counted_on(protection: Protection) {
+    let service = Service::echo();
+    let mut both = Both::start(protection, service.addr, [&["--status", "0"], &[]]);
+    let at = status_of(&both.server);
+    let why = "{\"ready\":false,\"why\":[\"no client is connected\"]}\n";
+    let nobody = || not_ready(at).as_deref() == Some(why);
+    assert!(!nobody());
+    both.client.signal(Signal::STOP);
+    eventually("the client is given up", nobody);
+    both.client.signal(Signal::CONT);
+    eventually("the client is back", || not_ready(at).is_none());
+    both.client.kill();
+    eventually("the client is dead", nobody);
 }
 
 fn ask(program: &str, at: SocketAddr) -> Output {
@@ -595,9 +651,7 @@ fn a_page_for_other_hosts_needs_insecure_status() {
 fn a_request_that_never_ends_holds_up_no_stop() {
     let launch = Launch::new(Protection::Plain);
     let mut server = launch.bare_server(&["-p0", "-t0", "-c0", "--status", "0"]);
-    let line = server.wait_for_line("status at http://");
-    let (_, address) = line.rsplit_once("http://").unwrap();
-    let at: SocketAddr = address.trim_end_matches('/').parse().unwrap();
+    let at = status_of(&server);
     let mut slow = connect(at);
     slow.write_all(b"GET / HT").unwrap();
     assert_eq!(get(at, "/healthz").0, 200);
