@@ -55,7 +55,8 @@ const LAST_WORDS: Duration = Duration::from_millis(250);
 
 impl Shared {
     pub(super) fn new(options: ClientOptions) -> Self {
-        let (stop, affordable) = (Stop::new(), affordable_visitors());
+        let stop = Stop::new();
+        let affordable = affordable_visitors(0, options.servers.len());
         let (sealed, is_shown) = (options.key.is_some(), options.status.is_some());
         let journal = Arc::new(Journal::new(affordable, sealed, is_shown));
         let status = StatusPort::new(options.status.as_ref(), options.insecure_status, &stop);

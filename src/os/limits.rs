@@ -17,20 +17,22 @@ pub const MAX_THREADS: usize = MAX_UNPROVED + MAX_UNPROVED / 8;
 /// more than a proxy takes in before it says something to each.
 pub const MAX_HEADERLESS: usize = 1024;
 
-/// What a server needs besides its visitors, or half of what it has if that is less: three ports,
-/// strangers at two of them, a full pool, and a few for the system.
-const OTHER_DESCRIPTORS: usize = 2 * MAX_THREADS + MAX_POOL + 16;
+/// What a program needs besides its visitors, ports and peers: strangers at two ports, and a few for the
+/// system.
+const OTHER_DESCRIPTORS: usize = 2 * MAX_THREADS + 16;
 
 /// Directions of a server's or a client's visitors that may move their bulk through a pipe at a
 /// time, two descriptors each. With 1 MiB a pipe, an ordinary user gets as many
 /// (`fs.pipe-user-pages-soft`).
 const MAX_PIPES: usize = 64;
 
-/// How many visitors the process has descriptors for, two each. More must not be accepted: they
-/// would leave none for the tunnels that they wait for.
-pub fn affordable_visitors() -> usize {
+/// How many visitors the process has descriptors for, two each, besides these ports, and a control link
+/// and a full pool with each of these peers; half of all are for visitors in any case. More must not be
+/// accepted: they would leave none for the tunnels that they wait for.
+pub fn affordable_visitors(ports: usize, peers: usize) -> usize {
     let descriptors = descriptors();
-    (descriptors - OTHER_DESCRIPTORS.min(descriptors / 2)) / 2 - affordable_pipes()
+    let others = OTHER_DESCRIPTORS + 2 * ports + (1 + MAX_POOL) * peers;
+    (descriptors - others.min(descriptors / 2)) / 2 - affordable_pipes()
 }
 
 /// How many pipes the process has descriptors for: an eighth of all, or what is enough.
@@ -122,6 +124,14 @@ impl Drop for Slot {
 mod tests {
     use super::*;
     use std::thread;
+
+    #[test]
+    fn ports_and_peers_leave_fewer_descriptors_for_visitors() {
+        let alone = affordable_visitors(3, 1);
+        assert!(affordable_visitors(66, 1) < alone);
+        assert!(affordable_visitors(3, 2) < alone);
+        assert!(affordable_visitors(66, 64) > 0);
+    }
 
     #[test]
     fn who_does_not_wait_gets_a_free_place_or_none() {

@@ -81,7 +81,7 @@ impl Shared {
         if options.original && options.has_one_port() {
             return Err(Error::NotOriginal("--tunnel"));
         }
-        let affordable = affordable_visitors();
+        let affordable = affordable_visitors(2 + options.public.len(), options.clients);
         if affordable < options.max_conns {
             Journal::few_descriptors(options.max_conns, affordable);
             options.max_conns = affordable;
