@@ -1,6 +1,7 @@
 //! The options of a server and of a client, and their defaults.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use crate::address::Address;
@@ -53,6 +54,16 @@ pub struct ServerOptions {
     /// The addresses of proxies, whose header of the PROXY protocol says where each visitor comes from. With
     /// one or more, visitors from elsewhere are reset.
     pub accept_proxy: Vec<Cidr>,
+    /// The networks that visitors of a service, or of all with None, may come from. With none of them,
+    /// visitors may come from everywhere.
+    pub allow: Vec<(Option<Service>, Cidr)>,
+    /// The networks that visitors of a service, or of all with None, may not come from, whatever `allow`
+    /// says.
+    pub deny: Vec<(Option<Service>, Cidr)>,
+    /// The most visitors at a time from one IPv4 address or IPv6 network of 64 bits; further ones are reset.
+    pub max_per_source: Option<NonZeroUsize>,
+    /// Whether to log at level info, and not debug, that a visitor has come.
+    pub log_visits: bool,
     /// The most clients at a time; the original has one. With more, a visitor goes to the one with the
     /// fewest, and the client says whether it reaches the local service before any byte moves.
     pub clients: usize,
@@ -94,6 +105,10 @@ impl ServerOptions {
             port_patience: Duration::ZERO,
             pair_timeout: PAIR_TIMEOUT,
             accept_proxy: Vec::new(),
+            allow: Vec::new(),
+            deny: Vec::new(),
+            max_per_source: None,
+            log_visits: false,
             clients: 1,
             max_conns: MAX_CONNS,
             linger: LINGER,

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
 use crate::conn_match::{Added, ConnList, ConnMatch, Placed};
-use crate::door::{Admitted, Door, Link, Networks, Refusal};
+use crate::door::{Admitted, Door, Link, Refusal};
 use crate::error::Error;
 use crate::handle::{Handle, Running};
 use crate::journal::Journal;
@@ -34,6 +34,7 @@ use crate::stop::{Phase, Stop};
 use crate::wire::conn::Conn;
 use crate::wire::line::{Line, NEW};
 use ends::{Accept, Asked, Public, Tunnel};
+use entry::Entry;
 
 /// The half of the tunnel that runs on the host with the public address.
 pub struct Server {
@@ -45,8 +46,7 @@ struct Shared {
     options: ServerOptions,
     /// One for each service.
     public: Vec<Public>,
-    /// Who says first where visitors come from. Nobody else is let in then.
-    proxies: Networks,
+    entry: Entry,
     /// None if tunnels come to the control port.
     tunnel: Option<Listener>,
     control: Listener,
@@ -328,6 +328,7 @@ impl Shared {
             socket,
             visitor,
             slot,
+            counted,
             ..
         } = accept;
         let Tunnel {
@@ -337,7 +338,7 @@ impl Shared {
             ..
         } = tunnel;
         let (up, down) = self.pairs.join(
-            Visitor::new(Some(visitor), service, [Some(slot), place]),
+            Visitor::new(Some(visitor), service).in_places([Some(slot), place], counted),
             accept_add_time,
             End {
                 peer: Peer::Visitor,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io;
+use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -91,6 +92,16 @@ pub const SERVER: Program = Program {
                         take visitors only from these proxies, which say first,
                         by a header of the PROXY protocol, whose connection it
                         is; several times
+        --allow [NAME=]CIDR
+                        take visitors, of this service or of all, only from
+                        these addresses; several times
+        --deny [NAME=]CIDR
+                        take no visitors from these addresses, whatever --allow
+                        says; several times
+        --max-per-source N
+                        visitors at a time from one address, or from one IPv6
+                        network of 64 bits; more are reset
+        --log-visits    log each visitor's arrival, too
     -n, --clients N     clients at a time; with more than one, a visitor goes to
                         the one that has the fewest (1)
     -w, --pair-timeout SECS
@@ -105,7 +116,7 @@ pub const SERVER: Program = Program {
                         client or read along
         --original      take a client that says nothing for one of the
                         original program, which has no key",
-    repeatable: &["public", "accept-proxy", "key-file"],
+    repeatable: &["public", "accept-proxy", "allow", "deny", "key-file"],
     examples: "
   Try it on one machine (start tpclient and `python3 -m http.server` beside it):
     tpserver
@@ -204,6 +215,11 @@ pub fn server(words: Vec<OsString>, read_file: ReadFile) -> Result<Command<Serve
         listening(&mut options.tunnel, given, "tunnel")?;
         listening(&mut options.control, given, "control")?;
         options.accept_proxy = values(given, "accept-proxy", cidr)?;
+        options.allow = values(given, "allow", rule)?;
+        options.deny = values(given, "deny", rule)?;
+        let most = value(given, "max-per-source", number(1..=1_000_000))?;
+        options.max_per_source = most.and_then(NonZeroUsize::new);
+        options.log_visits = given.opt_present("log-visits");
         set(&mut options.pair_timeout, given, "pair-timeout", seconds(1))?;
         let places = number(1..=1_000_000);
         set(&mut options.max_conns, given, "max-conns", places)?;
@@ -558,6 +574,14 @@ fn cidr(text: &str) -> Result<Cidr, String> {
     text.parse().map_err(|why: CidrError| why.to_string())
 }
 
+/// Reads a network of addresses, and the service that it is meant for, if it is not for all.
+fn rule(text: &str) -> Result<(Option<Service>, Cidr), String> {
+    match text.split_once('=') {
+        Some((name, network)) => Ok((Some(name.parse()?), cidr(network)?)),
+        None => Ok((None, cidr(text)?)),
+    }
+}
+
 /// Reads a host without a port. Brackets around an IPv6 address are forgiven.
 fn host(text: &str) -> Result<String, String> {
     let inside = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
@@ -636,11 +660,16 @@ mod tests {
 
     #[test]
     fn every_option_is_taken_in_both_spellings() {
+        let network = "192.0.2.0/24".parse().unwrap();
         let expected = ServerOptions {
             public: [(Service::default(), Address::new("::", 80))].into(),
             tunnel: Address::new("localhost", 81),
             control: Address::new("192.0.2.1", 82),
-            accept_proxy: vec!["192.0.2.0/24".parse().unwrap(), "::1".parse().unwrap()],
+            accept_proxy: vec![network, "::1".parse().unwrap()],
+            allow: vec![(None, network), ("web".parse().ok(), network)],
+            deny: vec![("web".parse().ok(), network), (None, network)],
+            max_per_source: NonZeroUsize::new(12),
+            log_visits: true,
             clients: 3,
             port_patience: Duration::ZERO,
             pair_timeout: Duration::from_secs(7),
@@ -657,7 +686,9 @@ mod tests {
              --max-conns 9 --linger 11 --insecure --clients 3 --status [::]:83 --insecure-status",
             "-p [::]:80 -t localhost:81 -c 192.0.2.1:82 -w 7 -m 9 -L 11 -i -n 3 --status [::]:83 --insecure-status",
         ] {
-            let line = format!("{line} --accept-proxy 192.0.2.0/24 --accept-proxy ::1");
+            let line = format!("{line} --accept-proxy NET --accept-proxy ::1 --allow NET")
+                + " --allow web=NET --deny web=NET --deny NET --max-per-source 12 --log-visits";
+            let line = line.replace("NET", "192.0.2.0/24");
             assert_eq!(server_options(&line), expected);
         }
         let expected = ClientOptions {
@@ -893,6 +924,18 @@ mod tests {
             (
                 "--accept-proxy 192.0.2.1/24",
                 "--accept-proxy '192.0.2.1/24': the network is written 192.0.2.0/24",
+            ),
+            (
+                "--allow example.org",
+                "--allow 'example.org': not an IP address",
+            ),
+            (
+                "--deny Web=::1",
+                "--deny 'Web=::1': a service's name has 1 to 32",
+            ),
+            (
+                "--max-per-source 0",
+                "--max-per-source '0': a whole number from 1 to",
             ),
             (
                 "--clients 0",

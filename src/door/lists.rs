@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroUsize;
 
 use crate::cidr::Cidr;
 
@@ -82,7 +83,7 @@ pub enum Rule {
     /// There is an allow list, and the address is not on it.
     NotAllowed,
     /// As many visitors of the same source are there as may be.
-    TooMany(usize),
+    TooMany(NonZeroUsize),
     /// Visitors come through proxies only, and this is none of them.
     NotProxy,
 }
@@ -121,6 +122,7 @@ impl fmt::Display for Rule {
 mod tests {
     use super::*;
     use crate::cidr::CidrError;
+    use std::time::{Duration, Instant};
 
     fn networks(texts: &[&str]) -> Vec<Cidr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
@@ -207,6 +209,22 @@ mod tests {
         let lists = Lists::new(Vec::new(), networks(&deny));
         assert_eq!(lists.deny.0, networks(&["10.0.0.0/8", "11.0.0.0/9"]));
         assert_eq!(said(&lists, "10.1.2.3"), "10.1.2.3: deny 10.0.0.0/8");
+    }
+
+    #[test]
+    fn a_hundred_thousand_entries_are_looked_up_in_microseconds() {
+        const COUNT: u32 = 100_000;
+        // Every other network of 256 addresses.
+        let address = |number: u32| IpAddr::V4((number << 9).into());
+        let deny = (0..COUNT).map(|it| format!("{}/24", address(it)).parse().unwrap());
+        let lists = Lists::new(Vec::new(), deny.collect());
+        assert_eq!(lists.deny.0.len(), COUNT as usize);
+        let start = Instant::now();
+        for number in 0..COUNT {
+            assert!(lists.check(address(number)).is_err());
+        }
+        // A busy machine takes a tenth of this without optimisation.
+        assert!(start.elapsed() < Duration::from_micros(20) * COUNT);
     }
 
     /// Networks of a seeded walk, close to each other so that many are inside others, are found as if

@@ -21,14 +21,13 @@ use crate::wire::line::{
     HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, Line, MAX_POOL, PROTO, SILENCE, SessionId, Welcome,
 };
 
-#[allow(dead_code)]
 mod lists;
 mod lobby;
 pub mod openings;
 mod proxied;
 mod refusal;
 
-pub use lists::{Networks, Rule, Unwelcome};
+pub use lists::{Lists, Networks, Rule, Unwelcome};
 pub use lobby::{Lobby, Place};
 pub use proxied::{NoHeader, hear_addresses};
 pub use refusal::{NoSession, Port, Refusal, Step};

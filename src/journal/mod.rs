@@ -75,6 +75,7 @@ struct Limits {
     client_came: SourceLogLimit,
     client_left: SourceLogLimit,
     unserved: SourceLogLimit,
+    visitor_came: LogLimit,
     visitor_refused: SourceLogLimit,
     header_refused: SourceLogLimit,
     timed_out: SourceLogLimit,
@@ -110,6 +111,7 @@ impl Journal {
                 client_came: SourceLogLimit::new(lines, client_lines),
                 client_left: SourceLogLimit::new(lines, client_lines),
                 unserved: SourceLogLimit::new(lines, MAX_SERVICES as u32),
+                visitor_came: LogLimit::new(lines, MANY_LINES),
                 visitor_refused: of_each_source(),
                 header_refused: of_each_source(),
                 timed_out: of_each_source(),
@@ -376,8 +378,13 @@ impl Journal {
 /// The server's visitors.
 impl Journal {
     /// A visitor came.
-    pub fn visitor_came(&self, visitor: SocketAddr, service: &Service) {
-        self.detail(format_args!("visitor {visitor}{} came", service.of()));
+    pub fn visitor_came(&self, visitor: SocketAddr, service: &Service, is_news: bool) {
+        let of = service.of();
+        let what = format_args!("visitor {visitor}{of} came");
+        match is_news {
+            true => self.limits.visitor_came.say(Info, what),
+            false => self.detail(what),
+        }
     }
 
     /// A visitor may not come in. Programs that ban addresses read this line.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -11,13 +12,14 @@ use crate::os::source::Source;
 /// The visitors who are there, by source. It never holds more sources than there are visitors.
 #[derive(Debug)]
 pub struct Crowd {
-    most: usize,
+    /// As many as there may be of each source.
+    pub most: NonZeroUsize,
     visitors: Mutex<HashMap<Source, usize>>,
 }
 
 impl Crowd {
     /// A place for at most this many visitors of each source.
-    pub fn new(most: usize) -> Arc<Self> {
+    pub fn new(most: NonZeroUsize) -> Arc<Self> {
         Arc::new(Self {
             most,
             visitors: Mutex::default(),
@@ -30,7 +32,7 @@ impl Crowd {
         let source = Source::from(from);
         let mut visitors = self.visitors.lock();
         let there = visitors.get(&source).copied().unwrap_or(0);
-        if there >= self.most {
+        if there >= self.most.get() {
             return None;
         }
         visitors.insert(source, there + 1);
@@ -64,13 +66,17 @@ impl Drop for Counted {
 mod tests {
     use super::*;
 
+    fn crowd(most: usize) -> Arc<Crowd> {
+        Crowd::new(NonZeroUsize::new(most).unwrap())
+    }
+
     fn enter(crowd: &Arc<Crowd>, from: &str) -> Option<Counted> {
         crowd.enter(from.parse().unwrap())
     }
 
     #[test]
     fn a_source_has_so_many_places_and_gets_them_back() {
-        let crowd = Crowd::new(2);
+        let crowd = crowd(2);
         let one = enter(&crowd, "192.0.2.1:1").unwrap();
         let _two = enter(&crowd, "[::ffff:192.0.2.1]:2").unwrap();
         assert!(enter(&crowd, "[::ffff:192.0.2.1]:3").is_none());
@@ -83,7 +89,7 @@ mod tests {
 
     #[test]
     fn an_ipv6_source_is_a_network_of_64_bits() {
-        let crowd = Crowd::new(1);
+        let crowd = crowd(1);
         let _one = enter(&crowd, "[2001:db8::1]:1").unwrap();
         assert!(enter(&crowd, "[2001:db8::2]:1").is_none());
         let _other = enter(&crowd, "[2001:db8:0:1::1]:1").unwrap();
@@ -91,7 +97,7 @@ mod tests {
 
     #[test]
     fn who_has_left_is_forgotten() {
-        let crowd = Crowd::new(3);
+        let crowd = crowd(3);
         let hosts = 0..=255_u8;
         let enter_all = || {
             hosts

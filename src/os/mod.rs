@@ -1,6 +1,5 @@
 //! What the operating system gives: sockets, pipes, threads, descriptors.
 
-#[cfg_attr(not(test), expect(dead_code))]
 pub mod crowd;
 pub mod hand_over;
 pub mod limits;

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use crate::journal::ServiceStatus;
+use crate::os::crowd::Counted;
 use crate::os::limits::{Slot, Slots, affordable_pipes};
 use crate::os::net;
 use crate::service::Service;
@@ -313,18 +314,28 @@ pub struct Visitor {
     to: Option<SocketAddr>,
     service: Service,
     _slots: [Option<Slot>; 2],
+    _counted: Option<Counted>,
 }
 
 impl Visitor {
-    /// A visitor of a service from `address`, which the client of an original server is not told. `slots`
-    /// are its places on the server, among all and among those of its client, given back when the pair
-    /// has ended.
-    pub fn new(address: Option<SocketAddr>, service: Service, slots: [Option<Slot>; 2]) -> Self {
+    /// A visitor of a service from `address`, which the client of an original server is not told.
+    pub fn new(address: Option<SocketAddr>, service: Service) -> Self {
         Self {
             address,
             to: None,
             service,
+            _slots: [None, None],
+            _counted: None,
+        }
+    }
+
+    /// The same visitor with its places on the server, among all, those of its client, and those of its
+    /// source. They are given back when the pair has ended.
+    pub fn in_places(self, slots: [Option<Slot>; 2], counted: Option<Counted>) -> Self {
+        Self {
             _slots: slots,
+            _counted: counted,
+            ..self
         }
     }
 
@@ -512,7 +523,7 @@ mod tests {
             let conn = Conn::new(Arc::new(near));
             let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
             let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
-            let visitor = Visitor::new(None, Service::default(), [None, None]);
+            let visitor = Visitor::new(None, Service::default());
             let (up, down) =
                 new_pairs().join(visitor, Instant::now(), from, to, Duration::from_secs(600));
             let down = thread::spawn(move || down.copy());
@@ -539,7 +550,7 @@ mod tests {
             let conn = Conn::new(Arc::new(socket));
             End { peer, conn }
         });
-        let from = Visitor::new(from.parse().ok(), Service::default(), [None, None]);
+        let from = Visitor::new(from.parse().ok(), Service::default());
         let (up, down) = pairs.join(from, Instant::now(), near, far, Duration::from_secs(600));
         workers.start("up", move || drop(up.copy())).unwrap();
         workers.start("down", move || drop(down.copy())).unwrap();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::conn_match::Client;
+use crate::os::crowd::Counted;
 use crate::os::limits::Slot;
 use crate::os::listener::Listener;
 use crate::os::net;
@@ -68,6 +69,8 @@ pub struct Accept {
     pub failed_by: Option<Arc<Session>>,
     /// The visitor's place among those that are served at a time.
     pub slot: Slot,
+    /// The visitor's place among those of its source, if these are counted.
+    pub counted: Option<Counted>,
 }
 
 impl Accept {
@@ -80,6 +83,7 @@ impl Accept {
             service,
             failed_by: None,
             slot,
+            counted: None,
         }
     }
 

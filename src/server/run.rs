@@ -12,11 +12,11 @@ use parking_lot::Mutex;
 
 use crate::address::Address;
 use crate::conn_match::{Added, ConnList, ConnMatch};
-use crate::door::{Door, Link, Networks, Refusal};
+use crate::door::{Door, Link, Refusal};
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
-use crate::options::{ServerOptions, check_services};
+use crate::options::{ServerOptions, check_known, check_services};
 use crate::os::hand_over::{Inherited, Successor};
 use crate::os::limits::{Slots, affordable_visitors};
 use crate::os::listener::Listener;
@@ -24,6 +24,7 @@ use crate::os::net;
 use crate::os::workers::Workers;
 use crate::relay::Pairs;
 use crate::server::ends::{Accept, Answer, Asked, Public, Tunnel};
+use crate::server::entry::Entry;
 use crate::server::{Shared, State};
 use crate::service::Service;
 use crate::session::of_server::Session;
@@ -75,6 +76,10 @@ impl Shared {
             return Err(Error::NoClients);
         }
         check_services("--public", &options.public)?;
+        for (option, rules) in [("--allow", &options.allow), ("--deny", &options.deny)] {
+            let names = rules.iter().filter_map(|(name, _)| name.as_ref());
+            check_known(option, names, &options.public)?;
+        }
         if options.original && options.clients > 1 {
             return Err(Error::NotOriginal("--clients"));
         }
@@ -98,7 +103,7 @@ impl Shared {
         let shared = Self {
             slots: Slots::new(options.max_conns),
             door: Door::new(&options, tunnel.is_none()),
-            proxies: Networks::new(options.accept_proxy.clone()),
+            entry: Entry::new(&options),
             pairs: Pairs::new(stop.clone(), is_shown, journal.tells_of_visits()),
             options,
             state: Mutex::new(State {

@@ -260,7 +260,7 @@ impl Spare {
         let (session, conn) = (&self.session, &mut tunnel.conn);
         if session.proto == Proto::Original {
             session.state.lock().served = true;
-            return Ok((Visitor::new(None, Service::default(), [None, None]), false));
+            return Ok((Visitor::new(None, Service::default()), false));
         }
         let socket = conn.socket().clone();
         conn.writer.write_idle().map_err(ended)?;
@@ -284,7 +284,7 @@ impl Spare {
         if !answer {
             conn.reader.begin_stream();
         }
-        let visitor = Visitor::new(Some(visitor), service, [None, None]);
+        let visitor = Visitor::new(Some(visitor), service);
         Ok((visitor.that_came_to(to), answer))
     }
 }

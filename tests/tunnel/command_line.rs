@@ -102,6 +102,22 @@ fn bad_usage_is_exit_code_2() {
             &["--status: --public", "127.0.0.1:9"],
         ),
         ("--ready 0", &["--ready '0'", "the port is 0"]),
+        (
+            "--accept-proxy 10.0.0.1/8",
+            &["--accept-proxy '10.0.0.1/8'", "is written 10.0.0.0/8"],
+        ),
+        ("--accept-proxy host", &["--accept-proxy 'host'", "no name"]),
+        ("--allow ::1/129", &["--allow '::1/129'", "from 0 to 128"]),
+        ("--deny web=", &["--deny 'web='", "not an IP address"]),
+        ("--max-per-source 0", &["--max-per-source '0'", "from 1"]),
+        (
+            "-q --deny web=::1",
+            &["--deny web: there is no service of that name"],
+        ),
+        (
+            "-q --allow web=::1",
+            &["--allow web: there is no service of that name"],
+        ),
         ("-q --original --clients 2", &["--original", "--clients"]),
         (
             "-q --original -t 127.0.0.1:9 -c 127.0.0.1:9",

@@ -17,6 +17,7 @@ mod bounds;
 mod clients;
 mod command_line;
 mod crowds;
+mod door;
 mod exhaustion;
 mod faulty;
 mod floods;
