@@ -61,6 +61,8 @@ pub struct Common {
     pub key_files: Vec<PathBuf>,
     /// Some of that stands in a file, which HUP has read again.
     pub has_file: bool,
+    /// Everything is only to be tried.
+    pub only_check: bool,
     /// The time that a signal to end leaves to the visitors who are there.
     pub drain: Duration,
 }
@@ -152,7 +154,9 @@ const CLIENT: Program = Program {
                         at most 64, 0 dials on demand (8)
     -k, --key-file FILE the key that the server has
         --original      serve a server of the original program, too, which has
-                        no key",
+                        no key
+        --check         try everything that a client needs, say what to do about
+                        what fails, and exit with 0 if nothing does",
     repeatable: &["server", "local", "proxy-protocol"],
     examples: "
   Try it on one machine (start tpserver and `python3 -m http.server` beside it):
@@ -329,6 +333,7 @@ impl Program {
             },
             key_files: given.paths("key-file"),
             has_file: given.line_has(&["config"]),
+            only_check: self.name == CLIENT.name && given.line_has(&["check"]),
             drain: value(given, "drain", seconds(0))?.unwrap_or(DRAIN),
         })
     }

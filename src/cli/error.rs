@@ -20,6 +20,8 @@ pub enum Error {
     KeyFile(PathBuf, io::Error),
     /// The file that `--config` names could not be read.
     ConfigFile(PathBuf, io::Error),
+    /// Some step of `--check` has failed, and said so.
+    CheckFailed,
     /// A text could not be written to stdout.
     Print(io::Error),
     /// The system refused the thread that writes the log, or the one that waits for signals.
@@ -74,6 +76,7 @@ impl fmt::Display for Error {
             Self::ConfigFile(path, _) => {
                 write!(f, "--config: could not read {}", path.display())
             }
+            Self::CheckFailed => write!(f, "--check: a step has failed, see above"),
             Self::Print(_) => write!(f, "could not write to stdout"),
             Self::Thread(_) => write!(f, "could not start a thread"),
             Self::Signals(_) => write!(f, "could not prepare for signals"),
@@ -86,7 +89,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Usage(_) | Self::Key(..) | Self::NotReady(_) => None,
+            Self::Usage(_) | Self::Key(..) | Self::CheckFailed | Self::NotReady(_) => None,
             Self::KeyFile(_, error)
             | Self::ConfigFile(_, error)
             | Self::Print(error)

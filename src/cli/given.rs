@@ -22,7 +22,14 @@ struct ConfigFile {
 type Line = (String, Option<String>);
 
 /// These make sense on a command line only.
-const NOT_IN_FILE: [&str; 5] = ["config", "generate-key", "help", "ready", "version"];
+const NOT_IN_FILE: [&str; 6] = [
+    "check",
+    "config",
+    "generate-key",
+    "help",
+    "ready",
+    "version",
+];
 
 impl Given {
     /// What a command line says.

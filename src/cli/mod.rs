@@ -19,6 +19,7 @@ use crate::key::Key;
 use crate::options::{ClientOptions, ServerOptions};
 use crate::server::Server;
 
+mod check;
 mod command_line;
 mod error;
 mod given;
@@ -66,7 +67,26 @@ pub fn run_client(words: Vec<OsString>) -> Result<(), Error> {
         options
     };
     let start = |options| Client::new(options).spawn();
+    if let Command::Run(options, common) = command_line::client(words.clone(), read_config)?
+        && common.only_check
+    {
+        return check(&with_keys(options, read_keys(&common)?));
+    }
     run(words, command_line::client, with_keys, start)
+}
+
+fn check(options: &ClientOptions) -> Result<(), Error> {
+    let mut printed = Ok(());
+    let tell = |step: &check::Step| {
+        let line = print(&format!("{step}\n"));
+        printed = std::mem::replace(&mut printed, Ok(())).and(line);
+    };
+    let all_well = check::check(options, tell);
+    printed?;
+    match all_well {
+        true => Ok(()),
+        false => Err(Error::CheckFailed),
+    }
 }
 
 fn run<O: Clone + Send + 'static>(
