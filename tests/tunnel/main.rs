@@ -14,6 +14,7 @@
 
 mod balanced;
 mod bounds;
+mod check;
 mod clients;
 mod command_line;
 mod crowds;
