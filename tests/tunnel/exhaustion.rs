@@ -143,6 +143,8 @@ fn too_few_threads_for_the_server(protection: Protection) {
     let both = limited(protection, service.addr, [&["sh", "-c", &script], &[]]);
     outlasts_a_burst(&both, 100);
     both.server.wait_for_line("no thread for");
+    // The tunnels that were asked for meanwhile are still being dialled, and need threads, too.
+    both.wait_for_rest();
     both.assert_recovered(echo);
 }
 
@@ -152,6 +154,8 @@ fn too_few_threads_for_the_client(protection: Protection) {
     let both = limited(protection, service.addr, [&[], &["sh", "-c", &script]]);
     outlasts_a_burst(&both, 100);
     both.client.wait_for_line("no thread for");
+    // The tunnels that were asked for meanwhile are still being dialled, and need threads, too.
+    both.wait_for_rest();
     both.assert_recovered(echo);
 }
 

@@ -381,6 +381,15 @@ impl Both {
         both
     }
 
+    /// Waits until no more threads are at work than at rest.
+    pub fn wait_for_rest(&self) {
+        eventually("the programs are at rest again", || {
+            let programs = [&self.server, &self.client].into_iter();
+            let mut rest = programs.zip(self.at_rest);
+            rest.all(|(program, (_, threads))| program.busy_threads() <= threads)
+        });
+    }
+
     /// A visitor's connection.
     pub fn visit(&self) -> TcpStream {
         connect(self.addresses[0])
