@@ -150,7 +150,7 @@ impl Signals {
         state.reloading = false;
         match started {
             Ok(running) => {
-                info!("the new options are in force; visitors who were here before go on");
+                info!("taken over from the options before; visitors who were here go on");
                 let handle = running.handle().clone();
                 state.halves.retain(|half| half.status().is_some());
                 if state.stopping {

@@ -21,7 +21,7 @@ plain_and_sealed! {
     a_client_goes_to_another_service_while_its_visitors_go_on,
     a_reload_under_load_costs_no_visit,
     a_file_with_a_fault_changes_nothing,
-    a_port_that_is_taken_changes_nothing,
+    a_port_that_is_taken_leaves_the_options_from_before,
     a_stop_after_a_reload_ends_everything,
 }
 
@@ -69,7 +69,7 @@ fn client(protection: Protection, config: &Config) -> Program {
 
 fn reload(program: &Program, time: usize) {
     program.signal(Signal::HUP);
-    program.wait_for_lines("the new options are in force", time);
+    program.wait_for_lines("taken over from the options before", time);
 }
 
 /// A service that says its name first.
@@ -180,7 +180,7 @@ fn a_file_with_a_fault_changes_nothing(protection: Protection) {
     assert_eq!(client.lines_with("lost the server"), [""; 0]);
 }
 
-fn a_port_that_is_taken_changes_nothing(protection: Protection) {
+fn a_port_that_is_taken_leaves_the_options_from_before(protection: Protection) {
     let [public, tunnel, control] = ports(protection, 3);
     let text = format!("control {control}\ntunnel {tunnel}\npair-timeout 1\npublic {public}\n");
     let config = Config::new(&text);
@@ -194,6 +194,8 @@ fn a_port_that_is_taken_changes_nothing(protection: Protection) {
     server.signal(Signal::HUP);
     let line = server.wait_for_line("going on with the options from before");
     assert!(line.contains(&taken.1.to_string()), "{line}");
+    // For a moment nobody listens.
+    server.wait_for_lines("for the control link", 2);
     assert_echo(&connect(public), "as before");
 }
 
