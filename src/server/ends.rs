@@ -59,6 +59,9 @@ impl Public {
 
 /// A visitor's connection.
 pub struct Accept {
+    /// The visitor's place among those of its source, if these are counted. Given back before the socket
+    /// is closed: who is told so may come again at once.
+    pub counted: Option<Counted>,
     pub socket: Arc<TcpStream>,
     pub visitor: SocketAddr,
     /// What the visitor's connection was made to, if that is not this end of the socket.
@@ -69,8 +72,6 @@ pub struct Accept {
     pub failed_by: Option<Arc<Session>>,
     /// The visitor's place among those that are served at a time.
     pub slot: Slot,
-    /// The visitor's place among those of its source, if these are counted.
-    pub counted: Option<Counted>,
 }
 
 impl Accept {
