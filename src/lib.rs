@@ -197,6 +197,8 @@ mod key;
 mod options;
 mod os;
 mod relay;
+#[cfg(test)]
+mod seeded;
 mod server;
 mod service;
 mod session;

@@ -122,6 +122,7 @@ impl fmt::Display for Rule {
 mod tests {
     use super::*;
     use crate::cidr::CidrError;
+    use crate::seeded;
     use std::time::{Duration, Instant};
 
     fn networks(texts: &[&str]) -> Vec<Cidr> {
@@ -231,13 +232,7 @@ mod tests {
     /// each of them had been looked at.
     #[test]
     fn a_lookup_finds_what_looking_at_each_finds() {
-        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut random = move || {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed
-        };
+        let mut random = seeded::numbers();
         let address = |bits: u64| -> IpAddr {
             let (high, low) = ((bits >> 8) as u8 & 15, (bits >> 16) as u8);
             match bits & 1 {

@@ -449,6 +449,7 @@ impl std::error::Error for LineError {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seeded;
 
     const ID: &str = "00112233445566778899aabbccddeeff";
 
@@ -658,13 +659,7 @@ mod tests {
     fn random_lines_never_panic() {
         let words =
             b"hello hi new offer bye tunnel failed proto=2 pool=8 session= visitor= service=a reason=x \0\xff\r";
-        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut random = move |below: usize| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            (seed % below as u64) as usize
-        };
+        let mut random = seeded::below();
         for _ in 0..100_000 {
             let mut line = Vec::new();
             for _ in 0..random(4) {

@@ -347,6 +347,7 @@ impl std::error::Error for BadHeader {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seeded;
     use BadHeader::{
         Address, Command, Family, Missing, NoLine, Parts, Port, Protocol, TooLong, TooShort,
     };
@@ -662,13 +663,7 @@ mod tests {
     #[test]
     fn malformed_headers_never_panic() {
         let headers = headers();
-        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut random = move |below: usize| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            (seed % below as u64) as usize
-        };
+        let mut random = seeded::below();
         let (mut read, mut refused, mut incomplete) = (0, 0, 0);
         for _ in 0..100_000 {
             let mut bytes = headers[random(headers.len())].0.clone();
