@@ -54,7 +54,9 @@ pub fn run_server(words: Vec<OsString>) -> Result<(), Error> {
         options
     };
     let start = |options| Server::bind(options)?.spawn();
-    run(words, command_line::server, with_keys, start)
+    // No option of a server's asks for that.
+    let check = |_: &_| Ok(());
+    run(words, command_line::server, with_keys, check, start)
 }
 
 /// Does what the words behind `tpclient` ask for, as [`run_server`] does.
@@ -67,12 +69,7 @@ pub fn run_client(words: Vec<OsString>) -> Result<(), Error> {
         options
     };
     let start = |options| Client::new(options).spawn();
-    if let Command::Run(options, common) = command_line::client(words.clone(), read_config)?
-        && common.only_check
-    {
-        return check(&with_keys(options, read_keys(&common)?));
-    }
-    run(words, command_line::client, with_keys, start)
+    run(words, command_line::client, with_keys, check, start)
 }
 
 fn check(options: &ClientOptions) -> Result<(), Error> {
@@ -93,6 +90,7 @@ fn run<O: Clone + Send + 'static>(
     words: Vec<OsString>,
     read: fn(Vec<OsString>, ReadFile) -> Result<Command<O>, Error>,
     with_keys: fn(O, Vec<Key>) -> O,
+    check: fn(&O) -> Result<(), Error>,
     start: fn(O) -> Result<Running, crate::Error>,
 ) -> Result<(), Error> {
     let (options, common) = match read(words.clone(), read_config)? {
@@ -104,6 +102,9 @@ fn run<O: Clone + Send + 'static>(
         Command::AskReady(address) => {
             ready::ask_ready(&address)?;
             return print("ready\n");
+        }
+        Command::Run(options, common) if common.only_check => {
+            return check(&with_keys(options, read_keys(&common)?));
         }
         Command::Run(options, common) => (options, common),
     };
