@@ -28,7 +28,12 @@ impl Service {
 
     /// Returns ` of NAME` for a log line about a visitor, or nothing if there is no name.
     pub(crate) fn of(&self) -> impl fmt::Display {
-        Behind(" of ", self)
+        self.behind(" of ")
+    }
+
+    /// Returns the name behind these words, or nothing if there is no name.
+    pub(crate) fn behind(&self, words: &'static str) -> impl fmt::Display {
+        Behind(words, self)
     }
 
     /// Returns `NAME=` as an option's value has it, or nothing if there is no name.

@@ -10,7 +10,6 @@ use crate::address::Address;
 use crate::door::{Answered, NoSession, no_server, open_link, seal_tunnel};
 use crate::options::{ClientOptions, TUNNEL_PORT};
 use crate::os::net;
-use crate::service::Service;
 use crate::session::Proto;
 use crate::wire::conn::Conn;
 use crate::wire::control::{Lines, send};
@@ -47,7 +46,7 @@ pub fn check(options: &ClientOptions, tell: impl FnMut(&Step)) -> bool {
         check.server(server, options);
     }
     for (service, local) in &options.local {
-        let what = format!("local service{} {local}", Named(service));
+        let what = format!("local service{} {local}", service.behind(" "));
         check.step(what, || match net::dial(local) {
             Ok(_) => Ok(("it takes connections".to_owned(), ())),
             Err(error) => Err(format!("{}: {error}", at_service(&error))),
@@ -111,7 +110,7 @@ impl<T: FnMut(&Step)> Check<T> {
             try_tunnel(tunnel, &link).map(|()| ("it takes tunnels".to_owned(), ()))
         });
         for service in options.local.keys() {
-            let what = format!("visitors{} at {}", Named(service), server.host);
+            let what = format!("visitors{} at {}", service.behind(" "), server.host);
             self.step(what, || match link.offers.get(service) {
                 Some(Some(port)) => {
                     let public = Address::new(&server.host, *port);
@@ -182,17 +181,5 @@ fn at_service(error: &io::Error) -> &'static str {
             "no answer: is its host up, and does a firewall admit this one?"
         }
         _ => "the dial failed: correct --local",
-    }
-}
-
-/// ` NAME` for a service that has one.
-struct Named<'a>(&'a Service);
-
-impl fmt::Display for Named<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.has_name() {
-            true => write!(f, " {}", self.0),
-            false => Ok(()),
-        }
     }
 }

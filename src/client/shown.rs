@@ -80,9 +80,7 @@ impl Shows for Shared {
         let services = self.options.local.iter().map(|(service, local)| {
             let mut sessions = live.iter().flatten();
             let offered = sessions.any(|it| it.public.contains_key(service));
-            let of_it = status.services.get(service).cloned();
-            let of_it = of_it.unwrap_or_default();
-            snapshot::Service::new(service, local.to_string(), offered, of_it)
+            snapshot::Service::new(service, local.to_string(), offered, &status)
         });
         let sessions = self.servers.iter().zip(&live);
         let mut snapshot = Snapshot {

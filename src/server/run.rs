@@ -363,11 +363,15 @@ impl Shared {
         Ok((session, to_write))
     }
 
+    /// The sessions that are live.
+    fn sessions(&self) -> Vec<Arc<Session>> {
+        let state = self.state.lock();
+        state.conn_list_map.clients().cloned().collect()
+    }
+
     /// Names the services that no client offers, now that this one has come.
     fn say_unserved(&self, session: &Session) {
-        let state = self.state.lock();
-        let live: Vec<_> = state.conn_list_map.clients().cloned().collect();
-        drop(state);
+        let live = self.sessions();
         for (number, public) in self.public.iter().enumerate() {
             if !live.iter().any(|live| live.serves(number)) {
                 self.journal.unserved(session.client, &public.service);
@@ -406,10 +410,7 @@ impl Shared {
     /// Ends the sessions whose client has gone and whose own thread has not noticed yet: the next client
     /// may be quicker, above all when this program slept and finds all at once what came meanwhile.
     fn forget_hung_up(&self) {
-        let state = self.state.lock();
-        let live: Vec<_> = state.conn_list_map.clients().cloned().collect();
-        drop(state);
-        for gone in live.iter().filter(|live| live.has_hung_up()) {
+        for gone in self.sessions().iter().filter(|live| live.has_hung_up()) {
             self.end_session(gone, &Ended::HungUp);
         }
     }

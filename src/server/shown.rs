@@ -15,13 +15,12 @@ use crate::stop::Phase;
 impl Shows for Shared {
     fn snapshot(&self) -> Snapshot {
         let status = self.status();
-        let sessions = self.sessions();
+        let sessions = self.sessions_and_idle();
         let services = self.public.iter().enumerate();
         let services = services.map(|(number, public)| {
             let offered = sessions.iter().any(|(live, _)| live.serves(number));
             let address = public.listener.addr.to_string();
-            let of_it = status.services.get(&public.service).cloned();
-            Service::new(&public.service, address, offered, of_it.unwrap_or_default())
+            Service::new(&public.service, address, offered, &status)
         });
         let services: Vec<_> = services.collect();
         let mut snapshot = Snapshot {
@@ -51,7 +50,7 @@ impl Shows for Shared {
 type Live = (Arc<Session>, usize);
 
 impl Shared {
-    fn sessions(&self) -> Vec<Live> {
+    fn sessions_and_idle(&self) -> Vec<Live> {
         let state = self.state.lock();
         let live = state.conn_list_map.clients_and_idle();
         live.map(|(live, idle)| (live.clone(), idle)).collect()

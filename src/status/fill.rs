@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::process::Process;
 use super::snapshot::{Service, Side, Snapshot};
-use crate::journal::{ServiceStatus, Status};
+use crate::journal::Status;
 use crate::relay::Pairs;
 
 impl Service {
@@ -13,16 +13,18 @@ impl Service {
         service: &crate::service::Service,
         address: String,
         offered: bool,
-        status: ServiceStatus,
+        status: &Status,
     ) -> Self {
+        // A service that nobody has come for yet may not be there.
+        let its = status.services.get(service).cloned().unwrap_or_default();
         Self {
             name: service.name(),
             address,
             offered,
-            joined: status.joined,
-            waiting: status.waiting,
-            visits: status.joined_total,
-            moved: [status.bytes_up, status.bytes_down],
+            joined: its.joined,
+            waiting: its.waiting,
+            visits: its.joined_total,
+            moved: [its.bytes_up, its.bytes_down],
         }
     }
 }
