@@ -31,7 +31,7 @@ static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 enum Entry {
     Line(Vec<u8>),
     /// Dropped, and so told to the other end, when all that came before is written.
-    Flush(#[expect(dead_code)] Sender<()>),
+    Flush(#[expect(dead_code, reason = "its drop is all that is needed")] Sender<()>),
 }
 
 /// Starts the log of this program. It leaves out what is less important than `level`, unless

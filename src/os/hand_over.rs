@@ -21,7 +21,7 @@ use crate::service::MAX_SERVICES;
 
 /// The server that takes over; dropped, it may accept from all ports.
 #[cfg(target_os = "linux")]
-pub struct Successor(#[expect(dead_code)] UnixStream);
+pub struct Successor(#[expect(dead_code, reason = "its drop is all that is needed")] UnixStream);
 
 /// The listeners that a server left to this one.
 #[cfg(target_os = "linux")]

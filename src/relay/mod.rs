@@ -67,7 +67,10 @@ type Told = dyn Fn(&Visitor, Visit) + Send + Sync;
 pub struct Pairs {
     state: Mutex<PairsState>,
     changed: Condvar,
-    #[cfg_attr(not(target_os = "linux"), expect(dead_code))]
+    #[cfg_attr(
+        not(target_os = "linux"),
+        expect(dead_code, reason = "pipes are for splice, which only Linux has")
+    )]
     pipes: Arc<Slots>,
     /// Who may have the second buffer, and the third.
     roomy: [Arc<Slots>; BULK],

@@ -3,9 +3,7 @@
 //! `TP_BALANCED_SECS` is how long visitors come in each test: 6 s without it.
 #![cfg(target_os = "linux")]
 
-use std::io::Write;
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,9 +11,8 @@ use rustix::process::Signal;
 
 use crate::support::load::{assert_whole, assert_whole_after, sixteen_at_a_time};
 use crate::support::programs::{Launch, Program, ports_of};
-use crate::support::{
-    Protection, Service, assert_echo, eventually, plain_and_sealed, share_turn, try_connect,
-};
+use crate::support::proxies::Proxy;
+use crate::support::{Protection, Service, assert_echo, plain_and_sealed, share_turn, try_connect};
 
 plain_and_sealed! {
     #[ignore = "needs haproxy"]
@@ -26,42 +23,16 @@ plain_and_sealed! {
     a_client_that_restarts_lets_visits_wait,
 }
 
-/// HAProxy with the configuration of the example, killed when dropped.
-struct Balancer {
-    child: Child,
-    address: SocketAddr,
-    _file: tempfile::NamedTempFile,
-}
-
-impl Balancer {
-    fn start(publics: [SocketAddr; 2], host: &str) -> Self {
-        let [address, ..] = ports_of(host);
+/// HAProxy with the configuration of the example.
+fn balancer(publics: [SocketAddr; 2], host: &str) -> Proxy {
+    Proxy::haproxy_with(host, |address| {
         let text = include_str!("../../examples/balanced/haproxy.cfg");
         let mut text = text.replace("bind :8080", &format!("bind {address}"));
         for (name, public) in ["one", "two"].into_iter().zip(publics) {
             text = text.replace(&format!("{name}.example:8007\n"), &format!("{public}\n"));
         }
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(text.as_bytes()).unwrap();
-        let child = Command::new("haproxy")
-            .args(["-q", "-db", "-f"])
-            .arg(file.path())
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("haproxy is not installed");
-        Self {
-            child,
-            address,
-            _file: file,
-        }
-    }
-}
-
-impl Drop for Balancer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+        text
+    })
 }
 
 struct Balanced {
@@ -69,7 +40,7 @@ struct Balanced {
     servers: [Program; 2],
     controls: [SocketAddr; 2],
     client: Program,
-    balancer: Balancer,
+    balancer: Proxy,
     service: Service,
 }
 
@@ -81,13 +52,10 @@ impl Balanced {
         let servers = launches.map(|launch| launch.server(&[]));
         let addresses = servers.each_ref().map(Program::addresses);
         let controls = addresses.map(|[.., control]| control);
-        let balancer = Balancer::start(addresses.map(|[public, ..]| public), &host(2));
+        let balancer = balancer(addresses.map(|[public, ..]| public), &host(2));
         let service = Service::echo();
         let client = client(protection, controls, &service);
         client.wait_for_lines("connected to", 2);
-        eventually("the balancer serves", || {
-            try_connect(balancer.address).is_ok()
-        });
         assert_echo(&try_connect(balancer.address).unwrap(), "through it");
         Self {
             launches,

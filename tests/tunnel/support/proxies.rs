@@ -20,8 +20,14 @@ impl Proxy {
     pub fn haproxy(host: &str, configuration: impl Fn(SocketAddr) -> String) -> Self {
         let time_limits =
             "defaults\n timeout connect 20s\n timeout client 60s\n timeout server 60s\n";
-        let text = |address| time_limits.to_owned() + &configuration(address);
-        Self::start("haproxy", &["-q", "-db", "-f"], host, text)
+        Self::haproxy_with(host, |address| {
+            time_limits.to_owned() + &configuration(address)
+        })
+    }
+
+    /// HAProxy with this whole configuration, on a port of this loopback host.
+    pub fn haproxy_with(host: &str, configuration: impl Fn(SocketAddr) -> String) -> Self {
+        Self::start("haproxy", &["-q", "-db", "-f"], host, configuration)
     }
 
     /// nginx with this configuration for HTTP, on a port of this loopback host.
