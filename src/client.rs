@@ -150,25 +150,22 @@ impl Shared {
             let came = Instant::now();
             let dialled = self.connect_local(&session, &visitor);
             self.take_note(&visitor, dialled.as_ref().err());
-            if answers {
-                let reached = dialled.as_ref().map(drop);
-                let answered =
-                    tunnel.answer(&visitor, reached.map_err(|error| error.reason.clone()));
-                if answered.is_err() {
-                    net::abort(tunnel.conn.socket());
-                    drop(tunnel);
-                    return self.refill_if_low(&session);
-                }
-            }
+            let reached = dialled.as_ref().map(drop);
+            let reached = reached.map_err(|error| error.reason.clone());
+            let is_told = answers && tunnel.answer(&visitor, reached).is_ok();
             let (local, own_dial) = match dialled {
-                Ok(dialled) => dialled,
-                Err(_) if answers => {
+                Ok(dialled) if is_told || !answers => dialled,
+                Err(_) if is_told => {
                     spare = session.spare_again();
                     continue;
                 }
-                Err(error) => {
+                failed => {
                     net::abort(tunnel.conn.socket());
-                    session.tell_failed(&visitor, error.reason);
+                    if let Err(error) = failed
+                        && !answers
+                    {
+                        session.tell_failed(&visitor, error.reason);
+                    }
                     drop(tunnel);
                     return self.refill_if_low(&session);
                 }
