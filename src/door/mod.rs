@@ -371,10 +371,11 @@ fn hear_offers(
         let what = format!("an offer of {count} services, and {MAX_SERVICES} are allowed");
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
-    let mut offers = Offers::new();
-    for _ in 0..count {
+    let (mut offers, mut heard) = (Offers::new(), 0);
+    while heard < count {
         if let Line::Offer { service, port } = lines.next_line_by(deadline)? {
             offers.insert(service, port);
+            heard += 1;
         }
     }
     Ok(offers)

@@ -472,6 +472,7 @@ impl Shared {
         let (asked_at, expected) = (Instant::now(), self.pairs.expect());
         // Who waits here counts: a client that answers late would get all visitors otherwise.
         let place = client.place();
+        client.tries(accept.service);
         let waits = self.wait_for_answer(&client, &tunnel, accept.service);
         self.start("ready", move |server| {
             let answer = tunnel.wait_until_ready();

@@ -25,6 +25,21 @@ struct Failing {
     times: u32,
 }
 
+impl Failing {
+    fn is_paused(&self) -> bool {
+        self.until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// Begins the next pause. What fails during one was tried before it, and is no further time.
+    fn pause(&mut self) {
+        if !self.is_paused() {
+            let pause = FIRST_PAUSE * 2_u32.pow(self.times.min(MOST_DOUBLINGS));
+            self.until = Some(Instant::now() + pause);
+            self.times += 1;
+        }
+    }
+}
+
 /// After the first failure.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -99,32 +114,29 @@ impl Session {
     /// True if the client could not reach this one of its local services lately: others come first.
     pub fn is_failing(&self, service: usize) -> bool {
         let failing = self.serves[service].as_ref();
-        failing.is_some_and(|failing| {
-            failing
-                .lock()
-                .until
-                .is_some_and(|until| until > Instant::now())
-        })
+        failing.is_some_and(|failing| failing.lock().is_paused())
+    }
+
+    /// Takes note that this one of its local services is tried for a visitor. Once a pause is over, one
+    /// visitor tries for all: others come first until the service is reached.
+    pub fn tries(&self, service: usize) {
+        if let Some(failing) = &self.serves[service] {
+            let mut failing = failing.lock();
+            if failing.times > 0 {
+                failing.pause();
+            }
+        }
     }
 
     /// Takes note of whether the client has reached this one of its local services. If not, other
-    /// clients come first for a second, and for twice as long each further time. What fails during such
-    /// a pause was tried before it, and is no further time.
+    /// clients come first for a second, and for twice as long each further time.
     pub fn has_reached(&self, service: usize, reached: bool) {
-        let Some(failing) = &self.serves[service] else {
-            return;
-        };
-        let mut failing = failing.lock();
-        if !reached && failing.until.is_some_and(|until| until > Instant::now()) {
-            return;
+        if let Some(failing) = &self.serves[service] {
+            match reached {
+                true => *failing.lock() = Failing::default(),
+                false => failing.lock().pause(),
+            }
         }
-        failing.times = match reached {
-            true => 0,
-            false => failing.times + 1,
-        };
-        let doublings = failing.times.checked_sub(1);
-        let pause = doublings.map(|it| FIRST_PAUSE * 2_u32.pow(it.min(MOST_DOUBLINGS)));
-        failing.until = pause.map(|pause| Instant::now() + pause);
     }
 
     /// A place among this client's visitors.
@@ -242,6 +254,21 @@ mod tests {
         }
         assert!(session.is_failing(0));
         assert!(pause() <= Some(FIRST_PAUSE));
+        session.has_reached(0, true);
+        assert!(!session.is_failing(0));
+    }
+
+    #[test]
+    fn after_a_pause_one_visitor_tries_for_all() {
+        let (session, ..) = session();
+        session.tries(0);
+        assert!(!session.is_failing(0), "it has not failed");
+        session.has_reached(0, false);
+        // As if the pause were over.
+        session.serves[0].as_ref().unwrap().lock().until = Some(Instant::now());
+        assert!(!session.is_failing(0), "somebody is to try it");
+        session.tries(0);
+        assert!(session.is_failing(0), "one is enough");
         session.has_reached(0, true);
         assert!(!session.is_failing(0));
     }

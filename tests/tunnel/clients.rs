@@ -28,6 +28,7 @@ plain_and_sealed! {
     without_a_local_service_anywhere_visitors_are_reset,
     a_service_that_speaks_first_speaks_through_two_clients,
     a_client_that_does_not_answer_keeps_one_visitor_waiting_and_no_other,
+    a_client_that_has_failed_is_tried_by_one_visitor_after_its_pause,
     a_server_that_stops_waits_for_an_answer,
 }
 
@@ -207,28 +208,39 @@ fn a_service_that_speaks_first_speaks_through_two_clients(protection: Protection
     }
 }
 
-/// A server with two clients: one that is made by hand, with a tunnel, and one that serves. The first
-/// visitor goes to the one that came first.
-fn with_a_client_by_hand(
+/// A server with two clients: one that is made by hand, with so many tunnels, and one that serves. The
+/// first visitor goes to the one that came first, through its last tunnel.
+fn with_a_client_by_hand<const TUNNELS: usize>(
     protection: Protection,
-) -> (RunningServer, [Peer; 2], (RunningClient, Service)) {
+) -> (
+    RunningServer,
+    Peer,
+    [Peer; TUNNELS],
+    (RunningClient, Service),
+) {
     let mut options = server_options(protection);
     options.clients = 2;
     let server = RunningServer::start(options);
     let mut control = Peer::dial_control(&server);
     let session = control.say_hello(1);
-    let mut tunnel = Peer::dial_tunnel(&server, &control);
-    tunnel.write(format!("tunnel session={session}\n"));
+    let tunnels = std::array::from_fn(|number| {
+        let mut tunnel = Peer::dial_tunnel(&server, &control);
+        tunnel.write(format!("tunnel session={session}\n"));
+        eventually("an idle tunnel", || {
+            server.handle().status().unwrap().idle == number + 1
+        });
+        tunnel
+    });
     let service = Service::echo();
     let client = RunningClient::start(client_options(&server, service.addr));
     eventually("the tunnels of both", || {
-        server.handle().status().unwrap().idle == 9
+        server.handle().status().unwrap().idle == TUNNELS + 8
     });
-    (server, [control, tunnel], (client, service))
+    (server, control, tunnels, (client, service))
 }
 
 fn a_client_that_does_not_answer_keeps_one_visitor_waiting_and_no_other(protection: Protection) {
-    let (server, [control, mut tunnel], _other) = with_a_client_by_hand(protection);
+    let (server, control, [mut tunnel], _other) = with_a_client_by_hand(protection);
     let waits = server.visit();
     assert!(tunnel.line().ends_with(" answer=1\n"));
     for visit in 0..5 {
@@ -242,15 +254,34 @@ fn a_client_that_does_not_answer_keeps_one_visitor_waiting_and_no_other(protecti
     assert!(start.elapsed() < Duration::from_secs(6));
 }
 
+fn a_client_that_has_failed_is_tried_by_one_visitor_after_its_pause(protection: Protection) {
+    let (server, _control, [_first, mut tunnel], _other) = with_a_client_by_hand(protection);
+    let refused = server.visit();
+    assert!(tunnel.line().ends_with(" answer=1\n"));
+    tunnel.fail(refused.local_addr().unwrap());
+    assert_echo(&refused, "given to the other");
+    // The pause of a second.
+    thread::sleep(Duration::from_millis(1200));
+    let _tries = server.visit();
+    assert!(tunnel.line().ends_with(" answer=1\n"));
+    thread::sleep(Duration::from_millis(100));
+    // Who went there would wait until the first client is silent for too long.
+    let start = Instant::now();
+    let others = [(); 5].map(|()| server.visit());
+    others
+        .iter()
+        .for_each(|other| assert_echo(other, "straight to the other"));
+    assert!(start.elapsed() < Duration::from_secs(3));
+}
+
 fn a_server_that_stops_waits_for_an_answer(protection: Protection) {
-    let (mut server, [_control, mut tunnel], _other) = with_a_client_by_hand(protection);
+    let (mut server, _control, [mut tunnel], _other) = with_a_client_by_hand(protection);
     let waits = server.visit();
     assert!(tunnel.line().ends_with(" answer=1\n"));
     server.handle().stop(DEADLINE);
     eventually("no more visitors", || try_connect(server.public).is_err());
     thread::sleep(Duration::from_millis(100));
-    let from = waits.local_addr().unwrap();
-    tunnel.write(format!("failed visitor={from} reason=refused\n"));
+    tunnel.fail(waits.local_addr().unwrap());
     assert_echo(&waits, "given to the other");
     drop(waits);
     server.wait_for_end();

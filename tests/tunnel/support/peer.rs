@@ -185,6 +185,14 @@ impl Peer {
         }
     }
 
+    /// Says on an asked tunnel that the local service has refused its visitor: the tunnel is idle again.
+    pub fn fail(&mut self, visitor: SocketAddr) {
+        let line = format!("failed visitor={visitor} reason=refused\n");
+        let frame = self.frame(LINE, line.as_bytes());
+        self.socket.write_all(&frame).unwrap();
+        self.is_tunnel();
+    }
+
     /// Writes bytes of a visitor's stream: on the client's side of a tunnel, all after the first line.
     pub fn write_data(&mut self, bytes: impl AsRef<[u8]>) {
         let frame = self.frame(DATA, bytes.as_ref());
