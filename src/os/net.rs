@@ -76,7 +76,7 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     from.set_ip(from.ip().to_canonical());
     // Linux hands on what is set on the listener: five system calls less for each connection.
     #[cfg(not(target_os = "linux"))]
-    tune(&socket)?;
+    tune(&SockRef::from(&socket))?;
     Ok((socket, from))
 }
 
@@ -106,10 +106,9 @@ pub fn dial(address: &Address) -> io::Result<TcpStream> {
 /// Dials one address; the error names it.
 pub fn dial_one(address: SocketAddr) -> io::Result<TcpStream> {
     let dial = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-        tune(&socket)?;
-        socket.connect_timeout(&address.into(), DIAL_TIMEOUT)?;
-        Ok(socket.into())
+        let socket = TcpStream::connect_timeout(&address, DIAL_TIMEOUT)?;
+        tune(&SockRef::from(&socket))?;
+        Ok(socket)
     };
     dial().map_err(|error: io::Error| {
         let hint = match error.kind() {
