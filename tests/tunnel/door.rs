@@ -10,8 +10,8 @@ use rustix::process::Signal;
 
 use crate::support::programs::{Both, Launch, Program};
 use crate::support::{
-    DEADLINE, Protection, Service, assert_echo, assert_ended, assert_reset, connect_from,
-    eventually, plain_and_sealed,
+    DEADLINE, Protection, Service, assert_echo, assert_ended, assert_refused, assert_reset,
+    connect_from, eventually, plain_and_sealed,
 };
 
 plain_and_sealed! {
@@ -37,10 +37,6 @@ fn assert_served(source: &str, to: SocketAddr) -> TcpStream {
     let visitor = connect_from(source, to);
     assert_echo(&visitor, "hello");
     visitor
-}
-
-fn assert_refused(source: &str, to: SocketAddr) {
-    assert_reset(&connect_from(source, to), DEADLINE);
 }
 
 /// Asserts what the server says of its visitors in all.
