@@ -19,6 +19,7 @@ mod clients;
 mod command_line;
 mod crowds;
 mod door;
+mod everything;
 mod exhaustion;
 mod faulty;
 mod floods;

@@ -20,6 +20,8 @@ pub mod programs;
 #[cfg(target_os = "linux")]
 pub mod proxies;
 pub mod random;
+#[cfg(target_os = "linux")]
+pub mod visits;
 
 pub use random::{Pattern, expect_pattern, pattern, send_pattern};
 
@@ -190,12 +192,27 @@ pub fn open_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
 /// Connects from another address of this host.
 #[cfg(target_os = "linux")]
 pub fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
+    try_connect_from(source, to).unwrap()
+}
+
+#[cfg(target_os = "linux")]
+fn try_connect_from(source: &str, to: SocketAddr) -> std::io::Result<TcpStream> {
     let domain = socket2::Domain::for_address(to);
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
     let source = SocketAddr::new(source.parse().unwrap(), 0);
     socket.bind(&source.into()).unwrap();
-    socket.connect(&to.into()).unwrap();
-    with_deadline(socket.into())
+    socket.connect(&to.into())?;
+    Ok(with_deadline(socket.into()))
+}
+
+/// Asserts that whoever comes from this address of this host is reset, perhaps before its connect
+/// returns.
+#[cfg(target_os = "linux")]
+pub fn assert_refused(source: &str, to: SocketAddr) {
+    match try_connect_from(source, to) {
+        Ok(visitor) => assert_reset(&visitor, DEADLINE),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    }
 }
 
 fn with_deadline(socket: TcpStream) -> TcpStream {

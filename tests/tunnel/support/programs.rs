@@ -284,7 +284,7 @@ impl Program {
     }
 
     /// How many threads the process has.
-    fn threads(&self) -> usize {
+    pub fn threads(&self) -> usize {
         let path = format!("/proc/{}/task", self.pid());
         std::fs::read_dir(path).unwrap().count()
     }
