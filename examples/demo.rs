@@ -1,7 +1,8 @@
 //! Fetches files from a small web site, directly and through a tunnel, and compares them.
 //!
 //! `cargo run --example demo` uses free ports and ends with exit code 0 if all files were equal.
-//! With `-- --stay` it uses the original's ports and stays for a browser, until Ctrl-C.
+//! With `-- --stay` it uses the original's ports, and one more for the status page, and stays for a
+//! browser, until Ctrl-C.
 
 use std::error::Error;
 use std::fs::File;
@@ -19,6 +20,9 @@ use tunnel_proxy::{Address, Client, ClientOptions, Server, ServerOptions, Servic
 const PAGE: &str = "index.html";
 const IMAGE: &str = "picture.bin";
 const EMPTY: &str = "empty.txt";
+
+/// Where the server shows what goes on: the port behind the original's three.
+const STATUS: (&str, u16) = ("127.0.0.1", 8010);
 
 /// How long a fetch may stand still before the demo gives up.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -53,7 +57,9 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
     println!("site      http://{} ({})", site.addr, site.what);
 
     let mut options = ServerOptions::default();
-    if !stay {
+    if stay {
+        options.status = Some(Address::new(STATUS.0, STATUS.1));
+    } else {
         let any = Address::new("127.0.0.1", 0);
         options.public = [(Service::default(), any.clone())].into();
         (options.tunnel, options.control) = (any.clone(), any);
@@ -73,7 +79,9 @@ fn demo(stay: bool) -> Result<bool, Box<dyn Error>> {
 
     let result = compare(site.addr, public);
     if stay && result.is_ok() {
-        println!("\nopen http://{public} in a browser; Ctrl-C ends");
+        let (host, port) = STATUS;
+        println!("\nwhat goes on: http://{host}:{port}");
+        println!("open http://{public} in a browser; Ctrl-C ends");
     } else {
         no_more_signals.close();
     }
