@@ -191,6 +191,8 @@ mod client;
 mod conn_match;
 mod door;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod handle;
 mod journal;
 mod key;
@@ -221,6 +223,8 @@ pub use wire::proxy_header::{NotProxyVersion, ProxyVersion};
 /// Pages about the program, beside what its interface says.
 #[cfg(doc)]
 pub mod docs {
+    #[doc = include_str!("docs/chinese.md")]
+    pub mod chinese {}
     #[doc = include_str!("docs/faults.md")]
     pub mod faults {}
     #[doc = include_str!("docs/limits.md")]

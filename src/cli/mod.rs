@@ -20,7 +20,7 @@ use crate::options::{ClientOptions, ServerOptions};
 use crate::server::Server;
 
 mod check;
-mod command_line;
+pub(crate) mod command_line;
 mod error;
 mod given;
 mod key_file;

@@ -24,7 +24,7 @@ pub const PLAIN: &str = "text/plain; charset=utf-8";
 const MAX_CONNECTIONS: usize = 8;
 
 /// The bytes of a request before its body. Browsers send about 1 KiB.
-const MAX_HEAD: usize = 8 * 1024;
+pub const MAX_HEAD: usize = 8 * 1024;
 
 /// The header lines of a request. Browsers send about 20.
 const MAX_LINES: usize = 64;
@@ -182,7 +182,7 @@ fn answer(
 }
 
 /// Reads a request, and returns the bytes of its response.
-fn response_to(
+pub fn response_to(
     input: &mut impl Read,
     local: bool,
     route: &impl Fn(&str) -> Option<Response>,

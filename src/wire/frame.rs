@@ -33,7 +33,7 @@ const SEALED_SIZE: usize = 16 * 1024;
 const PLAIN_SIZE: usize = 32 * 1024;
 
 /// The buffer for frames that are opened one by one: most of them are lines.
-const SMALL_BUFFER: usize = 512;
+pub const SMALL_BUFFER: usize = 512;
 
 /// A key seals this many frames, and then makes place for the next one: 256 GiB if they are full.
 /// TLS 1.3 lets AES-GCM seal 2^24.5 of the same size with one key, RFC 8446 section 5.5.
@@ -312,6 +312,12 @@ impl Opener {
         self.flow = Flow::Stream;
     }
 
+    /// How many bytes of memory the frames take.
+    #[cfg(any(test, fuzzing))]
+    pub fn memory(&self) -> usize {
+        self.sealed.len()
+    }
+
     /// True if the next frame is there.
     pub fn has_frame(&self) -> bool {
         matches!(self.whole_frame(), Ok(Some(_)))
@@ -470,6 +476,7 @@ pub fn broken(error: impl fmt::Display) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::{self, drain};
 
     /// One direction that carries a stream, with a key: what it is written with, and what it is read
     /// with.
@@ -533,26 +540,6 @@ mod tests {
         }
     }
 
-    /// Reads with batches of this size until an end or an error; and what came before.
-    fn drain(
-        opener: &mut Opener,
-        from: &mut impl Read,
-        size: usize,
-    ) -> (Vec<u8>, io::Result<usize>) {
-        let (mut got, mut batch) = (Vec::new(), vec![0; FRONT + size + TAG]);
-        loop {
-            match opener.read_batch(from, &mut batch) {
-                Ok(Some(0)) => return (got, Ok(0)),
-                Ok(Some(count)) => got.extend_from_slice(&batch[FRONT..FRONT + count]),
-                Ok(None) => match opener.open_one(from) {
-                    Ok(bytes) => got.extend(bytes),
-                    error => return (got, error.map(|_| 0)),
-                },
-                error => return (got, error.map(|_| 0)),
-            }
-        }
-    }
-
     #[test]
     fn bytes_survive_however_they_are_cut_and_batched() {
         let mut numbers = Numbers(7);
@@ -573,7 +560,7 @@ mod tests {
             let mut pieces = Pieces(&wire, piece, &mut numbers);
             let (got, end) = drain(&mut opener, &mut pieces, size);
             assert!(got == sent, "batches of {size}, pieces of {piece}");
-            assert_eq!(end.unwrap(), 0);
+            assert_eq!(end.unwrap(), Flow::Lines);
         }
     }
 
@@ -595,7 +582,7 @@ mod tests {
             let mut pieces = Pieces(&wire, 50_000, &mut numbers);
             let (got, end) = drain(&mut opener, &mut pieces, 64 * 1024);
             assert!(got == sent, "rekeyed after {rekey_after}");
-            assert_eq!(end.unwrap(), 0);
+            assert_eq!(end.unwrap(), Flow::Lines);
         }
     }
 
@@ -642,7 +629,7 @@ mod tests {
             }
             wire.extend(b"for the next visitor");
             let (got, end) = drain(&mut opener, &mut &wire[..], 100);
-            assert_eq!((got.as_slice(), end.unwrap()), (&b"hi\n"[..], 0));
+            assert_eq!((got.as_slice(), end.unwrap()), (&b"hi\n"[..], Flow::Lines));
             assert_eq!(opener.unopened(), b"for the next visitor");
             assert_eq!(
                 opener.read_batch(&mut io::empty(), &mut []).unwrap(),
@@ -666,7 +653,7 @@ mod tests {
             let longer = sealer.frame(Kind::Line, &line(MAX_LINE + 1)).unwrap();
             let error = opener.open_one(&mut &*longer).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-            assert!(opener.sealed.len() <= SMALL_BUFFER);
+            assert!(opener.memory() <= SMALL_BUFFER);
         }
     }
 
@@ -681,114 +668,18 @@ mod tests {
         }
     }
 
-    /// One end of a tunnel, as the programs use it.
-    struct End {
-        sealer: Sealer,
-        opener: Opener,
-        /// On the way to this end.
-        wire: VecDeque<u8>,
-        /// Whose stream is written here, and whose is read.
-        writes: Option<u8>,
-        reads: Option<u8>,
-        /// Of the client: it has to say that it is idle. Of the server: it has been told.
-        idle: bool,
-    }
-
-    impl End {
-        fn new(sealed: bool, idle: bool) -> Self {
-            let cipher = || Cipher::new(&[0x33; 32], 100).ok().filter(|_| sealed);
-            Self {
-                sealer: Sealer::new(cipher()),
-                opener: Opener::new(cipher()),
-                wire: VecDeque::new(),
-                writes: None,
-                reads: None,
-                idle,
-            }
-        }
-
-        fn begin(&mut self, visitor: u8) {
-            assert_eq!(
-                (self.writes, self.reads),
-                (None, None),
-                "still with another"
-            );
-            self.opener.begin_stream();
-            (self.writes, self.reads) = (Some(visitor), Some(visitor));
-            self.idle = false;
-        }
-
-        /// Takes what has come, a piece of a random size, and looks whose it is.
-        fn read(&mut self, numbers: &mut Numbers) {
-            let most = numbers.below(self.wire.len() + 1);
-            let piece: Vec<u8> = self.wire.drain(..most).collect();
-            let mut piece = &piece[..];
-            loop {
-                let result = match self.reads {
-                    None => self.opener.open_one(&mut piece).map(|line| match line[0] {
-                        b'.' => self.idle = true,
-                        visitor => self.begin(visitor),
-                    }),
-                    Some(visitor) => {
-                        let mut batch = [0; 500];
-                        let read = self.opener.read_batch(&mut piece, &mut batch);
-                        read.map(|count| match count.unwrap() {
-                            0 => self.reads = None,
-                            count => assert_eq!(batch[FRONT..FRONT + count], vec![visitor; count]),
-                        })
-                    }
-                };
-                if let Err(error) = result {
-                    // Nothing more has come.
-                    return assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-                }
-            }
-        }
-    }
-
     /// Random interleavings of visits, bytes, ends, delays and cuts: every byte is read by whom it was
     /// written for.
     #[test]
     fn no_byte_of_a_visitor_reaches_another() {
         let mut numbers = Numbers(5);
-        for sealed in [false, true] {
-            let mut visits = 0_usize;
-            for _ in 0..200 {
-                // Server and client, until a cut ends their tunnel.
-                let mut ends = [End::new(sealed, true), End::new(sealed, true)];
-                while numbers.below(500) > 0 {
-                    let at = numbers.below(2);
-                    let [near, far] = &mut ends;
-                    let (near, far) = if at == 0 { (near, far) } else { (far, near) };
-                    let is_idle = near.writes.is_none() && near.reads.is_none();
-                    match (numbers.below(4), near.writes) {
-                        (0, None) if at == 1 && is_idle && !near.idle => {
-                            near.idle = true;
-                            far.wire
-                                .extend(near.sealer.frame(Kind::Line, b".\n").unwrap());
-                        }
-                        (0, None) if at == 0 && is_idle && near.idle => {
-                            let visitor = b'a' + (visits % 26) as u8;
-                            visits += 1;
-                            near.begin(visitor);
-                            let line = [visitor, b'\n'];
-                            far.wire
-                                .extend(near.sealer.frame(Kind::Line, &line).unwrap());
-                        }
-                        (1, Some(visitor)) => {
-                            let bytes = vec![visitor; 1 + numbers.below(400)];
-                            far.wire.extend(seal(&mut near.sealer, &bytes));
-                        }
-                        (2, Some(_)) => {
-                            near.writes = None;
-                            far.wire.extend(end(&mut near.sealer));
-                        }
-                        _ => near.read(&mut numbers),
-                    }
-                }
-            }
-            assert!(visits > 1000, "{visits} visits");
+        let mut visits = 0;
+        for round in 0..400 {
+            let mut choices = numbers.bytes(3_000);
+            choices[0] = u8::from(round % 2 == 0);
+            visits += fuzz::tunnel(&choices);
         }
+        assert!(visits > 2_000, "{visits} visits");
     }
 
     /// Every frame in every flow.
@@ -869,7 +760,7 @@ mod tests {
             let (got, end) = drain(&mut opener, &mut &wire[..], size);
             assert!(end.is_err());
             assert!(sent.starts_with(&got));
-            assert!(opener.sealed.len() <= LENGTH + usize::from(u16::MAX));
+            assert!(opener.memory() <= LENGTH + usize::from(u16::MAX));
         }
     }
 }

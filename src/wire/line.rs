@@ -449,7 +449,7 @@ impl std::error::Error for LineError {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::seeded;
+    use crate::{fuzz, seeded};
 
     const ID: &str = "00112233445566778899aabbccddeeff";
 
@@ -668,13 +668,7 @@ mod tests {
                 line.push(random(256) as u8);
             }
             line.retain(|byte| *byte != b'\n');
-            if let Ok(parsed) = Line::parse(&line)
-                && parsed != Line::Unknown
-            {
-                let printed = parsed.to_string();
-                let line = printed.strip_suffix('\n').unwrap();
-                assert_eq!(Line::parse(line.as_bytes()), Ok(parsed));
-            }
+            fuzz::line(&line);
         }
     }
 }

@@ -347,7 +347,7 @@ impl std::error::Error for BadHeader {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::seeded;
+    use crate::{fuzz, seeded};
     use BadHeader::{
         Address, Command, Family, Missing, NoLine, Parts, Port, Protocol, TooLong, TooShort,
     };
@@ -683,28 +683,15 @@ mod tests {
             if random(8) == 0 {
                 bytes.truncate(random(bytes.len() + 1));
             }
-            let result = parse(&bytes);
-            let before = parse(&bytes[..random(bytes.len() + 1)]);
-            match before {
-                Ok(Parsed::Incomplete) => (),
-                Ok(Parsed::Header { .. }) => assert_eq!(before, result),
-                Err(_) => assert!(result.is_err(), "{}", bytes.escape_ascii()),
-            }
-            match result {
+            fuzz::proxy_header(&bytes);
+            match parse(&bytes) {
                 Ok(Parsed::Incomplete) => {
                     incomplete += 1;
                     bytes.resize(MAX_V2, b'x');
                     assert_ne!(parse(&bytes), Ok(Parsed::Incomplete));
                 }
-                Ok(Parsed::Header { length, .. }) => {
-                    read += 1;
-                    assert!(length <= bytes.len() && length <= MAX_V2);
-                    assert!(bytes[0] == b'\r' || length <= MAX_V1);
-                }
-                Err(why) => {
-                    refused += 1;
-                    assert!(why.to_string().is_ascii());
-                }
+                Ok(Parsed::Header { .. }) => read += 1,
+                Err(_) => refused += 1,
             }
         }
         // The walk has been everywhere.
