@@ -25,7 +25,7 @@ use crate::os::workers::{Workers, set_name};
 use crate::relay::{End, Pairs, Peer, Visitor};
 use crate::session::of_client::{LocalError, NoVisitor, Session, Spare, Tunnel};
 use crate::session::{Ended, Proto};
-use crate::status::port::StatusPort;
+use crate::status::port::{self, StatusPort};
 use crate::stop::Stop;
 use crate::wire::conn::Conn;
 use crate::wire::control::send;
@@ -72,6 +72,15 @@ impl Client {
         Self {
             shared: Arc::new(Shared::new(options)),
         }
+    }
+
+    /// Looks whether a client could [run](Client::run) with these options.
+    ///
+    /// # Errors
+    /// Those of [`run`](Client::run).
+    pub fn check(options: &ClientOptions) -> Result<(), Error> {
+        run::check_options(options)?;
+        port::check(options.status.as_ref(), options.insecure_status)
     }
 
     /// What stops this client.

@@ -95,6 +95,15 @@ impl Server {
         })
     }
 
+    /// Looks whether a server with these options could take the place of one that runs with those
+    /// `before`, once that one [makes way](Handle::make_way): it gets the ports that both have.
+    ///
+    /// # Errors
+    /// Those of [`bind`](Server::bind).
+    pub fn can_follow(options: &ServerOptions, before: &ServerOptions) -> Result<(), Error> {
+        run::can_follow(options, before)
+    }
+
     /// Where the visitors of the first service come to, which is the one without a name if there is one.
     pub fn public_addr(&self) -> SocketAddr {
         self.shared.public[0].listener.addr

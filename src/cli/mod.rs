@@ -53,10 +53,12 @@ pub fn run_server(words: Vec<OsString>) -> Result<(), Error> {
         options.keys = keys;
         options
     };
+    let can_follow = |options: &_, before: &_| Server::can_follow(options, before);
     let start = |options| Server::bind(options)?.spawn();
     // No option of a server's asks for that.
     let check = |_: &_| Ok(());
-    run(words, command_line::server, with_keys, check, start)
+    let read = command_line::server;
+    run(words, read, with_keys, check, can_follow, start)
 }
 
 /// Does what the words behind `tpclient` ask for, as [`run_server`] does.
@@ -68,8 +70,10 @@ pub fn run_client(words: Vec<OsString>) -> Result<(), Error> {
         options.key = keys.pop();
         options
     };
+    let can_follow = |options: &_, _: &_| Client::check(options);
     let start = |options| Client::new(options).spawn();
-    run(words, command_line::client, with_keys, check, start)
+    let read = command_line::client;
+    run(words, read, with_keys, check, can_follow, start)
 }
 
 fn check(options: &ClientOptions) -> Result<(), Error> {
@@ -91,6 +95,7 @@ fn run<O: Clone + Send + 'static>(
     read: fn(Vec<OsString>, ReadFile) -> Result<Command<O>, Error>,
     with_keys: fn(O, Vec<Key>) -> O,
     check: fn(&O) -> Result<(), Error>,
+    can_follow: fn(&O, &O) -> Result<(), crate::Error>,
     start: fn(O) -> Result<Running, crate::Error>,
 ) -> Result<(), Error> {
     let (options, common) = match read(words.clone(), read_config)? {
@@ -120,8 +125,9 @@ fn run<O: Clone + Send + 'static>(
             ));
         };
         let options = with_keys(options, read_keys(&common)?);
-        before.make_way();
         let mut in_force = in_force.lock();
+        can_follow(&options, &in_force)?;
+        before.make_way();
         start(options.clone())
             .inspect(|_| *in_force = options)
             .or_else(|error| {

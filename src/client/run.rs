@@ -49,6 +49,16 @@ impl Upstream {
     }
 }
 
+/// An error if the options make no sense, on whatever machine.
+pub fn check_options(options: &ClientOptions) -> Result<(), Error> {
+    if options.servers.is_empty() {
+        return Err(Error::NoServers);
+    }
+    let (local, headers) = (&options.local, &options.proxy_protocol);
+    check_services("--local", local)?;
+    check_known("--proxy-protocol", headers.keys(), local)
+}
+
 /// What a stopping client gives its threads for their last words, and a server that has ended the
 /// session to close its idle tunnels, which is under way by then.
 const LAST_WORDS: Duration = Duration::from_millis(250);
@@ -80,16 +90,7 @@ impl Shared {
 
     /// Runs until the client has ended.
     pub(super) fn run(self: &Arc<Self>) -> Result<(), Error> {
-        if self.servers.is_empty() {
-            return Err(Error::NoServers);
-        }
-        let ClientOptions {
-            local,
-            proxy_protocol,
-            ..
-        } = &self.options;
-        check_services("--local", local)?;
-        check_known("--proxy-protocol", proxy_protocol.keys(), local)?;
+        check_options(&self.options)?;
         self.status.open()?;
         let shown = port::show(self)?;
         for number in 0..self.servers.len() {

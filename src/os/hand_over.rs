@@ -157,6 +157,12 @@ mod linux {
             Some(self.listeners.swap_remove(found))
         }
 
+        /// Closes the listeners at addresses that are not wanted.
+        pub fn keep(&mut self, wanted: impl Fn(SocketAddr) -> bool) {
+            let is_wanted = |it: &TcpListener| it.local_addr().is_ok_and(&wanted);
+            self.listeners.retain(is_wanted);
+        }
+
         fn receive(control: SocketAddr) -> io::Result<Self> {
             let from = connect(control)?;
             if !is_same_user(&from) {
@@ -225,6 +231,8 @@ mod elsewhere {
             None
         }
 
+        pub fn keep(&mut self, _: impl Fn(SocketAddr) -> bool) {}
+
         pub fn wait(self, _: Instant) -> bool {
             true
         }
@@ -291,6 +299,7 @@ mod tests {
             let mut inherited = Inherited::default();
             assert!(inherited.take(control).is_none());
             assert!(inherited.take_control(control).is_some());
+            inherited.keep(|address| address == tunnel);
             assert!(inherited.take(tunnel).is_some());
         });
         assert!(given);

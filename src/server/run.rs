@@ -67,31 +67,14 @@ const MOST_ASKED_AGAIN: usize = MAX_POOL;
 impl Shared {
     /// Opens the three ports; also returns what wakes the matcher.
     pub(super) fn bind(mut options: ServerOptions) -> Result<(Self, Receiver<()>), Error> {
+        check_options(&options)?;
         let (shortest, longest) = PAIR_TIMEOUTS;
         options.pair_timeout = options.pair_timeout.clamp(shortest, longest);
-        if options.max_conns == 0 {
-            return Err(Error::NoVisitors);
-        }
-        if options.clients == 0 {
-            return Err(Error::NoClients);
-        }
-        check_services("--public", &options.public)?;
-        for (option, rules) in [("--allow", &options.allow), ("--deny", &options.deny)] {
-            let names = rules.iter().filter_map(|(name, _)| name.as_ref());
-            check_known(option, names, &options.public)?;
-        }
-        if options.original && options.clients > 1 {
-            return Err(Error::NotOriginal("--clients"));
-        }
-        if options.original && options.has_one_port() {
-            return Err(Error::NotOriginal("--tunnel"));
-        }
         let affordable = affordable_visitors(2 + options.public.len(), options.clients);
         if affordable < options.max_conns {
             Journal::few_descriptors(options.max_conns, affordable);
             options.max_conns = affordable;
         }
-        check_apart(&options)?;
         let sealed = !options.keys.is_empty();
         let stop = Stop::new();
         let (public, control, tunnel) = open_ports(&options, &stop, longest)?;
@@ -165,16 +148,61 @@ impl Shared {
     }
 }
 
-/// An error if two ports would be the same one: the second would be waited for in vain. Tunnels may come
-/// to the very address of the control port.
-fn check_apart(options: &ServerOptions) -> Result<(), Error> {
+/// An error if the options make no sense, on whatever machine.
+fn check_options(options: &ServerOptions) -> Result<(), Error> {
+    if options.max_conns == 0 {
+        return Err(Error::NoVisitors);
+    }
+    if options.clients == 0 {
+        return Err(Error::NoClients);
+    }
+    check_services("--public", &options.public)?;
+    for (option, rules) in [("--allow", &options.allow), ("--deny", &options.deny)] {
+        let names = rules.iter().filter_map(|(name, _)| name.as_ref());
+        check_known(option, names, &options.public)?;
+    }
+    if options.original && options.clients > 1 {
+        return Err(Error::NotOriginal("--clients"));
+    }
+    if options.original && options.has_one_port() {
+        return Err(Error::NotOriginal("--tunnel"));
+    }
+    check_apart(options)
+}
+
+/// See [`Server::can_follow`](crate::Server::can_follow).
+pub(super) fn can_follow(options: &ServerOptions, before: &ServerOptions) -> Result<(), Error> {
+    check_options(options)?;
+    port::check(options.status.as_ref(), options.insecure_status)?;
+    let sealed_or_open = options.insecure || !options.keys.is_empty();
+    for (option, address) in addresses(options).filter(|(option, _)| *option != "--status") {
+        let anywhere = option == "--public" || sealed_or_open;
+        let opened = Listener::find(option, address, anywhere, Instant::now(), |_| None, |_| ());
+        match opened {
+            Err(Error::Listen(_, _, error))
+                if error.kind() == io::ErrorKind::AddrInUse
+                    && addresses(before).any(|(_, taken)| address.overlaps(taken)) => {}
+            opened => drop(opened?),
+        }
+    }
+    Ok(())
+}
+
+/// Where a server with these options listens, each with its option.
+fn addresses(options: &ServerOptions) -> impl Iterator<Item = (&'static str, &Address)> {
     let (control, tunnel) = (&options.control, &options.tunnel);
-    let mut taken: Vec<(&str, &Address)> = Vec::new();
     let public = options.public.values().map(|address| ("--public", address));
     let tunnel = Some(("--tunnel", tunnel)).filter(|_| !options.has_one_port());
     let status = options.status.as_ref().map(|address| ("--status", address));
     let others = [("--control", control)].into_iter().chain(tunnel);
-    for (option, address) in public.chain(others).chain(status) {
+    public.chain(others).chain(status)
+}
+
+/// An error if two ports would be the same one: the second would be waited for in vain. Tunnels may come
+/// to the very address of the control port.
+fn check_apart(options: &ServerOptions) -> Result<(), Error> {
+    let mut taken: Vec<(&str, &Address)> = Vec::new();
+    for (option, address) in addresses(options) {
         if let Some((other, taken)) = taken.iter().find(|(_, taken)| address.overlaps(taken)) {
             return Err(Error::SameAddress(option, other, (*taken).clone()));
         }
@@ -195,10 +223,17 @@ fn open_ports(
     let patience = options.port_patience.min(longest);
     let until = Instant::now() + patience;
     let mut inherited = Inherited::default();
+    let wanted = addresses(options).filter_map(|(_, address)| address.resolve().ok());
+    let wanted: Vec<_> = wanted.flatten().collect();
     type Take = fn(&mut Inherited, SocketAddr) -> Option<TcpListener>;
     let mut open = |option, address, anywhere, closes_at, take: Take| {
         let told = |opening| Journal::opening(option, &opening);
-        let taken = |address| take(&mut inherited, address);
+        let taken = |address| {
+            let listener = take(&mut inherited, address)?;
+            // One at 192.0.2.1:80 would be in the way of [::]:80.
+            inherited.keep(|address| wanted.contains(&address));
+            Some(listener)
+        };
         let socket = Listener::find(option, address, anywhere, until, taken, told)?;
         Listener::new(option, socket, stop.clone(), closes_at)
     };

@@ -129,6 +129,11 @@ impl StatusPort {
     }
 }
 
+/// An error if a page could not be at this address, whoever has the port now.
+pub fn check(address: Option<&Address>, anywhere: bool) -> Result<(), Error> {
+    StatusPort::new(address, anywhere, &Stop::new()).open()
+}
+
 /// A page that is served until this is dropped.
 pub struct Shown<T: Shows>(Arc<T>);
 

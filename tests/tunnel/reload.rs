@@ -1,7 +1,7 @@
 //! HUP has a program read its `--config` again, and no visitor notices.
 #![cfg(target_os = "linux")]
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -21,7 +21,9 @@ plain_and_sealed! {
     a_client_goes_to_another_service_while_its_visitors_go_on,
     a_reload_under_load_costs_no_visit,
     a_file_with_a_fault_changes_nothing,
-    a_port_that_is_taken_leaves_the_options_from_before,
+    a_port_that_is_taken_changes_nothing,
+    a_port_may_become_one_of_all_addresses,
+    a_port_of_which_another_has_a_part_leaves_the_options_from_before,
     a_stop_after_a_reload_ends_everything,
 }
 
@@ -166,21 +168,85 @@ fn a_file_with_a_fault_changes_nothing(protection: Protection) {
     let service = Service::echo();
     let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
     let client = client(protection, &local);
-    for (program, config) in [(&server, &config), (&client, &local)] {
-        config.write("nonsense\n");
-        program.signal(Signal::HUP);
-        let line = program.wait_for_line("nothing has changed: ");
-        assert!(
-            line.contains("line 1: there is no option nonsense"),
-            "{line}"
-        );
-        assert!(line.contains(config.path().to_str().unwrap()), "{line}");
+    let status = "status 192.0.2.1:9000\n";
+    for (program, config, faults) in [
+        (
+            &server,
+            &config,
+            [
+                ("nonsense\n", "line 1: there is no option nonsense"),
+                ("deny web=192.0.2.1\n", "--deny web: there is no service"),
+                (status, "192.0.2.1:9000 is not a loopback address"),
+            ],
+        ),
+        (
+            &client,
+            &local,
+            [
+                ("nonsense\n", "line 1: there is no option nonsense"),
+                (
+                    "proxy-protocol web=v1\n",
+                    "--proxy-protocol web: there is no service",
+                ),
+                (status, "192.0.2.1:9000 is not a loopback address"),
+            ],
+        ),
+    ] {
+        for (number, (text, why)) in faults.iter().enumerate() {
+            config.write(text);
+            program.signal(Signal::HUP);
+            let line = program.wait_for_lines("nothing has changed: ", number + 1);
+            assert!(line.contains(why), "{line}");
+        }
     }
     assert_echo(&connect(public), "as before");
     assert_eq!(client.lines_with("lost the server"), [""; 0]);
 }
 
-fn a_port_that_is_taken_leaves_the_options_from_before(protection: Protection) {
+/// Another program has a new port: visitors and the client find the server there all the time.
+fn a_port_that_is_taken_changes_nothing(protection: Protection) {
+    let [public, tunnel, control] = ports(protection, 5);
+    let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let service = Service::echo();
+    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
+    let client = client(protection, &local);
+    let taken = TcpListener::bind((public.ip(), 0)).unwrap();
+    let of_other = taken.local_addr().unwrap();
+    config.write(&format!("{text}public web={of_other}\n"));
+    server.signal(Signal::HUP);
+    let line = server.wait_for_line("nothing has changed: --public: could not listen on ");
+    assert!(line.contains(&of_other.to_string()), "{line}");
+    assert_echo(&connect(public), "as before");
+    assert_eq!(client.lines_with("lost the server"), [""; 0]);
+    // A status page that has to wait keeps nobody from the visitors.
+    config.write(&format!("{text}status {of_other}\n"));
+    reload(&server, 1);
+}
+
+/// The server has a part of the port itself.
+fn a_port_may_become_one_of_all_addresses(protection: Protection) {
+    let [public, tunnel, control] = ports(protection, 6);
+    let text = format!("control {control}\ntunnel {tunnel}\n");
+    let config = Config::new(&format!("{text}public {public}\n"));
+    let server = server(protection, &config);
+    let service = Service::echo();
+    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
+    let client = client(protection, &local);
+    let patient = connect(public);
+    assert_echo(&patient, "before");
+    config.write(&format!("{text}public 0.0.0.0:{}\n", public.port()));
+    reload(&server, 1);
+    client.wait_for_lines("connected to", 2);
+    assert_echo(&connect(public), "as before");
+    let elsewhere = SocketAddr::from(([127, 0, 0, 1], public.port()));
+    assert_echo(&connect(elsewhere), "everywhere");
+    assert_echo(&patient, "still here");
+    assert_eq!(server.lines_with("going on with"), [""; 0]);
+}
+
+fn a_port_of_which_another_has_a_part_leaves_the_options_from_before(protection: Protection) {
     let [public, tunnel, control] = ports(protection, 3);
     let text = format!("control {control}\ntunnel {tunnel}\npair-timeout 1\npublic {public}\n");
     let config = Config::new(&text);
@@ -188,12 +254,14 @@ fn a_port_that_is_taken_leaves_the_options_from_before(protection: Protection) {
     let service = Service::echo();
     let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
     let _client = client(protection, &local);
-    let taken = TcpListener::bind((public.ip(), 0)).unwrap();
-    let taken = taken.local_addr().map(|addr| (taken, addr)).unwrap();
-    config.write(&format!("{text}public web={}\n", taken.1));
+    // All of the port, of which the server has a part already.
+    let other = [127, 0, 88, 200 + u8::from(protection == Protection::Sealed)];
+    let _taken = TcpListener::bind(SocketAddr::from((other, public.port()))).unwrap();
+    let all = format!("0.0.0.0:{}", public.port());
+    config.write(&text.replace(&format!("public {public}"), &format!("public {all}")));
     server.signal(Signal::HUP);
     let line = server.wait_for_line("going on with the options from before");
-    assert!(line.contains(&taken.1.to_string()), "{line}");
+    assert!(line.contains(&all), "{line}");
     // For a moment nobody listens.
     server.wait_for_lines("for the control link", 2);
     assert_echo(&connect(public), "as before");
