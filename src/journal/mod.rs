@@ -456,13 +456,22 @@ impl Journal {
         self.limits.timed_out.say(client, Warn, what);
     }
 
-    /// The client said that it aborted a visitor's tunnel.
+    /// A client could not bring a visitor to the local service, who comes to nothing by that.
     pub fn client_failed(&self, visitor: SocketAddr, reason: &Failure) {
         self.count_refused(Place::Local, reason.word());
+        self.local_unreached(visitor, reason, "");
+    }
+
+    /// A client could not bring a visitor to the local service, who is given to another one.
+    pub fn given_to_another(&self, visitor: SocketAddr, reason: &Failure) {
+        self.local_unreached(visitor, reason, "; another client gets the visitor");
+    }
+
+    fn local_unreached(&self, visitor: SocketAddr, reason: &Failure, then: &str) {
         let reason = reason.to_string();
         let reason = reason.escape_debug();
         let what = format_args!(
-            "visitor {visitor}: the client could not reach the local service: {reason}"
+            "visitor {visitor}: the client could not reach the local service: {reason}{then}"
         );
         self.limits.local_failed.say(Warn, what);
     }

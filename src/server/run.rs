@@ -32,7 +32,7 @@ use crate::session::{Ended, Proto};
 use crate::status::port::{self, StatusPort};
 use crate::stop::{Phase, Stop};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Arrival, Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
+use crate::wire::line::{Arrival, Failure, Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
 
 /// After a failed accept: short for a visitor, long for a processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
@@ -520,12 +520,11 @@ impl Shared {
                     server.join_conn2(accept, accept_add_time, tunnel, place);
                 }
                 Answer::Failed(reason, tunnel) => {
-                    server.journal.client_failed(accept.visitor, &reason);
                     client.has_reached(accept.service, false);
                     if let Some(tunnel) = tunnel {
                         server.config_conn_list_tunnel(tunnel);
                     }
-                    server.give_to_another(accept, put_back_time, client);
+                    server.give_to_another(accept, put_back_time, client, &reason);
                 }
                 Answer::Dead => server.put_back(accept, put_back_time),
             }
@@ -550,14 +549,25 @@ impl Shared {
         waits
     }
 
-    /// Gives a visitor to another client than this one, if there is one. Otherwise resets it.
-    fn give_to_another(&self, mut accept: Accept, accept_add_time: Instant, client: Arc<Session>) {
+    /// Gives a visitor to another client than this one, which has failed for this reason, if there is
+    /// one. Otherwise resets it.
+    fn give_to_another(
+        &self,
+        mut accept: Accept,
+        accept_add_time: Instant,
+        client: Arc<Session>,
+        reason: &Failure,
+    ) {
         accept.failed_by = Some(client);
         let state = self.state.lock();
         let is_served = state.conn_list_map.who_serves(&accept).next().is_some();
         drop(state);
-        if is_served {
-            self.wait_again(accept, accept_add_time);
+        match is_served {
+            true => {
+                self.journal.given_to_another(accept.visitor, reason);
+                self.wait_again(accept, accept_add_time);
+            }
+            false => self.journal.client_failed(accept.visitor, reason),
         }
     }
 

@@ -176,12 +176,16 @@ fn a_client_without_its_local_service_leaves_visitors_to_the_other(protection: P
     assert!((1..=4).contains(&failed), "{failed} of {visits}");
     let told = server.lines_with("the client could not reach the local service: refused");
     assert!(!told.is_empty() && told.len() <= failed);
+    // None of them was refused.
+    server.signal(Signal::USR1);
+    let status = server.wait_for_line("uptime=");
+    assert!(status.contains(" refused=0 timed_out=0"), "{status}");
     // Its tunnels are not lost with the visitors.
     assert_eq!(lame.lines_with("idle tunnel"), [""; 0]);
 }
 
 fn without_a_local_service_anywhere_visitors_are_reset(protection: Protection) {
-    let (_server, addresses) = Program::server(protection, &["-n", "2"]);
+    let (server, addresses) = Program::server(protection, &["-n", "2"]);
     let nowhere = closed_port();
     let clients = [(); 2].map(|()| client(protection, addresses, nowhere.addr, &[]));
     for _ in 0..5 {
@@ -191,6 +195,13 @@ fn without_a_local_service_anywhere_visitors_are_reset(protection: Protection) {
     for client in &clients {
         client.wait_for_line("cannot reach the local service");
     }
+    // Each of them once.
+    eventually("all are counted", || {
+        server.signal(Signal::USR1);
+        thread::sleep(Duration::from_millis(50));
+        !server.lines_with(" refused=5 ").is_empty()
+    });
+    assert_eq!(server.lines_with(" refused=6 "), [""; 0]);
 }
 
 fn a_service_that_speaks_first_speaks_through_two_clients(protection: Protection) {
