@@ -74,9 +74,9 @@ struct State {
     public_open: usize,
     /// Who waits for a client's [answer](Shared::join_when_ready).
     asked: Vec<Asked>,
-    /// How many visitors have come and are not in the list yet, as their proxy has still to say where
-    /// they come from.
-    coming: usize,
+    /// Of each service, how many visitors have come and are not in the list yet, as their proxy has
+    /// still to say where they come from.
+    coming: Vec<usize>,
 }
 
 impl Server {
@@ -306,7 +306,7 @@ impl Shared {
                         self.join_when_ready(accept, accept_add_time, tunnel, client);
                     }
                     Some(tunnel) => {
-                        self.join_conn2(accept, accept_add_time, tunnel, client.place());
+                        self.join_conn2(accept, tunnel, client.place());
                     }
                     None => self.put_back(accept, accept_add_time),
                 }
@@ -325,17 +325,12 @@ impl Shared {
 
     /// Joins a visitor, who has this place among those of the client, with its tunnel, whose client has
     /// been told: two copy threads. The one that ends last gives the tunnel to the next visitor.
-    fn join_conn2(
-        self: &Arc<Self>,
-        accept: Accept,
-        accept_add_time: Instant,
-        tunnel: Tunnel,
-        place: Option<Slot>,
-    ) {
+    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel, place: Option<Slot>) {
         let service = self.service_of(&accept).clone();
         let Accept {
             socket,
             visitor,
+            came,
             slot,
             counted,
             ..
@@ -348,7 +343,7 @@ impl Shared {
         } = tunnel;
         let (up, down) = self.pairs.join(
             Visitor::new(Some(visitor), service).in_places([Some(slot), place], counted),
-            accept_add_time,
+            came,
             End {
                 peer: Peer::Visitor,
                 conn: Conn::new(socket),

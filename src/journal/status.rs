@@ -21,8 +21,8 @@ pub struct Status {
     pub max: usize,
     /// The visitors who were ever joined, those of now included.
     pub joined_total: u64,
-    /// On the server, the visitors who wait for a tunnel. On the client, the tunnels that are being
-    /// dialled.
+    /// On the server, the visitors who wait for a tunnel, or whose proxy has still to say where they
+    /// come from. On the client, the tunnels that are being dialled.
     pub waiting: usize,
     /// The idle tunnels.
     pub idle: usize,
@@ -51,7 +51,7 @@ pub struct ServiceStatus {
     pub joined: usize,
     /// The visitors who were ever joined, those of now included.
     pub joined_total: u64,
-    /// On the server, the visitors who wait for a tunnel. The client does not know.
+    /// On the server, the visitors who wait. The client does not know.
     pub waiting: usize,
     /// The bytes that visitors have sent to the local service in all.
     pub bytes_up: u64,

@@ -64,6 +64,8 @@ pub struct Accept {
     pub counted: Option<Counted>,
     pub socket: Arc<TcpStream>,
     pub visitor: SocketAddr,
+    /// When it was accepted.
+    pub came: Instant,
     /// What the visitor's connection was made to, if that is not this end of the socket.
     pub to: Option<SocketAddr>,
     /// Which of the server's services the visitor came for, counted from 0.
@@ -80,6 +82,7 @@ impl Accept {
         Self {
             socket: Arc::new(socket),
             visitor,
+            came: Instant::now(),
             to: None,
             service,
             failed_by: None,

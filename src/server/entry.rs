@@ -25,7 +25,7 @@ impl Shared {
             return None;
         }
         let place = self.door.visitors.enter(accept.socket.clone(), from);
-        let coming = Coming::new(self);
+        let coming = Coming::new(self, accept.service);
         self.start("proxy_header", move |server| {
             let _coming = coming;
             let heard = server.hear_header(accept, place);
@@ -121,19 +121,21 @@ impl Entry {
     }
 }
 
-/// A visitor who is not in the list yet, and for whom a server that stops waits, as long as this lives.
-struct Coming(Arc<Shared>);
+/// A visitor of this service who is not in the list yet, and for whom a server that stops waits, as long
+/// as this lives.
+struct Coming(Arc<Shared>, usize);
 
 impl Coming {
-    fn new(server: &Arc<Shared>) -> Self {
-        server.state.lock().coming += 1;
-        Self(server.clone())
+    fn new(server: &Arc<Shared>, service: usize) -> Self {
+        server.state.lock().coming[service] += 1;
+        Self(server.clone(), service)
     }
 }
 
 impl Drop for Coming {
     fn drop(&mut self) {
-        self.0.state.lock().coming -= 1;
-        self.0.update();
+        let Self(server, service) = self;
+        server.state.lock().coming[*service] -= 1;
+        server.update();
     }
 }

@@ -93,7 +93,7 @@ impl Shared {
                 conn_list_map: ConnList::new(),
                 public_open: public.len(),
                 asked: Vec::new(),
-                coming: 0,
+                coming: vec![0; public.len()],
             }),
             public,
             tunnel,
@@ -517,7 +517,7 @@ impl Shared {
                 Answer::Ready(tunnel) => {
                     drop(waits);
                     client.has_reached(accept.service, true);
-                    server.join_conn2(accept, accept_add_time, tunnel, place);
+                    server.join_conn2(accept, tunnel, place);
                 }
                 Answer::Failed(reason, tunnel) => {
                     client.has_reached(accept.service, false);
@@ -643,7 +643,8 @@ impl Shared {
     /// have been accepted, and not be in the list yet.
     pub(super) fn is_finished(&self) -> bool {
         let state = self.state.lock();
-        let nobody_comes = state.public_open == 0 && state.coming == 0;
+        let nobody_is_coming = state.coming.iter().all(|it| *it == 0);
+        let nobody_comes = state.public_open == 0 && nobody_is_coming;
         let nobody_waits = state.conn_list_map.waiting().len() == 0 && state.asked.is_empty();
         let all_served = nobody_comes && nobody_waits;
         drop(state);
@@ -689,9 +690,11 @@ impl Half for Shared {
         for accept in list.waiting() {
             *waiting.entry(self.service_of(accept)).or_default() += 1;
         }
-        for asked in &state.asked {
-            let service = &self.public[asked.service].service;
-            *waiting.entry(service).or_default() += 1;
+        let asked = state.asked.iter().map(|it| (it.service, 1));
+        let coming = state.coming.iter().copied().enumerate();
+        for (service, count) in asked.chain(coming) {
+            let service = &self.public[service].service;
+            *waiting.entry(service).or_default() += count;
         }
         let idle = list.idle();
         drop(state);
@@ -777,16 +780,16 @@ impl Shared {
         for conn_match in promised {
             let ConnMatch {
                 accept,
-                accept_add_time,
                 tunnel,
                 client,
+                ..
             } = conn_match;
             let arrival = Arrival {
                 answer: false,
                 ..self.arrival(&accept, &client)
             };
             if let Some(tunnel) = tunnel.greet(&accept, arrival) {
-                self.join_conn2(accept, accept_add_time, tunnel, client.place());
+                self.join_conn2(accept, tunnel, client.place());
             }
         }
         for session in sessions {

@@ -23,6 +23,7 @@ use tunnel_proxy::{Address, Client, Error, Server};
 plain_and_sealed! {
     a_page_shows_services_sessions_and_visitors,
     metrics_count_what_goes_on,
+    who_waits_for_a_proxys_header_is_counted_and_timed,
     a_rate_is_that_of_the_last_seconds,
     a_server_is_ready_when_clients_offer_all_its_services,
     a_client_is_ready_unless_it_has_no_server_or_a_service_is_down,
@@ -233,6 +234,29 @@ fn metrics_count_what_goes_on(protection: Protection) {
         assert_eq!(metric(at, "visits_total{service=\"\"}"), 3.0);
         eventually("the tunnels are idle", || metric(at, "idle_tunnels") >= 8.0);
     }
+}
+
+/// It has a place among all visitors, and its time began when it was accepted.
+fn who_waits_for_a_proxys_header_is_counted_and_timed(protection: Protection) {
+    const LATE: Duration = Duration::from_millis(400);
+    let service = Service::echo();
+    let server = RunningServer::start(with!(server_options(protection);
+            accept_proxy: vec!["127.0.0.1".parse().unwrap()],
+            status: Some(any()),
+    ));
+    let _client = RunningClient::start(client_options(&server, service.addr));
+    let at = server.handle().status_addr().unwrap();
+    let mut visitor = server.visit();
+    let waiting = || metric(at, "waiting_visitors{service=\"\"}");
+    eventually("the visitor waits", || waiting() == 1.0);
+    thread::sleep(LATE);
+    visitor
+        .write_all(b"PROXY TCP4 192.0.2.1 203.0.113.9 5 443\r\n")
+        .unwrap();
+    echo(&visitor);
+    eventually("nobody waits", || waiting() == 0.0);
+    let took = metric(at, "join_seconds_sum");
+    assert!(took >= LATE.as_secs_f64(), "{took} s");
 }
 
 /// A visitor that has moved a megabyte and then pauses is fast for 10 s.
