@@ -70,9 +70,13 @@ impl Link {
     /// What was taken for a link is a tunnel without a key, as one port takes both.
     #[inline(never)]
     fn into_tunnel(self, start: Instant) -> Result<Admitted, Refusal> {
+        let is_tunnel = begins_with_line(self.lines.rest());
         let (reader, writer) = (self.lines.into_reader(), self.writer);
-        let (conn, id) = hear_session(Conn { reader, writer }, None, start)?;
-        Ok(Admitted::Tunnel(Box::new(conn), id))
+        match hear_session(Conn { reader, writer }, None, start) {
+            Ok((conn, id)) => Ok(Admitted::Tunnel(Box::new(conn), id)),
+            Err(why) if is_tunnel => Err(why.of_tunnel()),
+            Err(why) => Err(why),
+        }
     }
 }
 
@@ -180,7 +184,8 @@ impl Door {
         match self.handshake(&mut conn, place, handshake, start)? {
             (bond, 0) => self.hear_hello(Link::new(conn, Some(bond)), start),
             (_, tunnel) => {
-                let (conn, id) = hear_session(conn, Some(live[tunnel - 1].0), start)?;
+                let heard = hear_session(conn, Some(live[tunnel - 1].0), start);
+                let (conn, id) = heard.map_err(Refusal::of_tunnel)?;
                 Ok(Admitted::Tunnel(Box::new(conn), id))
             }
         }
@@ -297,6 +302,9 @@ impl Door {
                 match (port, &line) {
                     (Port::Control, Ok(Line::Hello { .. })) => Refusal::NoKey,
                     (Port::Tunnel, Err(_)) if begins_with_line(lines.rest()) => Refusal::NoKey,
+                    (_, Err(_)) if self.one_port && begins_with_line(lines.rest()) => {
+                        Refusal::NoKey.of_tunnel()
+                    }
                     _ => stranger(line, &lines, port),
                 }
             }

@@ -49,6 +49,8 @@ pub enum Refusal {
     OldSession,
     /// The connection failed, or the system refused something.
     Io(io::Error),
+    /// It has shown itself to be a tunnel, at the one port for links and tunnels.
+    Tunnel(Box<Refusal>),
 }
 
 /// What a connection has to do in time.
@@ -67,6 +69,11 @@ pub enum Port {
 }
 
 impl Refusal {
+    /// The same refusal of a tunnel at the one port for links and tunnels.
+    pub fn of_tunnel(self) -> Self {
+        Self::Tunnel(Box::new(self))
+    }
+
     /// What a failed read means at this step.
     pub fn of(error: io::Error, step: Step) -> Self {
         match error.kind() {
@@ -96,6 +103,7 @@ impl Refusal {
             Self::NoSession => "no-session",
             Self::OldSession => "old-session",
             Self::Io(_) => "error",
+            Self::Tunnel(why) => why.word(),
         }
     }
 
@@ -111,6 +119,7 @@ impl Refusal {
             Self::Busy(_) => Reason::Busy,
             Self::Stopping => Reason::Draining,
             Self::Io(_) => Reason::Error,
+            Self::Tunnel(why) => return why.reason(),
             _ => return None,
         })
     }
@@ -171,6 +180,7 @@ impl fmt::Display for Refusal {
             Self::NoSession => f.write_str("no client is connected"),
             Self::OldSession => f.write_str("its session is not the live one"),
             Self::Io(error) => error.fmt(f),
+            Self::Tunnel(why) => why.fmt(f),
         }
     }
 }

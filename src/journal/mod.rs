@@ -312,8 +312,11 @@ impl Journal {
 
 /// The server's client and its tunnels.
 impl Journal {
-    /// A control link was refused.
+    /// A control link was refused, or a tunnel at its port.
     pub fn refused_link(&self, from: SocketAddr, refusal: &Refusal) {
+        if let Refusal::Tunnel(why) = refusal {
+            return self.refused_tunnel(from, why);
+        }
         self.count_refused(Place::Door, refusal.word());
         let what = format_args!("refused control link from {from}: {refusal}");
         self.limits.link_refused.say(from, Warn, what);

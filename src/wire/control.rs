@@ -79,8 +79,9 @@ impl<R: Read> Lines<R> {
             if self.filled == MAX_LINE {
                 return Err(invalid(LineError::Overlong));
             }
-            // No need to wait for the end: what a side with a key sends may have none.
-            if filled.contains(&0) {
+            // No need to wait for the end: what a side with a key sends may have none. The third byte
+            // tells what kind of frame it is, if it is one.
+            if filled.len() > 2 && filled.contains(&0) {
                 return Err(invalid(LineError::Nul));
             }
             return Ok(None);

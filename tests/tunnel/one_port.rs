@@ -5,15 +5,17 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use crate::support::peer::{CONTROL, Peer};
 use crate::support::programs::{Launch, Program, ports_of};
 use crate::support::{
-    DEADLINE, Protection, Service, assert_echo, connect, open_from, plain_and_sealed,
+    DEADLINE, Protection, Service, assert_echo, connect, connect_from, open_from, plain_and_sealed,
 };
 
 plain_and_sealed! {
     one_port_takes_links_and_tunnels,
     strangers_at_the_one_port_keep_no_client_out,
     a_client_with_another_protection_is_told_so,
+    a_tunnel_that_is_refused_is_called_one,
     a_server_with_one_port_hands_it_over,
 }
 
@@ -90,6 +92,29 @@ fn a_client_with_another_protection_is_told_so(protection: Protection) {
     let _ = stranger.read_to_end(&mut answer);
     assert_eq!(answer, b"");
     server.wait_for_line("it speaks HTTP");
+}
+
+/// One whose first line is none, and one whose session is not the live one or that has no key.
+fn a_tunnel_that_is_refused_is_called_one(protection: Protection) {
+    let (_, server, [_, control, _]) = server(protection, &host(protection, 4));
+    let mut link = match protection.key() {
+        Some(key) => Peer::sealed(connect(control), &key, true, CONTROL).unwrap(),
+        None => Peer::plain(connect(control)),
+    };
+    let session = link.say_hello(1);
+    let mut tunnel = link.dial_tunnel_to(control);
+    tunnel.write("nonsense\n");
+    server.wait_for_line("refused tunnel from 127.0.0.1:");
+    let mut plain = Peer::plain(connect_from("127.0.85.2", control));
+    plain.is_tunnel();
+    plain.write(format!("tunnel session={}\n", "0".repeat(session.len())));
+    let line = server.wait_for_line("refused tunnel from 127.0.85.2:");
+    let why = match protection {
+        Protection::Plain => "its session is not the live one",
+        Protection::Sealed => "it came without a key (--key-file)",
+    };
+    assert!(line.contains(why), "{line}");
+    assert_eq!(server.lines_with("refused control link"), [""; 0]);
 }
 
 fn a_server_with_one_port_hands_it_over(protection: Protection) {
