@@ -1,5 +1,6 @@
 //! The options that a program is given: on its command line, and in the file that `--config` names.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use getopts::{Fail, Matches, Options};
@@ -43,6 +44,8 @@ impl Given {
     /// A text that names the file, the line, and what is wrong there.
     pub fn add_file(&mut self, path: &str, text: &str, grammar: &Options) -> Result<(), String> {
         let (mut words, mut lines): (Vec<String>, Vec<(Line, usize)>) = Default::default();
+        // A list of networks is one option, many thousand times.
+        let mut checked = HashSet::new();
         for (number, line) in text.lines().enumerate() {
             let (line, number) = (line.trim(), number + 1);
             if line.is_empty() || line.starts_with('#') {
@@ -57,7 +60,9 @@ impl Given {
                 Some(value) => format!("--{name}={value}"),
                 None => format!("--{name}"),
             };
-            check(name, &word, grammar).map_err(failed)?;
+            if checked.insert((name, value.is_some())) {
+                check(name, &word, grammar).map_err(failed)?;
+            }
             words.push(word);
             lines.push(((name.to_owned(), value), number));
         }

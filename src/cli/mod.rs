@@ -40,8 +40,8 @@ use signals::{Reload, Signals};
 const MAX_PATIENCE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// More bytes than the options of a program ever need.
-const CONFIG_SIZE: u64 = 1024 * 1024;
+/// More bytes than the options of a program ever need, a list of 100,000 networks among them.
+const CONFIG_SIZE: u64 = 16 * 1024 * 1024;
 
 /// Does what the words behind `tpserver` ask for: most often runs a server until a signal ends it.
 ///

@@ -19,6 +19,7 @@ plain_and_sealed! {
     with_an_allow_list_others_are_reset,
     a_rule_of_one_service_is_no_rule_of_another,
     addresses_of_both_families_have_rules,
+    a_hundred_thousand_networks_are_read_from_a_file,
     a_source_has_so_many_visitors_at_a_time,
     who_waits_for_a_tunnel_counts_too,
     behind_a_proxy_its_header_decides,
@@ -140,6 +141,22 @@ fn addresses_of_both_families_have_rules(protection: Protection) {
             }
         }
     }
+}
+
+/// Every other network of 256 addresses, more than a command line has room for.
+fn a_hundred_thousand_networks_are_read_from_a_file(protection: Protection) {
+    let networks = (0..100_000_u32).map(|it| std::net::Ipv4Addr::from_bits((11 << 24) + (it << 9)));
+    let mut lines: String = networks.map(|it| format!("deny {it}/24\n")).collect();
+    lines += "deny 127.0.90.46\n";
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), lines).unwrap();
+    let path = file.path().to_str().unwrap();
+    let (_service, both) = both(protection, &["--config", path]);
+    let public = both.addresses[0];
+    assert_served("127.0.90.45", public);
+    assert_refused("127.0.90.46", public);
+    both.server
+        .wait_for_line("refused visitor from 127.0.90.46: deny 127.0.90.46");
 }
 
 fn a_source_has_so_many_visitors_at_a_time(protection: Protection) {
