@@ -80,7 +80,10 @@ impl Shows for Shared {
         let services = self.options.local.iter().map(|(service, local)| {
             let mut sessions = live.iter().flatten();
             let offered = sessions.any(|it| it.public.contains_key(service));
-            snapshot::Service::new(service, local.to_string(), offered, &status)
+            snapshot::Service {
+                waiting: None,
+                ..snapshot::Service::new(service, local.to_string(), offered, &status)
+            }
         });
         let sessions = self.servers.iter().zip(&live);
         let mut snapshot = Snapshot {

@@ -22,7 +22,7 @@ impl Service {
             address,
             offered,
             joined: its.joined,
-            waiting: its.waiting,
+            waiting: Some(its.waiting),
             visits: its.joined_total,
             moved: [its.bytes_up, its.bytes_down],
         }

@@ -71,12 +71,16 @@ fn of_services<'a>(text: &mut Text, snapshot: &'a Snapshot) {
             service.joined,
         );
     }
-    text.gauge("tunnel_proxy_waiting_visitors", "Visitors who wait now.");
-    for (name, service) in services() {
+    let waiting = services().filter_map(|(name, it)| Some((name, it.waiting?)));
+    let mut waiting = waiting.peekable();
+    if waiting.peek().is_some() {
+        text.gauge("tunnel_proxy_waiting_visitors", "Visitors who wait now.");
+    }
+    for (name, waiting) in waiting {
         text.sample(
             "tunnel_proxy_waiting_visitors",
             &[("service", name)],
-            service.waiting,
+            waiting,
         );
     }
     text.counter("tunnel_proxy_visits_total", "Visitors who were joined.");
@@ -262,12 +266,17 @@ mod tests {
         let mut snapshot = Snapshot::invented();
         snapshot.side = Side::Client;
         snapshot.sessions[0].age = None;
+        snapshot
+            .services
+            .iter_mut()
+            .for_each(|it| it.waiting = None);
         snapshot.sessions[0].peer = "a\\b\"c\nd:8009".to_owned();
         let text = render(&snapshot);
         let line = "\ntunnel_proxy_session_up{peer=\"a\\\\b\\\"c\\nd:8009\"} 0\n";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("\ntunnel_proxy_sessions 0\n"), "{text}");
         assert!(text.contains("\ntunnel_proxy_idle_tunnels 0\n"), "{text}");
+        assert!(!text.contains("_waiting_"), "{text}");
     }
 
     #[test]

@@ -84,6 +84,7 @@ fn figures(page: &mut Page, snapshot: &Snapshot) {
     let told = |value: Option<u64>| value.map_or(NONE.to_owned(), |it| Count(it).to_string());
     let most = |value: Option<u64>| value.map_or(String::new(), |it| format!("of {}", Count(it)));
     let joined = sum(|it| it.joined as u64).to_string();
+    let waiting = services.iter().map(|it| Some(it.waiting? as u64)).sum();
     let memory = process
         .memory
         .map_or(NONE.to_owned(), |it| Bytes(it).to_string());
@@ -97,11 +98,7 @@ fn figures(page: &mut Page, snapshot: &Snapshot) {
             joined,
             most(Some(snapshot.max_visitors as u64)),
         ),
-        (
-            "Waiting",
-            sum(|it| it.waiting as u64).to_string(),
-            String::new(),
-        ),
+        ("Waiting", told(waiting), String::new()),
         ("Visits", sum(|it| it.visits).to_string(), String::new()),
         ("Up", bytes(|it| it.moved[0]).to_string(), String::new()),
         ("Down", bytes(|it| it.moved[1]).to_string(), String::new()),
@@ -143,7 +140,9 @@ fn services(page: &mut Page, snapshot: &Snapshot) {
             or_none(service.name.as_deref()),
             if service.offered { "yes" } else { "no" }.to_owned(),
             Count(service.joined as u64).to_string(),
-            Count(service.waiting as u64).to_string(),
+            service
+                .waiting
+                .map_or(NONE.to_owned(), |it| Count(it as u64).to_string()),
             Count(service.visits).to_string(),
             Bytes(service.moved[0]).to_string(),
             Bytes(service.moved[1]).to_string(),
@@ -450,6 +449,7 @@ mod tests {
         snapshot.side = Side::Client;
         snapshot.not_ready.clear();
         snapshot.sessions[0].age = None;
+        snapshot.services[0].waiting = None;
         snapshot.visitors.clear();
         let page = render(&snapshot);
         for shown in [
@@ -458,6 +458,8 @@ mod tests {
             "<th>Server</th>",
             "<th>Visitors reach</th>",
             "<td data-head=\"Age\">no session</td>",
+            "<dt>Waiting</dt><dd>–</dd>",
+            "<td class=\"n\" data-head=\"Waiting\">–</td>",
             "<p>None.</p>",
         ] {
             assert!(page.contains(shown), "{shown} is not in {page}");

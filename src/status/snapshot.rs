@@ -75,8 +75,8 @@ pub struct Service {
     pub offered: bool,
     /// The visitors who are joined now.
     pub joined: usize,
-    /// The visitors who wait now.
-    pub waiting: usize,
+    /// The visitors who wait now. None on the client, which does not know.
+    pub waiting: Option<usize>,
     /// The visitors who were joined since the start, those of now included.
     pub visits: u64,
     /// The bytes that were moved since the start.
@@ -159,7 +159,7 @@ impl Snapshot {
             address: address.to_owned(),
             offered,
             joined: 2,
-            waiting: 1,
+            waiting: Some(1),
             visits: 1_234,
             moved: [56_789, 1_234_567_890],
         };

@@ -211,7 +211,6 @@ fn metrics_count_what_goes_on(protection: Protection) {
             ("sessions", 1.0),
             ("service_offered{service=\"\"}", 1.0),
             ("joined_visitors{service=\"\"}", 3.0),
-            ("waiting_visitors{service=\"\"}", 0.0),
             ("visits_total{service=\"\"}", 3.0),
             ("bytes_total{service=\"\",direction=\"up\"}", 15.0),
             ("bytes_total{service=\"\",direction=\"down\"}", 15.0),
@@ -226,6 +225,10 @@ fn metrics_count_what_goes_on(protection: Protection) {
         assert!(metric(at, "uptime_seconds") > 0.0);
         assert!(metric(at, "max_visitors") > 100.0);
     }
+    // The client does not know.
+    assert_eq!(metric(of_server, "waiting_visitors{service=\"\"}"), 0.0);
+    let (_, of_client) = get(shown.pages[1], "/metrics");
+    assert!(!of_client.contains("_waiting_"), "{of_client}");
     drop(visitors);
     for at in shown.pages {
         eventually("the visitors have left", || {
