@@ -89,6 +89,9 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// Every [word](Rule::word).
+    pub const WORDS: [&str; 4] = ["denied", "not-allowed", "too-many", "no-proxy"];
+
     /// Returns the word under which it is counted.
     pub fn word(self) -> &'static str {
         match self {

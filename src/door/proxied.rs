@@ -34,6 +34,9 @@ pub enum NoHeader {
 }
 
 impl NoHeader {
+    /// Every [word](NoHeader::word) that is counted: who has left is not.
+    pub const WORDS: [&str; 5] = ["crowded-out", "too-late", "cut", "bad-header", "error"];
+
     /// Returns the word under which it is counted.
     pub fn word(&self) -> &'static str {
         match self {

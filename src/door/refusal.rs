@@ -69,6 +69,26 @@ pub enum Port {
 }
 
 impl Refusal {
+    /// Every [word](Refusal::word).
+    pub const WORDS: [&str; 16] = [
+        "crowded-out",
+        "too-late",
+        "wrong-key",
+        "recorded",
+        "no-key",
+        "has-key",
+        "other-port",
+        "not-client",
+        "version",
+        "bad-line",
+        "closed",
+        "busy",
+        "stopping",
+        "no-session",
+        "old-session",
+        "error",
+    ];
+
     /// The same refusal of a tunnel at the one port for links and tunnels.
     pub fn of_tunnel(self) -> Self {
         Self::Tunnel(Box::new(self))

@@ -14,7 +14,7 @@ use log::{error, info, warn};
 use parking_lot::Mutex;
 
 use crate::address::Address;
-use crate::door::{NoHeader, NoSession, Refusal, Unwelcome};
+use crate::door::{NoHeader, NoSession, Refusal, Rule, Unwelcome};
 use crate::options::ServerOptions;
 use crate::os::listener::Opening;
 use crate::relay::{Pairs, Visit, Visitor};
@@ -94,10 +94,11 @@ impl Journal {
         let once_a_second = || LogLimit::new(lines, 1);
         let of_each_source = || SourceLogLimit::new(lines, 1);
         let client_lines = if sealed { MANY_LINES } else { 1 };
+        let local = Failure::WORDS.map(|word| ((Place::Local, word), 0));
         Self {
             since: Instant::now(),
             max,
-            refused: Mutex::new(BTreeMap::new()),
+            refused: Mutex::new(local.into()),
             timed_out: AtomicU64::new(0),
             dialled: AtomicU64::new(0),
             lines: lines.clone(),
@@ -122,6 +123,17 @@ impl Journal {
             },
             no_key: Once::new(),
         }
+    }
+
+    /// The journal of a server. What it may refuse is counted from 0: who looks at the counts only now and
+    /// then, as Prometheus does, would take the first ones for counts from before.
+    pub fn of_server(self) -> Self {
+        let visitor = Rule::WORDS.iter().chain(&NoHeader::WORDS);
+        let visitor = visitor.map(|word| (Place::Visitor, *word));
+        let all = Refusal::WORDS.map(|word| (Place::Door, word)).into_iter();
+        let all = all.chain(visitor).map(|key| (key, 0));
+        self.refused.lock().extend(all);
+        self
     }
 
     /// Returns what a server or a client does now and has done, but for what waits and is idle.

@@ -81,7 +81,8 @@ impl Shared {
         let status = StatusPort::new(options.status.as_ref(), options.insecure_status, &stop);
         status.open()?;
         let is_shown = options.status.is_some();
-        let journal = Arc::new(Journal::new(options.max_conns, sealed, is_shown));
+        let journal = Journal::new(options.max_conns, sealed, is_shown);
+        let journal = Arc::new(journal.of_server());
         let (conn_list_map_update, updates) = bounded(1);
         let shared = Self {
             slots: Slots::new(options.max_conns),

@@ -207,11 +207,12 @@ fn visitors(page: &mut Page, snapshot: &Snapshot) {
 
 fn refused(page: &mut Page, snapshot: &Snapshot) {
     page.title("Refused", "since the start");
-    if snapshot.refused.is_empty() {
+    let refused = || snapshot.refused.iter().filter(|(_, count)| **count > 0);
+    if refused().next().is_none() {
         return page.put("<p>None.</p>\n");
     }
     page.put("<dl>\n");
-    for (reason, count) in &snapshot.refused {
+    for (reason, count) in refused() {
         page.figure(reason, &Count(*count).to_string(), "");
     }
     page.put("</dl>\n");
@@ -451,6 +452,7 @@ mod tests {
         snapshot.sessions[0].age = None;
         snapshot.services[0].waiting = None;
         snapshot.visitors.clear();
+        snapshot.refused = [("local-refused".to_owned(), 0)].into();
         let page = render(&snapshot);
         for shown in [
             "<title>tpclient, ready</title>",
@@ -460,7 +462,7 @@ mod tests {
             "<td data-head=\"Age\">no session</td>",
             "<dt>Waiting</dt><dd>–</dd>",
             "<td class=\"n\" data-head=\"Waiting\">–</td>",
-            "<p>None.</p>",
+            "</h2>\n<p>None.</p>\n<h2 id=\"Visitors\">",
         ] {
             assert!(page.contains(shown), "{shown} is not in {page}");
         }

@@ -136,6 +136,21 @@ words! {
     }
 }
 
+impl Failure {
+    /// Every [word](Failure::word).
+    pub const WORDS: [&str; 9] = [
+        "refused",
+        "timed-out",
+        "unknown-host",
+        "unreachable",
+        "exhausted",
+        "loop",
+        "no-service",
+        "error",
+        "other",
+    ];
+}
+
 /// Names the time from a control link's registration to its end: 128 random bits, 32 hex digits on
 /// the wire. A tunnel that cannot name the live session is never handed a visitor.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -186,6 +186,11 @@ fn a_page_shows_services_sessions_and_visitors(protection: Protection) {
 fn metrics_count_what_goes_on(protection: Protection) {
     let service = Service::echo();
     let shown = Shown::start(protection, service.addr);
+    // What has never been refused is 0, and not missing.
+    for reason in ["busy", "visitor-denied", "visitor-cut", "local-refused"] {
+        let name = format!("refused_total{{reason=\"{reason}\"}}");
+        assert_eq!(metric(shown.pages[0], &name), 0.0);
+    }
     let visitors: Vec<_> = (0..3).map(|_| shown.server.visit()).collect();
     visitors.iter().for_each(echo);
     // A stranger and a second client are refused.
