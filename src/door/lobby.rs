@@ -148,6 +148,15 @@ fn next_to_go(
     oldest.map(|(place, it)| (place, it.stays()))
 }
 
+/// Why a connection has lost its place, and is of no use.
+#[derive(Debug)]
+pub enum Lost {
+    /// Others came, and it had had its time.
+    CrowdedOut,
+    /// The server stops.
+    Stopping,
+}
+
 /// A connection's place in the lobby, left when dropped.
 pub struct Place {
     lobby: Arc<Lobby>,
@@ -156,8 +165,8 @@ pub struct Place {
 }
 
 impl Place {
-    /// Leaves the lobby; false if the connection was sent away before, and is of no use.
-    pub fn leave(self) -> bool {
+    /// Leaves the lobby, unless the connection was sent away before.
+    pub fn leave(self) -> Result<(), Lost> {
         self.remove()
     }
 
@@ -175,17 +184,21 @@ impl Place {
         unproved.iter().position(is_own)
     }
 
-    fn remove(&self) -> bool {
+    fn remove(&self) -> Result<(), Lost> {
         let mut unproved = self.lobby.unproved.lock();
         let own = self.find(&unproved).map(|own| unproved.swap_remove(own));
         self.lobby.left.notify_one();
-        own.is_some_and(|own| !own.sent_away)
+        match own {
+            Some(own) if own.sent_away => Err(Lost::CrowdedOut),
+            Some(_) => Ok(()),
+            None => Err(Lost::Stopping),
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.remove();
+        let _ = self.remove();
     }
 }
 
@@ -238,12 +251,16 @@ mod tests {
         let place = lobby.enter(newcomer.into(), from_host(5));
         assert_eq!(oldest.read(&mut [0]).unwrap(), 0);
         assert!(start.elapsed() >= GRACE);
-        assert!(!oldest_place.leave());
+        assert!(matches!(oldest_place.leave(), Err(Lost::CrowdedOut)));
         assert_eq!(lobby.unproved.lock().len(), MAX_UNPROVED);
         drop(inside);
         assert_eq!(lobby.unproved.lock().len(), 1);
-        assert!(place.leave());
+        place.leave().unwrap();
         assert_eq!(lobby.unproved.lock().len(), 0);
+        let (_near, last) = connect(&listener);
+        let place = lobby.enter(last.into(), from_host(6));
+        lobby.clear();
+        assert!(matches!(place.leave(), Err(Lost::Stopping)));
     }
 
     #[test]
@@ -265,7 +282,7 @@ mod tests {
         thread::sleep(2 * GRACE);
         assert!(!entering.is_finished(), "in before another is out");
         drop(inside);
-        assert!(entering.join().unwrap().leave());
+        entering.join().unwrap().leave().unwrap();
         drop(newcomers);
     }
 
@@ -277,10 +294,10 @@ mod tests {
         inside[1].1.extend();
         let (_near, newcomer) = connect(&listener);
         let place = lobby.enter(newcomer.into(), from_host(3));
-        let stayed = inside.into_iter().map(|(_, place)| place.leave());
+        let stayed = inside.into_iter().map(|(_, place)| place.leave().is_ok());
         let stayed: Vec<_> = stayed.collect();
         assert_eq!(stayed.iter().filter(|it| !**it).count(), 1);
         assert!(!stayed[2], "not the oldest of those");
-        assert!(place.leave());
+        place.leave().unwrap();
     }
 }

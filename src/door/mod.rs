@@ -152,10 +152,8 @@ impl Door {
     /// The client has been told, where it helps.
     pub fn admit_link(&self, place: Place, live: &[Live]) -> Result<Admitted, Refusal> {
         let admitted = self.open_link(&place, live);
-        match place.leave() {
-            true => admitted,
-            false => Err(Refusal::CrowdedOut),
-        }
+        place.leave()?;
+        admitted
     }
 
     fn open_link(&self, place: &Place, live: &[Live]) -> Result<Admitted, Refusal> {
@@ -251,10 +249,8 @@ impl Door {
     /// The client has been told, where it helps.
     pub fn admit_tunnel(&self, place: Place, live: &[Live]) -> Result<(Conn, SessionId), Refusal> {
         let tunnel = self.open_tunnel(&place, live);
-        match place.leave() {
-            true => tunnel,
-            false => Err(Refusal::CrowdedOut),
-        }
+        place.leave()?;
+        tunnel
     }
 
     fn open_tunnel(&self, place: &Place, live: &[Live]) -> Result<(Conn, SessionId), Refusal> {

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::door::lobby::Lost;
 use crate::os::net::timed_out;
 use crate::wire::proxy_header::{Addresses, BadHeader, MAX_V2, Parsed, parse};
 
@@ -23,6 +24,8 @@ pub enum NoHeader {
     Left,
     /// Others came before its header did.
     CrowdedOut,
+    /// The server stops before its header has come.
+    Stopping,
     /// It took too long.
     TooLate,
     /// It ended within its header.
@@ -35,13 +38,21 @@ pub enum NoHeader {
 
 impl NoHeader {
     /// Every [word](NoHeader::word) that is counted: who has left is not.
-    pub const WORDS: [&str; 5] = ["crowded-out", "too-late", "cut", "bad-header", "error"];
+    pub const WORDS: [&str; 6] = [
+        "crowded-out",
+        "stopping",
+        "too-late",
+        "cut",
+        "bad-header",
+        "error",
+    ];
 
     /// Returns the word under which it is counted.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Left => "left",
             Self::CrowdedOut => "crowded-out",
+            Self::Stopping => "stopping",
             Self::TooLate => "too-late",
             Self::Cut => "cut",
             Self::Bad(_) => "bad-header",
@@ -107,6 +118,15 @@ fn peek_within(
     }
 }
 
+impl From<Lost> for NoHeader {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::CrowdedOut => Self::CrowdedOut,
+            Lost::Stopping => Self::Stopping,
+        }
+    }
+}
+
 impl From<io::Error> for NoHeader {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
@@ -119,6 +139,7 @@ impl fmt::Display for NoHeader {
         match self {
             Self::Left => f.write_str("it left"),
             Self::CrowdedOut => f.write_str("others came before its PROXY protocol header did"),
+            Self::Stopping => f.write_str("the server stops"),
             Self::TooLate => write!(
                 f,
                 "no PROXY protocol header in {HEADER_TIMEOUT:?}: tell the proxy to send one"

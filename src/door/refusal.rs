@@ -5,6 +5,7 @@ use std::io;
 use std::io::ErrorKind::{ConnectionReset, InvalidData, UnexpectedEof};
 use std::net::SocketAddr;
 
+use crate::door::lobby::Lost;
 use crate::os::net::timed_out;
 use crate::wire::conn::Writer;
 use crate::wire::control::send;
@@ -151,6 +152,15 @@ impl Refusal {
             let _ = send(writer, &Line::Bye { reason });
         }
         self
+    }
+}
+
+impl From<Lost> for Refusal {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::CrowdedOut => Self::CrowdedOut,
+            Lost::Stopping => Self::Stopping,
+        }
     }
 }
 

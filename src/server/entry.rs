@@ -40,11 +40,7 @@ impl Shared {
     fn hear_header(&self, mut accept: Accept, place: Place) -> Option<Accept> {
         let proxy = accept.visitor;
         let heard = hear_addresses(&accept.socket, proxy);
-        let heard = match place.leave() {
-            true => heard,
-            false => Err(NoHeader::CrowdedOut),
-        };
-        match heard {
+        match place.leave().map_err(NoHeader::from).and(heard) {
             Ok(addresses) => {
                 if let Some(addresses) = addresses {
                     accept.visitor = addresses.source;
