@@ -130,7 +130,7 @@ fn of_sessions(text: &mut Text, snapshot: &Snapshot) {
 fn of_refusals(text: &mut Text, snapshot: &Snapshot) {
     text.counter(
         "tunnel_proxy_refused_total",
-        "Connections that were refused.",
+        "Refused: visitor-* before a tunnel, local-* by the local service, others as client or tunnel.",
     );
     for (reason, count) in &snapshot.refused {
         text.sample("tunnel_proxy_refused_total", &[("reason", reason)], count);
@@ -360,7 +360,7 @@ tunnel_proxy_idle_tunnels 7
 # HELP tunnel_proxy_tunnels_dialled_total Tunnels that were dialled.
 # TYPE tunnel_proxy_tunnels_dialled_total counter
 tunnel_proxy_tunnels_dialled_total 24
-# HELP tunnel_proxy_refused_total Connections that were refused.
+# HELP tunnel_proxy_refused_total Refused: visitor-* before a tunnel, local-* by the local service, others as client or tunnel.
 # TYPE tunnel_proxy_refused_total counter
 tunnel_proxy_refused_total{reason="busy"} 1
 tunnel_proxy_refused_total{reason="wrong-key"} 3
