@@ -49,7 +49,7 @@ impl Balanced {
         let low = 3 * (2 * number + usize::from(protection == Protection::Sealed));
         let host = |place: usize| format!("127.0.87.{}", low + place + 1);
         let launches = [0, 1].map(|place| Launch::new(protection).on(ports_of(&host(place))));
-        let servers = launches.map(|launch| launch.server(&[]));
+        let servers = launches.map(server);
         let addresses = servers.each_ref().map(Program::addresses);
         let controls = addresses.map(|[.., control]| control);
         let balancer = balancer(addresses.map(|[public, ..]| public), &host(2));
@@ -66,6 +66,10 @@ impl Balanced {
             service,
         }
     }
+}
+
+fn server(launch: Launch) -> Program {
+    launch.server(&["--accept-proxy", "127.0.0.1"])
 }
 
 fn client(protection: Protection, controls: [SocketAddr; 2], service: &Service) -> Program {
@@ -90,10 +94,15 @@ fn a_server_that_restarts_costs_no_visit(protection: Protection) {
         one.signal(Signal::TERM);
         assert!(one.wait_for_end().success());
         thread::sleep(time / 6);
-        *one = all.launches[0].server(&[]);
+        *one = server(all.launches[0]);
         all.client.wait_for_lines("connected to", 3);
     });
     assert_whole(&made);
+    // The balancer looks at both twice a second, and none of that is a visit.
+    for server in &all.servers {
+        let nothing = server.lines_with(": 0 bytes up, 0 bytes down");
+        assert!(nothing.len() <= 1, "{nothing:#?}");
+    }
     let [one, two] = all
         .servers
         .each_ref()
