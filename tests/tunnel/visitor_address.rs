@@ -42,6 +42,8 @@ plain_and_sealed! {
     a_stop_waits_for_a_header_under_way,
     #[ignore = "needs haproxy"]
     haproxy_says_who_comes,
+    #[ignore = "needs nginx and its stream module"]
+    nginx_stream_says_who_comes,
     #[ignore = "needs haproxy"]
     haproxy_is_told_who_comes,
     #[ignore = "needs nginx"]
@@ -750,20 +752,36 @@ fn ends_of(visitor: &TcpStream) -> String {
     ends.join(" ")
 }
 
-fn haproxy_says_who_comes(protection: Protection) {
+/// A visitor of IPv4 and one of IPv6, through what is put in front of the server.
+fn assert_says_who_comes(protection: Protection, in_front: impl Fn(&str, SocketAddr) -> Proxy) {
     let (service, records) = Service::recording();
     let (server, _client) = behind(protection, &["127.0.0.1", "::1"], service.addr);
-    for says in ["send-proxy", "send-proxy-v2"] {
-        for (place, host) in ["127.0.89.50", "::1"].into_iter().enumerate() {
-            let near = ["127.0.0.1", "::1"][place];
-            let proxy = haproxy_in_front(host, at(near, &server), says);
-            // The one that looked whether it listens.
-            while records.recv_timeout(Duration::from_millis(300)).is_ok() {}
-            let source = ["127.0.89.51", "::1"][place];
-            let visitor = connect_from(source, proxy.address);
-            assert_header(&visitor, &records, &header_of(V2, &visitor), b"hello");
-        }
+    for (host, near, source) in [
+        ("127.0.89.50", "127.0.0.1", "127.0.89.51"),
+        ("::1", "::1", "::1"),
+    ] {
+        let proxy = in_front(host, at(near, &server));
+        // The one that looked whether it listens.
+        while records.recv_timeout(Duration::from_millis(300)).is_ok() {}
+        let visitor = connect_from(source, proxy.address);
+        assert_header(&visitor, &records, &header_of(V2, &visitor), b"hello");
     }
+}
+
+fn haproxy_says_who_comes(protection: Protection) {
+    for says in ["send-proxy", "send-proxy-v2"] {
+        assert_says_who_comes(protection, |host, server| {
+            haproxy_in_front(host, server, says)
+        });
+    }
+}
+
+fn nginx_stream_says_who_comes(protection: Protection) {
+    assert_says_who_comes(protection, |host, server| {
+        Proxy::nginx_for_tcp(host, |address| {
+            format!("server {{ listen {address}; proxy_pass {server}; proxy_protocol on; }}")
+        })
+    });
 }
 
 /// A server at this host, and a client that tells this service.

@@ -1,7 +1,7 @@
 //! HAProxy and nginx, in front of a server or behind a client.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use super::programs::ports_of;
@@ -32,21 +32,33 @@ impl Proxy {
 
     /// nginx with this configuration for HTTP, on a port of this loopback host.
     pub fn nginx(host: &str, configuration: impl Fn(SocketAddr) -> String) -> Self {
-        let text = |address| {
+        Self::nginx_with(host, |address| {
             let http = configuration(address);
             format!(
-                "daemon off; master_process off; pid nginx.pid; error_log stderr;\n\
-                 events {{}}\n\
-                 http {{ client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fcgi;\n\
+                "http {{ client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fcgi;\n\
                  uwsgi_temp_path uwsgi; scgi_temp_path scgi; {http} }}\n"
             )
+        })
+    }
+
+    /// nginx with this configuration for TCP, on a port of this loopback host.
+    pub fn nginx_for_tcp(host: &str, configuration: impl Fn(SocketAddr) -> String) -> Self {
+        let module = Path::new("/usr/lib/nginx/modules/ngx_stream_module.so");
+        let load = match module.exists() {
+            true => format!("load_module {};\n", module.display()),
+            false => String::new(),
         };
-        Self::start(
-            "nginx",
-            &["-q", "-p", ".", "-e", "stderr", "-c"],
-            host,
-            text,
-        )
+        Self::nginx_with(host, |address| {
+            format!("{load}stream {{ {} }}\n", configuration(address))
+        })
+    }
+
+    fn nginx_with(host: &str, configuration: impl Fn(SocketAddr) -> String) -> Self {
+        let words = ["-q", "-p", ".", "-e", "stderr", "-c"];
+        Self::start("nginx", &words, host, |address| {
+            let first = "daemon off; master_process off; pid nginx.pid; error_log stderr;\n";
+            format!("{first}{}events {{}}\n", configuration(address))
+        })
     }
 
     fn start(
