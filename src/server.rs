@@ -5,7 +5,9 @@
 mod ends;
 mod entry;
 mod run;
+mod sessions;
 mod shown;
+mod waiting;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -11,8 +11,8 @@ use crossbeam_channel::{Receiver, bounded};
 use parking_lot::Mutex;
 
 use crate::address::Address;
-use crate::conn_match::{Added, ConnList, ConnMatch};
-use crate::door::{Door, Link, Refusal};
+use crate::conn_match::{ConnList, ConnMatch};
+use crate::door::Door;
 use crate::error::Error;
 use crate::handle::Half;
 use crate::journal::{self, Journal, Status};
@@ -20,19 +20,14 @@ use crate::options::{ServerOptions, check_known, check_services};
 use crate::os::hand_over::{Inherited, Successor};
 use crate::os::limits::{Slots, affordable_visitors};
 use crate::os::listener::Listener;
-use crate::os::net;
 use crate::os::workers::Workers;
 use crate::relay::Pairs;
-use crate::server::ends::{Accept, Answer, Asked, Public, Tunnel};
+use crate::server::ends::Public;
 use crate::server::entry::Entry;
 use crate::server::{Shared, State};
-use crate::service::Service;
-use crate::session::of_server::Session;
-use crate::session::{Ended, Proto};
 use crate::status::port::{self, StatusPort};
 use crate::stop::{Phase, Stop};
-use crate::wire::handshake::Bond;
-use crate::wire::line::{Arrival, Failure, Line, MAX_POOL, NEW, PROTO, Reason, SessionId, Welcome};
+use crate::wire::line::{Arrival, Line, Reason};
 
 /// After a failed accept: short for a visitor, long for a processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
@@ -53,15 +48,6 @@ const ARRIVAL: Duration = Duration::from_millis(100);
 /// What a stopping server gives its threads for their last words. They need microseconds, if
 /// nothing is wrong.
 const LAST_WORDS: Duration = Duration::from_millis(250);
-
-/// A visitor that has waited this long, many round trips, has lost its tunnel on the way.
-const LOST_AFTER: Duration = Duration::from_secs(1);
-
-/// An idle tunnel beyond the pool that no visitor has needed for this long is closed.
-const UNUSED: Duration = Duration::from_secs(10);
-
-/// So many lost tunnels are asked for again at a time: if all are lost, more would not help.
-const MOST_ASKED_AGAIN: usize = MAX_POOL;
 
 /// The beginning.
 impl Shared {
@@ -279,21 +265,6 @@ impl Drop for AllOrNone<'_> {
     }
 }
 
-/// That a visitor waits for a client's answer on this tunnel.
-struct WaitsForAnswer(Arc<Shared>, Arc<TcpStream>);
-
-impl Drop for WaitsForAnswer {
-    fn drop(&mut self) {
-        let Self(server, tunnel) = self;
-        let asked = &mut server.state.lock().asked;
-        asked.retain(|it| !Arc::ptr_eq(&it.tunnel, tunnel));
-        if server.stop.end_by().is_some() {
-            // A stop waits for those that wait.
-            server.update();
-        }
-    }
-}
-
 /// What the ten functions need besides one another.
 impl Shared {
     /// The next connection of a listener, and the place that was taken for it; None once the server
@@ -330,300 +301,9 @@ impl Shared {
         }
     }
 
-    /// The sessions that a tunnel may belong to, and with a key what their tunnels are tied to.
-    pub(super) fn live(&self) -> Vec<(SessionId, Option<Bond>)> {
-        let state = self.state.lock();
-        let live = state.conn_list_map.clients();
-        live.filter_map(|live| Some((live.proto.id()?, live.bond.clone())))
-            .collect()
-    }
-
-    /// True if the tunnels that come are those of an original client, which name no session.
-    pub(super) fn has_original_client(&self) -> bool {
-        let state = self.state.lock();
-        let mut live = state.conn_list_map.clients();
-        live.any(|live| live.proto == Proto::Original)
-    }
-
-    /// The service that a visitor came for.
-    pub(super) fn service_of(&self, accept: &Accept) -> &Service {
-        &self.public[accept.service].service
-    }
-
     /// Where tunnels come to.
     pub(super) fn tunnel_addr(&self) -> SocketAddr {
         self.tunnel.as_ref().unwrap_or(&self.control).addr
-    }
-
-    /// Makes a link's client one of those that are live, if there is room. One that said hello takes the
-    /// place of one that did not. Also returns what is to be written to it.
-    pub(super) fn begin_session(
-        &self,
-        link: &Link,
-        client: SocketAddr,
-    ) -> Result<(Arc<Session>, Receiver<Line>), Refusal> {
-        let serves = self.public.iter();
-        let serves = serves.map(|public| link.offers.contains_key(&public.service));
-        let (session, to_write) = Session::new(link, client, serves, self.options.max_conns);
-        for line in self.first_lines(link.proto, client) {
-            session.send(line);
-        }
-        self.forget_hung_up();
-        let mut state = self.state.lock();
-        if self.stop.reached(Phase::Leaving) {
-            return Err(Refusal::Stopping);
-        }
-        let list = &mut state.conn_list_map;
-        let live: Vec<_> = list.clients().cloned().collect();
-        let mut replaced = None;
-        if live.len() >= self.options.clients {
-            let original = live.iter().find(|live| live.proto == Proto::Original);
-            replaced = original.filter(|_| link.proto != Proto::Original);
-            let Some(before) = replaced else {
-                return Err(Refusal::Busy(live.iter().map(|live| live.client).collect()));
-            };
-            list.take_client(before);
-        }
-        for _ in 0..list.add_client(session.clone()) {
-            session.send(NEW);
-        }
-        drop(state);
-        if let Some(before) = replaced {
-            before.end();
-        }
-        let key = link.bond.as_ref().and_then(|bond| self.door.key_of(bond));
-        let replaced = replaced.map(|before| before.client);
-        self.journal.client_came(client, link.proto, key, replaced);
-        self.say_unserved(&session);
-        self.stop.notify();
-        Ok((session, to_write))
-    }
-
-    /// The sessions that are live.
-    fn sessions(&self) -> Vec<Arc<Session>> {
-        let state = self.state.lock();
-        state.conn_list_map.clients().cloned().collect()
-    }
-
-    /// Names the services that no client offers, now that this one has come.
-    fn say_unserved(&self, session: &Session) {
-        let live = self.sessions();
-        for (number, public) in self.public.iter().enumerate() {
-            if !live.iter().any(|live| live.serves(number)) {
-                self.journal.unserved(session.client, &public.service);
-            }
-        }
-    }
-
-    /// The server's first lines to a client.
-    fn first_lines(&self, proto: Proto, client: SocketAddr) -> Vec<Line> {
-        let Proto::Tp2 { id, pool } = proto else {
-            return vec![Line::Hi];
-        };
-        let port = |public: &Public| public.listener.addr.port();
-        let unnamed = self.public.iter().find(|it| !it.service.has_name());
-        let has_names = self.public.iter().any(|it| it.service.has_name());
-        let hello = Line::Hello {
-            proto: PROTO,
-            pool,
-            offers: has_names.then_some(self.public.len()),
-            wants_to: false,
-            welcome: Some(Welcome {
-                session: id,
-                tunnel: Some(self.tunnel_addr().port()),
-                public: unnamed.map(port),
-                client: Some(client),
-            }),
-        };
-        let offers = self.public.iter().filter(|_| has_names);
-        let offers = offers.map(|public| Line::Offer {
-            service: public.service.clone(),
-            port: Some(port(public)),
-        });
-        std::iter::once(hello).chain(offers).collect()
-    }
-
-    /// Ends the sessions whose client has gone and whose own thread has not noticed yet: the next client
-    /// may be quicker, above all when this program slept and finds all at once what came meanwhile.
-    fn forget_hung_up(&self) {
-        for gone in self.sessions().iter().filter(|live| live.has_hung_up()) {
-            self.end_session(gone, &Ended::HungUp);
-        }
-    }
-
-    /// Ends a session, if it is still live, closes its idle tunnels, and lets other clients dial tunnels
-    /// for those who wait. A client that has not said bye may answer no more: whoever waits for that is
-    /// given to another one.
-    pub(super) fn end_session(&self, session: &Arc<Session>, ended: &Ended) {
-        session.end();
-        let mut state = self.state.lock();
-        let list = &mut state.conn_list_map;
-        let Some(idle) = list.take_client(session) else {
-            return;
-        };
-        let asked = list.ask_again(Instant::now(), Duration::ZERO, usize::MAX);
-        let unanswered = state.asked.iter().filter(|it| it.client == *session);
-        let unanswered = unanswered.filter(|_| !matches!(ended, Ended::Bye(_)));
-        let unanswered: Vec<_> = unanswered.map(|it| it.tunnel.clone()).collect();
-        drop(state);
-        drop(idle);
-        unanswered.iter().for_each(|tunnel| net::abort(tunnel));
-        self.journal.client_left(session.client, ended);
-        for client in asked {
-            client.send(NEW);
-        }
-    }
-
-    /// What a client is told of a visitor.
-    pub(super) fn arrival(&self, accept: &Accept, client: &Session) -> Arrival {
-        Arrival {
-            visitor: accept.visitor,
-            // To ask the system costs a call.
-            to: if client.wants_to { accept.to() } else { None },
-            service: self.service_of(accept).clone(),
-            answer: self.asks(accept),
-        }
-    }
-
-    /// True if a client is to say whether it has reached the local service, before anything of a visitor
-    /// is sent to it: there is another one that the visitor can be given to, once.
-    fn asks(&self, accept: &Accept) -> bool {
-        if self.options.clients == 1 {
-            return false;
-        }
-        let state = self.state.lock();
-        let others = state.conn_list_map.who_serves(accept).nth(1);
-        others.is_some() && accept.failed_by.is_none()
-    }
-
-    /// Joins a visitor with its tunnel once the client has answered that it has reached the local
-    /// service. If it has not, or its tunnel has died, another client gets the visitor.
-    pub(super) fn join_when_ready(
-        self: &Arc<Self>,
-        accept: Accept,
-        accept_add_time: Instant,
-        tunnel: Tunnel,
-        client: Arc<Session>,
-    ) {
-        let (asked_at, expected) = (Instant::now(), self.pairs.expect());
-        // Who waits here counts: a client that answers late would get all visitors otherwise.
-        let place = client.place();
-        client.tries(accept.service);
-        let waits = self.wait_for_answer(&client, &tunnel, accept.service);
-        self.start("ready", move |server| {
-            let answer = tunnel.wait_until_ready();
-            // Meanwhile the visitor has not waited for a tunnel.
-            let put_back_time = accept_add_time + asked_at.elapsed();
-            match answer {
-                Answer::Ready(tunnel) => {
-                    drop(waits);
-                    client.has_reached(accept.service, true);
-                    server.join_conn2(accept, tunnel, place);
-                }
-                Answer::Failed(reason, tunnel) => {
-                    client.has_reached(accept.service, false);
-                    if let Some(tunnel) = tunnel {
-                        server.config_conn_list_tunnel(tunnel);
-                    }
-                    server.give_to_another(accept, put_back_time, client, &reason);
-                }
-                Answer::Dead => server.put_back(accept, put_back_time),
-            }
-            drop(expected);
-        });
-    }
-
-    /// A visitor waits for a client's answer as long as what this returns lives.
-    fn wait_for_answer(
-        self: &Arc<Self>,
-        client: &Arc<Session>,
-        tunnel: &Tunnel,
-        service: usize,
-    ) -> WaitsForAnswer {
-        let (client, tunnel) = (client.clone(), tunnel.conn.socket().clone());
-        let waits = WaitsForAnswer(self.clone(), tunnel.clone());
-        self.state.lock().asked.push(Asked {
-            client,
-            tunnel,
-            service,
-        });
-        waits
-    }
-
-    /// Gives a visitor to another client than this one, which has failed for this reason, if there is
-    /// one. Otherwise resets it.
-    fn give_to_another(
-        &self,
-        mut accept: Accept,
-        accept_add_time: Instant,
-        client: Arc<Session>,
-        reason: &Failure,
-    ) {
-        accept.failed_by = Some(client);
-        let state = self.state.lock();
-        let is_served = state.conn_list_map.who_serves(&accept).next().is_some();
-        drop(state);
-        match is_served {
-            true => {
-                self.journal.given_to_another(accept.visitor, reason);
-                self.wait_again(accept, accept_add_time);
-            }
-            false => self.journal.client_failed(accept.visitor, reason),
-        }
-    }
-
-    /// Lets a visitor whose tunnel was dead wait for another one, in its turn.
-    pub(super) fn put_back(&self, accept: Accept, accept_add_time: Instant) {
-        self.journal.dead_tunnel(accept.visitor);
-        self.wait_again(accept, accept_add_time);
-    }
-
-    fn wait_again(&self, accept: Accept, accept_add_time: Instant) {
-        // The visitor waits on, and may be closed without a word.
-        net::reset_on_close(&accept.socket, false);
-        let mut state = self.state.lock();
-        if self.stop.reached(Phase::Leaving) {
-            return;
-        }
-        let added = state.conn_list_map.put_back(accept, accept_add_time);
-        drop(state);
-        match added {
-            Added::Matched => self.update(),
-            Added::Waits(client) => self.send_message(NEW, client.as_ref()),
-        }
-    }
-
-    /// Tells who got no tunnel in time, and why.
-    pub(super) fn say_expired(&self, accept: &Accept) {
-        if accept.is_client() {
-            return self.journal.client_at_public_port(accept.visitor);
-        }
-        let state = self.state.lock();
-        let list = &state.conn_list_map;
-        let serve = list.clients().filter(|live| live.serves(accept.service));
-        let serve: Vec<_> = serve.map(|live| live.client).collect();
-        let connected = list.clients().count();
-        drop(state);
-        let (service, timeout) = (self.service_of(accept), self.options.pair_timeout);
-        self.journal
-            .timed_out(accept.visitor, service, timeout, connected, &serve);
-    }
-
-    /// Ends pairs that nobody waits for any more, asks again for tunnels that were lost, and closes those
-    /// that nobody needs.
-    pub(super) fn look_after_pairs_and_tunnels(&self) {
-        self.pairs.sweep();
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        let asked = state
-            .conn_list_map
-            .ask_again(now, LOST_AFTER, MOST_ASKED_AGAIN);
-        let unused = state.conn_list_map.take_unused(now, UNUSED);
-        drop(state);
-        drop(unused);
-        for client in asked {
-            client.send(NEW);
-        }
     }
 
     /// Tells the matcher to look at the list again.
@@ -804,6 +484,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::Service;
 
     fn server() -> (Arc<Shared>, Receiver<()>) {
         let any = Address::new("127.0.0.1", 0);
