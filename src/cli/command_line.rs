@@ -177,7 +177,7 @@ const COMMON_OPTIONS: &str = "
                         show what goes on at http://HOST:PORT/, /metrics,
                         /healthz and /readyz
         --insecure-status
-                        let other hosts see it
+                        let other hosts see what --status shows
         --ready HOST:PORT
                         ask the program with this --status whether visitors
                         are served, and exit: 0 if they are, or else 1
@@ -193,6 +193,7 @@ const COMMON_HELP: &str = "
 Signals:
   TERM, INT, HUP  take no more visitors, let those that are there finish, exit; a second one ends at
                   once
+  HUP             with --config, read the file and the keys again instead
   USR1            log what it does now, and has done
 
 Environment:

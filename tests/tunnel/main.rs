@@ -31,6 +31,7 @@ mod log;
 mod namespaces;
 mod one_port;
 mod original;
+mod package;
 mod protocol;
 mod reload;
 mod restarts;
