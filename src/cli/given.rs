@@ -1,6 +1,5 @@
 //! The options that a program is given: on its command line, and in the file that `--config` names.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use getopts::{Fail, Matches, Options};
@@ -45,7 +44,7 @@ impl Given {
     pub fn add_file(&mut self, path: &str, text: &str, grammar: &Options) -> Result<(), String> {
         let (mut words, mut lines): (Vec<String>, Vec<(Line, usize)>) = Default::default();
         // A list of networks is one option, many thousand times.
-        let mut checked = HashSet::new();
+        let mut checked: Vec<(&str, bool)> = Vec::new();
         for (number, line) in text.lines().enumerate() {
             let (line, number) = (line.trim(), number + 1);
             if line.is_empty() || line.starts_with('#') {
@@ -60,8 +59,10 @@ impl Given {
                 Some(value) => format!("--{name}={value}"),
                 None => format!("--{name}"),
             };
-            if checked.insert((name, value.is_some())) {
+            let form = (name, value.is_some());
+            if !checked.contains(&form) {
                 check(name, &word, grammar).map_err(failed)?;
+                checked.push(form);
             }
             words.push(word);
             lines.push(((name.to_owned(), value), number));

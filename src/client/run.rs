@@ -68,7 +68,7 @@ impl Shared {
         let stop = Stop::new();
         let affordable = affordable_visitors(0, options.servers.len());
         let (sealed, is_shown) = (options.key.is_some(), options.status.is_some());
-        let journal = Arc::new(Journal::new(affordable, sealed, is_shown));
+        let journal = Arc::new(Journal::new(affordable, sealed, is_shown).of_client());
         let status = StatusPort::new(options.status.as_ref(), options.insecure_status, &stop);
         let servers = options.servers.iter().map(|address| Upstream {
             address: address.clone(),

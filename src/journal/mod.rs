@@ -94,11 +94,10 @@ impl Journal {
         let once_a_second = || LogLimit::new(lines, 1);
         let of_each_source = || SourceLogLimit::new(lines, 1);
         let client_lines = if sealed { MANY_LINES } else { 1 };
-        let local = Failure::WORDS.map(|word| ((Place::Local, word), 0));
         Self {
             since: Instant::now(),
             max,
-            refused: Mutex::new(local.into()),
+            refused: Mutex::new(BTreeMap::new()),
             timed_out: AtomicU64::new(0),
             dialled: AtomicU64::new(0),
             lines: lines.clone(),
@@ -128,12 +127,24 @@ impl Journal {
     /// The journal of a server. What it may refuse is counted from 0: who looks at the counts only now and
     /// then, as Prometheus does, would take the first ones for counts from before.
     pub fn of_server(self) -> Self {
-        let visitor = Rule::WORDS.iter().chain(&NoHeader::WORDS);
-        let visitor = visitor.map(|word| (Place::Visitor, *word));
-        let all = Refusal::WORDS.map(|word| (Place::Door, word)).into_iter();
-        let all = all.chain(visitor).map(|key| (key, 0));
-        self.refused.lock().extend(all);
+        self.count_from_0(Place::Door, &Refusal::WORDS);
+        self.count_from_0(Place::Visitor, &Rule::WORDS);
+        self.count_from_0(Place::Visitor, &NoHeader::WORDS);
+        self.count_from_0(Place::Local, &Failure::WORDS);
         self
+    }
+
+    /// The same for a client.
+    pub fn of_client(self) -> Self {
+        self.count_from_0(Place::Local, &Failure::WORDS);
+        self
+    }
+
+    fn count_from_0(&self, place: Place, words: &[&'static str]) {
+        let mut refused = self.refused.lock();
+        for word in words {
+            refused.entry((place, *word)).or_default();
+        }
     }
 
     /// Returns what a server or a client does now and has done, but for what waits and is idle.

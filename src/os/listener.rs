@@ -53,8 +53,8 @@ impl Listener {
         address: &Address,
         anywhere: bool,
         patience: Instant,
-        mut taken: impl FnMut(SocketAddr) -> Option<TcpListener>,
-        told: impl Fn(Opening),
+        taken: &mut dyn FnMut(SocketAddr) -> Option<TcpListener>,
+        told: &dyn Fn(Opening),
     ) -> Result<(TcpListener, SocketAddr), Error> {
         let unknown = |error| Error::Resolve(option, address.clone(), error);
         let found = address.resolve().map_err(unknown)?;

@@ -162,13 +162,18 @@ pub(super) fn can_follow(options: &ServerOptions, before: &ServerOptions) -> Res
     check_options(options)?;
     port::check(options.status.as_ref(), options.insecure_status)?;
     let sealed_or_open = options.insecure || !options.keys.is_empty();
-    for (option, address) in addresses(options).filter(|(option, _)| *option != "--status") {
+    for (option, address) in addresses(options) {
+        if option == "--status" {
+            continue;
+        }
         let anywhere = option == "--public" || sealed_or_open;
-        let opened = Listener::find(option, address, anywhere, Instant::now(), |_| None, |_| ());
-        match opened {
+        let now = Instant::now();
+        match Listener::find(option, address, anywhere, now, &mut |_| None, &|_| ()) {
             Err(Error::Listen(_, _, error))
                 if error.kind() == io::ErrorKind::AddrInUse
-                    && addresses(before).any(|(_, taken)| address.overlaps(taken)) => {}
+                    && addresses(before)
+                        .iter()
+                        .any(|(_, taken)| address.overlaps(taken)) => {}
             opened => drop(opened?),
         }
     }
@@ -176,13 +181,15 @@ pub(super) fn can_follow(options: &ServerOptions, before: &ServerOptions) -> Res
 }
 
 /// Where a server with these options listens, each with its option.
-fn addresses(options: &ServerOptions) -> impl Iterator<Item = (&'static str, &Address)> {
-    let (control, tunnel) = (&options.control, &options.tunnel);
+fn addresses(options: &ServerOptions) -> Vec<(&'static str, &Address)> {
     let public = options.public.values().map(|address| ("--public", address));
-    let tunnel = Some(("--tunnel", tunnel)).filter(|_| !options.has_one_port());
-    let status = options.status.as_ref().map(|address| ("--status", address));
-    let others = [("--control", control)].into_iter().chain(tunnel);
-    public.chain(others).chain(status)
+    let mut all: Vec<_> = public.collect();
+    all.push(("--control", &options.control));
+    if !options.has_one_port() {
+        all.push(("--tunnel", &options.tunnel));
+    }
+    all.extend(options.status.as_ref().map(|address| ("--status", address)));
+    all
 }
 
 /// An error if two ports would be the same one: the second would be waited for in vain. Tunnels may come
@@ -210,18 +217,20 @@ fn open_ports(
     let patience = options.port_patience.min(longest);
     let until = Instant::now() + patience;
     let mut inherited = Inherited::default();
-    let wanted = addresses(options).filter_map(|(_, address)| address.resolve().ok());
-    let wanted: Vec<_> = wanted.flatten().collect();
+    let mut wanted = Vec::new();
+    for (_, address) in addresses(options) {
+        wanted.extend(address.resolve().unwrap_or_default());
+    }
     type Take = fn(&mut Inherited, SocketAddr) -> Option<TcpListener>;
     let mut open = |option, address, anywhere, closes_at, take: Take| {
         let told = |opening| Journal::opening(option, &opening);
-        let taken = |address| {
+        let mut taken = |address| {
             let listener = take(&mut inherited, address)?;
             // One at 192.0.2.1:80 would be in the way of [::]:80.
             inherited.keep(|address| wanted.contains(&address));
             Some(listener)
         };
-        let socket = Listener::find(option, address, anywhere, until, taken, told)?;
+        let socket = Listener::find(option, address, anywhere, until, &mut taken, &told)?;
         Listener::new(option, socket, stop.clone(), closes_at)
     };
     let (draining, leaving) = (Phase::Draining, Phase::Leaving);

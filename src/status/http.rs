@@ -493,7 +493,14 @@ pub mod tests {
             route: impl Fn(&str) -> Option<Response> + Send + Sync + 'static,
         ) -> Self {
             let any = Address::new("127.0.0.1", 0);
-            let found = Listener::find("--status", &any, false, Instant::now(), |_| None, |_| ());
+            let found = Listener::find(
+                "--status",
+                &any,
+                false,
+                Instant::now(),
+                &mut |_| None,
+                &|_| (),
+            );
             let stop = Stop::new();
             let listener = Listener::new("--status", found.unwrap(), stop, Phase::Done);
             let listener = Arc::new(listener.unwrap());

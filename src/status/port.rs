@@ -74,7 +74,7 @@ impl StatusPort {
             return Ok(());
         };
         let now = Instant::now();
-        match Listener::find(OPTION, address, self.anywhere, now, |_| None, |_| ()) {
+        match Listener::find(OPTION, address, self.anywhere, now, &mut |_| None, &|_| ()) {
             Ok(socket) => {
                 let listener = Listener::new(OPTION, socket, self.stop.clone(), Phase::Done)?;
                 let mut state = self.state.lock();
