@@ -75,7 +75,7 @@ fn head(page: &mut Page, snapshot: &Snapshot) {
     page.put("<p><a href=\"#Visitors\">Visitors</a><a href=\"#Log\">Log</a></p>\n");
 }
 
-/// The totals, and what the process takes.
+/// The totals, and what the process takes. What the system or the other side does not tell is left out.
 fn figures(page: &mut Page, snapshot: &Snapshot) {
     let services = &snapshot.services;
     let sum = |of: fn(&Service) -> u64| Count(services.iter().map(of).sum());
@@ -121,35 +121,44 @@ fn figures(page: &mut Page, snapshot: &Snapshot) {
         ("Memory", memory, String::new()),
         ("Processor time", cpu, String::new()),
     ] {
-        page.figure(name, &value, &beside);
+        if value != NONE {
+            page.figure(name, &value, &beside);
+        }
     }
     page.put("</dl>\n");
 }
+
+/// The column of the visitors who wait, which a client knows nothing of.
+const WAITING: usize = 4;
 
 fn services(page: &mut Page, snapshot: &Snapshot) {
     let address = match snapshot.side {
         Side::Server => "Visitors come to",
         Side::Client => "Visitors reach",
     };
-    let heads = [
-        address, "Service", "Offered", "Joined", "Waiting", "Visits", "Up", "Down",
+    let mut heads = vec![
+        address, "Service", "Offered", "Joined", "Visits", "Up", "Down",
     ];
+    if snapshot.side == Side::Server {
+        heads.insert(WAITING, "Waiting");
+    }
     let rows = snapshot.services.iter().map(|service| {
-        [
+        let mut row = vec![
             service.address.clone(),
             or_none(service.name.as_deref()),
             if service.offered { "yes" } else { "no" }.to_owned(),
             Count(service.joined as u64).to_string(),
-            service
-                .waiting
-                .map_or(NONE.to_owned(), |it| Count(it as u64).to_string()),
             Count(service.visits).to_string(),
             Bytes(service.moved[0]).to_string(),
             Bytes(service.moved[1]).to_string(),
-        ]
+        ];
+        if let Some(waiting) = service.waiting {
+            row.insert(WAITING, Count(waiting as u64).to_string());
+        }
+        row
     });
     page.title("Services", "");
-    page.table(heads, 3, rows);
+    page.table(&heads, 3, rows);
 }
 
 fn sessions(page: &mut Page, snapshot: &Snapshot) {
@@ -170,7 +179,7 @@ fn sessions(page: &mut Page, snapshot: &Snapshot) {
         ]
     });
     page.title("Sessions", "");
-    page.table([peer, "Age", "Sealed", "Pool", "Idle", "Dialled"], 3, rows);
+    page.table(&[peer, "Age", "Sealed", "Pool", "Idle", "Dialled"], 3, rows);
 }
 
 fn sealed(session: &Session) -> String {
@@ -202,7 +211,7 @@ fn visitors(page: &mut Page, snapshot: &Snapshot) {
     let cut = count < snapshot.visitors.len();
     page.title("Visitors", if cut { &few } else { "" });
     let heads = ["Address", "Service", "Age", "Up", "Down", "Up/s", "Down/s"];
-    page.table(heads, 2, rows);
+    page.table(&heads, 2, rows);
 }
 
 fn refused(page: &mut Page, snapshot: &Snapshot) {
@@ -283,11 +292,11 @@ impl Page {
 
     /// A table whose first columns are text, and all others numbers. On a narrow screen each row
     /// stands for itself, its heads in it.
-    fn table<const N: usize>(
+    fn table(
         &mut self,
-        heads: [&'static str; N],
+        heads: &[&'static str],
         texts: usize,
-        rows: impl Iterator<Item = [String; N]>,
+        rows: impl Iterator<Item = impl IntoIterator<Item = String>>,
     ) {
         let mut rows = rows.peekable();
         if rows.peek().is_none() {
@@ -450,7 +459,10 @@ mod tests {
         snapshot.side = Side::Client;
         snapshot.not_ready.clear();
         snapshot.sessions[0].age = None;
-        snapshot.services[0].waiting = None;
+        snapshot
+            .services
+            .iter_mut()
+            .for_each(|it| it.waiting = None);
         snapshot.visitors.clear();
         snapshot.refused = [("local-refused".to_owned(), 0)].into();
         let page = render(&snapshot);
@@ -460,12 +472,11 @@ mod tests {
             "<th>Server</th>",
             "<th>Visitors reach</th>",
             "<td data-head=\"Age\">no session</td>",
-            "<dt>Waiting</dt><dd>–</dd>",
-            "<td class=\"n\" data-head=\"Waiting\">–</td>",
             "</h2>\n<p>None.</p>\n<h2 id=\"Visitors\">",
         ] {
             assert!(page.contains(shown), "{shown} is not in {page}");
         }
+        assert!(!page.contains("Waiting"), "{page}");
     }
 
     /// The style that is on the page is the one that its policy allows.
