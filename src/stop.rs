@@ -30,7 +30,8 @@ pub struct Stop {
 
 struct State {
     phase: Phase,
-    /// When the visitors who are left are cut off. None before the call to stop.
+    /// When the visitors who are left are cut off. None before the call to stop, and if they may stay for
+    /// ever.
     end_by: Option<Instant>,
     /// The number of calls of [`Stop::notify`].
     notified: u64,
@@ -59,7 +60,7 @@ impl Stop {
         self.phase() >= phase
     }
 
-    /// Returns when the visitors who are left are cut off, or None before the call to stop.
+    /// Returns when the visitors who are left are cut off, or None if they are not.
     pub fn end_by(&self) -> Option<Instant> {
         self.state.lock().end_by
     }

@@ -275,6 +275,10 @@ impl Journal {
             Opening::HandedOver(address) => {
                 info!("{option}: {address} is handed over by the server that ends");
             }
+            Opening::Shared(address) => warn!(
+                "{option}: the server that has handed over {address} still has visitors who wait; \
+                 going on beside it"
+            ),
         }
     }
 

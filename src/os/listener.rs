@@ -25,6 +25,8 @@ pub enum Opening {
     InUse(Address, Duration),
     /// The server that has it hands it over.
     HandedOver(SocketAddr),
+    /// The server that has handed it over still has visitors who wait, and accepts here, too.
+    Shared(SocketAddr),
 }
 
 /// A port of the server's.

@@ -21,7 +21,7 @@ use crate::wire::line::{Arrival, Failure, Line, Reason, SessionId};
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client has this long to reach a local service, which may have two addresses that do not answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(12);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(12);
 
 /// What a client has answered to a visitor.
 pub enum Answer {

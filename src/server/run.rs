@@ -19,10 +19,10 @@ use crate::journal::{self, Journal, Status};
 use crate::options::{ServerOptions, check_known, check_services};
 use crate::os::hand_over::{Inherited, Successor};
 use crate::os::limits::{Slots, affordable_visitors};
-use crate::os::listener::Listener;
+use crate::os::listener::{Listener, Opening};
 use crate::os::workers::Workers;
 use crate::relay::Pairs;
-use crate::server::ends::Public;
+use crate::server::ends::{ANSWER_TIMEOUT, Public};
 use crate::server::entry::Entry;
 use crate::server::{Shared, State};
 use crate::status::port::{self, StatusPort};
@@ -253,10 +253,10 @@ fn open_ports(
     let tunnel = tunnel
         .map(|tunnel| open("--tunnel", tunnel, anywhere, leaving, Inherited::take))
         .transpose()?;
-    // Nobody else takes visitors now: the old server gets the whole time for those that wait there.
-    if !inherited.wait(Instant::now() + patience) {
-        let error = io::ErrorKind::AddrInUse.into();
-        return Err(Error::Listen(control.option, control.addr, error));
+    // Nobody else takes visitors now: the old server gets the whole time for those that wait there, be
+    // it for a client's answer. To give up would leave visitors with no server at all.
+    if !inherited.wait(Instant::now() + patience + ANSWER_TIMEOUT) {
+        Journal::opening(control.option, &Opening::Shared(control.addr));
     }
     Ok((public, control, tunnel))
 }

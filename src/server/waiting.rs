@@ -23,7 +23,7 @@ const UNUSED: Duration = Duration::from_secs(10);
 /// So many lost tunnels are asked for again at a time: if all are lost, more would not help.
 const MOST_ASKED_AGAIN: usize = MAX_POOL;
 
-/// That a visitor waits for a client's answer on this tunnel.
+/// A visitor waits for a client's answer on this tunnel as long as this lives.
 struct WaitsForAnswer(Arc<Shared>, Arc<TcpStream>);
 
 impl Drop for WaitsForAnswer {
@@ -31,7 +31,7 @@ impl Drop for WaitsForAnswer {
         let Self(server, tunnel) = self;
         let asked = &mut server.state.lock().asked;
         asked.retain(|it| !Arc::ptr_eq(&it.tunnel, tunnel));
-        if server.stop.end_by().is_some() {
+        if server.stop.reached(Phase::HandingOver) {
             // A stop waits for those that wait.
             server.update();
         }

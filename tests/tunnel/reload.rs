@@ -24,6 +24,7 @@ plain_and_sealed! {
     a_port_that_is_taken_changes_nothing,
     a_port_may_become_one_of_all_addresses,
     a_port_of_which_another_has_a_part_leaves_the_options_from_before,
+    a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever,
     a_stop_after_a_reload_ends_everything,
 }
 
@@ -265,6 +266,27 @@ fn a_port_of_which_another_has_a_part_leaves_the_options_from_before(protection:
     // For a moment nobody listens.
     server.wait_for_lines("for the control link", 2);
     assert_echo(&connect(public), "as before");
+}
+
+/// The client is silent for 6 s before it counts as dead, longer than the next server waits for a port.
+fn a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever(protection: Protection) {
+    let [public, tunnel, control] = ports(protection, 9);
+    let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\nclients 2\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let service = Service::echo();
+    let [hung, _other] = [(); 2].map(|()| {
+        let local = service.addr;
+        let client = Config::new(&format!("server {control}\nlocal {local}\n"));
+        self::client(protection, &client)
+    });
+    hung.signal(Signal::STOP);
+    // Of two that have no visitor, the one that came first gets this one.
+    let visitor = connect(public);
+    thread::sleep(Duration::from_millis(300));
+    reload(&server, 1);
+    assert_echo(&visitor, "the other has this one");
+    assert_echo(&connect(public), "and the next one");
 }
 
 fn a_stop_after_a_reload_ends_everything(protection: Protection) {
