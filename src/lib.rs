@@ -235,6 +235,8 @@ pub mod docs {
     pub mod options {}
     #[doc = include_str!("docs/original.md")]
     pub mod original {}
+    #[doc = include_str!("docs/others.md")]
+    pub mod others {}
     #[doc = include_str!("docs/rooms.md")]
     pub mod rooms {}
     #[doc = include_str!("docs/security.md")]
