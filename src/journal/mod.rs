@@ -17,7 +17,7 @@ use crate::address::Address;
 use crate::door::{NoHeader, NoSession, Refusal, Rule, Unwelcome};
 use crate::options::ServerOptions;
 use crate::os::listener::Opening;
-use crate::relay::{Pairs, Visit, Visitor};
+use crate::relay::{Aborted, Pairs, Visit, Visitor};
 use crate::service::{MAX_SERVICES, Service};
 use crate::session::of_client::{LocalError, NoVisitor, Session};
 use crate::session::{Ended, Proto};
@@ -39,6 +39,9 @@ const MANY_LINES: u32 = 100;
 
 /// The time between two lines that say that a server is full, as it may be for hours.
 const FULL_LINES: Duration = Duration::from_secs(60);
+
+/// The word for visitors for whom the system had no thread.
+const NO_THREAD: &str = "no-thread";
 
 /// What a server or a client tells and counts. Each kind of line that strangers can cause has a limit,
 /// and one for each source if the line names an address: nobody can fill the disk or hide others.
@@ -130,12 +133,12 @@ impl Journal {
         self.count_from_0(Place::Door, &Refusal::WORDS);
         self.count_from_0(Place::Visitor, &Rule::WORDS);
         self.count_from_0(Place::Visitor, &NoHeader::WORDS);
-        self.count_from_0(Place::Local, &Failure::WORDS);
-        self
+        self.of_client()
     }
 
     /// The same for a client.
     pub fn of_client(self) -> Self {
+        self.count_from_0(Place::Visitor, &[NO_THREAD]);
         self.count_from_0(Place::Local, &Failure::WORDS);
         self
     }
@@ -230,6 +233,9 @@ impl Journal {
 
     /// A pair has ended.
     pub fn visitor_left(&self, visitor: &Visitor, visit: &Visit) {
+        if let Some(Aborted::NoThread) = visit.aborted {
+            self.count_refused(Place::Visitor, NO_THREAD);
+        }
         let ([up, down], seconds) = (visit.moved, visit.time.as_secs_f64());
         let why = visit.aborted;
         let why = why.map_or(String::new(), |why| format!(", aborted: {why}"));

@@ -31,7 +31,8 @@ pub struct Status {
     /// The bytes that the local service has sent to visitors in all.
     pub bytes_down: u64,
     /// On the server, the control links, tunnels and visitors that were refused, and the visitors whom
-    /// the client could not bring to the local service. On the client, those visitors.
+    /// the client could not bring to the local service. On the client, those visitors. On both, also
+    /// visitors for whom there was no thread.
     pub refused: u64,
     /// On the server, the visitors who got no tunnel in time. On the client, those whose local
     /// service did not answer in time.

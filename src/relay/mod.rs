@@ -537,6 +537,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_visitor_without_a_thread_is_aborted_and_counted() {
+        let journal = Arc::new(Journal::new(1, false, false));
+        let pairs = Pairs::new(Stop::new(), false, journal.tells_of_visits());
+        let ([mut visitor, near], [_service, far]) = (connected(), connected());
+        let ends = [(Peer::Visitor, near), (Peer::LocalService, far)];
+        let [near, far] = ends.map(|(peer, socket)| {
+            net::reset_on_close(&socket, true);
+            let conn = Conn::new(Arc::new(socket));
+            End { peer, conn }
+        });
+        let from = Visitor::new(None, Service::default());
+        drop(pairs.join(from, Instant::now(), near, far, Duration::from_secs(600)));
+        let error = visitor.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(journal.status(Vec::new(), &pairs).refused, 1);
+    }
+
     /// Comes from a port that no visitor ever has.
     const DOOMED: &str = "192.0.2.1:0";
 
