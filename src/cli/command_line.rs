@@ -1046,6 +1046,39 @@ mod tests {
     }
 
     #[test]
+    fn every_line_of_the_example_files_is_understood() {
+        /// Reads a file as if the # before each option were taken away: no space stands behind that.
+        fn options_in(text: &str) -> io::Result<String> {
+            let lines = text.lines().map(|line| match line.strip_prefix('#') {
+                Some(option) if option.starts_with(|first: char| first.is_lowercase()) => option,
+                _ => line,
+            });
+            Ok(lines.collect::<Vec<_>>().join("\n"))
+        }
+        let packaged: ReadFile =
+            |_| options_in(include_str!("../../examples/systemd/tpserver.conf"));
+        let (options, _) = with_file("", packaged).unwrap();
+        assert_eq!(options.public.len(), 2);
+        assert!(options.public.values().all(|it| it.host == "::"));
+        let balanced: ReadFile =
+            |_| options_in(include_str!("../../examples/balanced/tpserver.conf"));
+        let (options, _) = with_file("", balanced).unwrap();
+        assert_eq!(of(&options.public), "[::]:8007");
+        let packaged: ReadFile =
+            |_| options_in(include_str!("../../examples/systemd/tpclient.conf"));
+        let balanced: ReadFile =
+            |_| options_in(include_str!("../../examples/balanced/tpclient.conf"));
+        for (file, servers, services) in [(packaged, 1, 2), (balanced, 2, 1)] {
+            let read = client(words("--config tp.conf"), file).unwrap();
+            let Command::Run(options, _) = read else {
+                panic!("{read:?}");
+            };
+            assert_eq!(options.servers.len(), servers);
+            assert_eq!(options.local.len(), services);
+        }
+    }
+
+    #[test]
     fn what_is_wrong_in_a_file_is_named_with_its_line() {
         let checks: [(ReadFile, &str); 9] = [
             (
