@@ -51,8 +51,8 @@ macro_rules! three_ways {
 }
 
 three_ways! {
-    nginx: keep_alive connection_close chunked ranges continue_100 upload download cut_in_the_middle
-        load_kept load_closed load_h2load h2_get h2_upload h2_load;
+    nginx: keep_alive connection_close chunked ranges continue_100 upload early_refusal download
+        cut_in_the_middle load_kept load_closed load_h2load h2_get h2_upload h2_load;
     redis: all_commands pipelined two_hundred_clients large_value mass_insertion pub_sub;
     ssh: many_at_once scp_both_ways rsync_both_ways sftp_both_ways control_master git_clone_and_push;
     postgres: bench bench_reconnecting copy_both_ways cancel listen_notify;

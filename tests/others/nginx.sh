@@ -26,6 +26,7 @@ http {
         location / { dav_methods PUT; }
         location /chunked/ { alias site/; ssi on; ssi_types *; }
         location /forbidden { return 403; }
+        location /limited { client_max_body_size 1m; }
     }
 }
 END
@@ -73,6 +74,14 @@ continue_100() {
 upload() {
     curl -fsS -T site/large "http://$AT/up"
     cmp site/large site/up
+}
+
+# The answer comes while the visitor still sends.
+early_refusal() {
+    for _ in {1..20}; do
+        curl -sS -H 'Expect:' -T site/large -o page -w '%{http_code}' "http://$AT/limited" > result
+        [[ $(< result) == 413 ]]
+    done
 }
 
 download() {
