@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use support::programs::{Both, ports_of};
+use support::programs::{Both, Launch, ports_of};
 use support::{Protection, try_connect};
 
 #[expect(
@@ -42,7 +42,7 @@ macro_rules! three_ways {
         )+}
     )+};
     (@tests $program:ident $case:ident $($test:ident $way:ident),+) => {$(
-        #[ignore = "needs root, unshare, and what its script names: cargo test -- --include-ignored"]
+        #[ignore = "needs root, setpriv, unshare and what its script names: cargo test -- --include-ignored"]
         #[test]
         fn $test() {
             crate::pass(stringify!($program), stringify!($case), crate::Way::$way);
@@ -92,6 +92,9 @@ impl Display for Way {
     }
 }
 
+/// Starts a command that ends with the thread that starts it, even if a signal ends all of the tests.
+const TO_THE_END: [&str; 3] = ["setpriv", "--pdeathsig", "KILL"];
+
 /// How much of what a script has written is shown when it fails.
 const SHOWN_LINES: usize = 60;
 
@@ -118,9 +121,13 @@ fn pass(program: &str, case: &str, way: Way) {
             end => panic!("{program} does not listen on {local}: {end:?}\n{service}"),
         }
     }
-    let tunnel = way
-        .protection()
-        .map(|protection| Both::start(protection, local, [&[], &[]]));
+    let tunnel = way.protection().map(|protection| {
+        let launch = Launch::new(protection).under(&TO_THE_END);
+        let server = launch.server(&[]);
+        let addresses = server.addresses();
+        let client = launch.client(addresses, local, &[]);
+        Both::at_rest(server, client, addresses)
+    });
     let public = tunnel.as_ref().map_or(local, |it| it.addresses[0]);
     let mut visitor = Script::start(program, case, directory.path(), [local, public]);
     let end = visitor.wait_for_end();
@@ -161,8 +168,9 @@ impl Script {
         let file = File::create(&output).unwrap();
         let [local, at] = ports;
         // A first process that ends takes all others of its namespace with it, and its shared memory.
-        let child = Command::new("unshare")
-            .args(["--pid", "--ipc", "--fork", "--kill-child"])
+        let child = Command::new(TO_THE_END[0])
+            .args(&TO_THE_END[1..])
+            .args(["unshare", "--pid", "--ipc", "--fork", "--kill-child"])
             .args(["bash", "-euo", "pipefail", "-c"])
             .arg(format!(
                 ". {scripts}/common.sh; . {scripts}/{program}.sh; set -x; {function}"
@@ -182,7 +190,7 @@ impl Script {
             .stdout(file.try_clone().unwrap())
             .stderr(file)
             .spawn()
-            .unwrap_or_else(|error| panic!("unshare: {error}"));
+            .unwrap_or_else(|error| panic!("{}: {error}", TO_THE_END[0]));
         Self {
             child,
             what: format!("{program}.sh, {function}"),
