@@ -65,8 +65,10 @@ fn a_signal_ends_idle_programs_at_once(protection: Protection) {
                 .collect();
             took.sort();
             let (fastest, median) = (took[0], took[ENDS / 2]);
+            // A server serves on for 0.3 s, and lets nobody begin for 0.1 s. Its last words would take
+            // 0.25 s more if it waited for them in vain.
             assert!(
-                fastest < Duration::from_millis(500) && median < AT_ONCE,
+                fastest < Duration::from_millis(640) && median < AT_ONCE,
                 "{asked}, {signal:?}: {took:?}"
             );
         }
