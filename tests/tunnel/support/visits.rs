@@ -22,7 +22,7 @@ const MOST: usize = 300_000;
 const FORGOTTEN: Duration = Duration::from_secs(40);
 
 /// When all faults are gone, so many visits in a row must go well within this time. A client that has
-/// lost its server often waits for up to 10 s.
+/// lost its server often waits for up to 4 s.
 const FRESH: usize = 20;
 const RECOVERY: Duration = Duration::from_secs(15);
 
