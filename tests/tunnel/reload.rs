@@ -289,6 +289,11 @@ fn a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever(protection: Prot
         let client = Config::new(&format!("server {control}\nlocal {local}\n"));
         self::client(protection, &client)
     });
+    eventually("both have their pools", || {
+        server.signal(Signal::USR1);
+        thread::sleep(Duration::from_millis(50));
+        !server.lines_with(" idle=16 ").is_empty()
+    });
     hung.signal(Signal::STOP);
     // Of two that have no visitor, the one that came first gets this one.
     let visitor = connect(public);
