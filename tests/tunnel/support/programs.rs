@@ -246,9 +246,15 @@ impl Program {
         self.child.id()
     }
 
+    /// Sends a signal. One that stops the program is sent to one of its threads, and until that one runs,
+    /// the others may go on: this waits until all stand still.
     #[cfg(unix)]
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
+        #[cfg(target_os = "linux")]
+        if signal == Signal::STOP {
+            eventually("the program stands still", || self.stands_still());
+        }
     }
 
     /// Ends the program at once, as a lack of memory would.
@@ -287,6 +293,18 @@ impl Program {
     pub fn threads(&self) -> usize {
         let path = format!("/proc/{}/task", self.pid());
         std::fs::read_dir(path).unwrap().count()
+    }
+
+    /// True if none of its threads runs, as it was stopped.
+    fn stands_still(&self) -> bool {
+        let path = format!("/proc/{}/task", self.pid());
+        let tasks = std::fs::read_dir(path).unwrap().flatten();
+        let mut stats = tasks.filter_map(|it| std::fs::read_to_string(it.path().join("stat")).ok());
+        // The state stands behind the name, which may contain anything.
+        stats.all(|stat| {
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, it)| it.starts_with('T'))
+        })
     }
 
     /// How many of its threads have something to do, or wait for it at a certain place.
