@@ -217,41 +217,35 @@ fn open_ports(
     let patience = options.port_patience.min(longest);
     let until = Instant::now() + patience;
     let mut inherited = Inherited::default();
-    let mut wanted = Vec::new();
-    for (_, address) in addresses(options) {
-        wanted.extend(address.resolve().unwrap_or_default());
-    }
-    type Take = fn(&mut Inherited, SocketAddr) -> Option<TcpListener>;
+    let take_control = |inherited: &mut Inherited, control: SocketAddr| {
+        let listener = inherited.take_control(control)?;
+        // One at 192.0.2.1:80 would be in the way of [::]:80.
+        let wanted = addresses(options).into_iter();
+        let wanted = wanted.filter_map(|(_, address)| address.resolve().ok());
+        let wanted: Vec<_> = wanted.flatten().collect();
+        inherited.keep(|address| wanted.contains(&address));
+        Some(listener)
+    };
+    type Take<'a> = &'a dyn Fn(&mut Inherited, SocketAddr) -> Option<TcpListener>;
     let mut open = |option, address, anywhere, closes_at, take: Take| {
         let told = |opening| Journal::opening(option, &opening);
-        let mut taken = |address| {
-            let listener = take(&mut inherited, address)?;
-            // One at 192.0.2.1:80 would be in the way of [::]:80.
-            inherited.keep(|address| wanted.contains(&address));
-            Some(listener)
-        };
+        let mut taken = |address| take(&mut inherited, address);
         let socket = Listener::find(option, address, anywhere, until, &mut taken, &told)?;
         Listener::new(option, socket, stop.clone(), closes_at)
     };
     let (draining, leaving) = (Phase::Draining, Phase::Leaving);
     let control = &options.control;
-    let control = open(
-        "--control",
-        control,
-        anywhere,
-        leaving,
-        Inherited::take_control,
-    )?;
+    let control = open("--control", control, anywhere, leaving, &take_control)?;
     let public = options.public.iter().map(|(service, address)| {
         Ok(Public {
             service: service.clone(),
-            listener: open("--public", address, true, draining, Inherited::take)?,
+            listener: open("--public", address, true, draining, &Inherited::take)?,
         })
     });
     let public = public.collect::<Result<_, Error>>()?;
     let tunnel = Some(&options.tunnel).filter(|_| !options.has_one_port());
     let tunnel = tunnel
-        .map(|tunnel| open("--tunnel", tunnel, anywhere, leaving, Inherited::take))
+        .map(|tunnel| open("--tunnel", tunnel, anywhere, leaving, &Inherited::take))
         .transpose()?;
     // Nobody else takes visitors now: the old server gets the whole time for those that wait there, be
     // it for a client's answer. To give up would leave visitors with no server at all.
