@@ -541,15 +541,8 @@ mod tests {
     fn a_visitor_without_a_thread_is_aborted_and_counted() {
         let journal = Arc::new(Journal::new(1, false, false));
         let pairs = Pairs::new(Stop::new(), false, journal.tells_of_visits());
-        let ([mut visitor, near], [_service, far]) = (connected(), connected());
-        let ends = [(Peer::Visitor, near), (Peer::LocalService, far)];
-        let [near, far] = ends.map(|(peer, socket)| {
-            net::reset_on_close(&socket, true);
-            let conn = Conn::new(Arc::new(socket));
-            End { peer, conn }
-        });
-        let from = Visitor::new(None, Service::default());
-        drop(pairs.join(from, Instant::now(), near, far, Duration::from_secs(600)));
+        let ([mut visitor, _service], directions) = joined(&pairs, None);
+        drop(directions);
         let error = visitor.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(journal.status(Vec::new(), &pairs).refused, 1);
@@ -562,8 +555,11 @@ mod tests {
         assert_ne!(visitor.address, DOOMED.parse().ok(), "on purpose");
     }
 
-    /// A pair at work: the visitor's end, and the local service's.
-    fn at_work(pairs: &Arc<Pairs>, workers: &Workers, from: &str) -> [TcpStream; 2] {
+    /// A pair: the visitor's end and the local service's, and its two directions.
+    fn joined(
+        pairs: &Arc<Pairs>,
+        from: Option<SocketAddr>,
+    ) -> ([TcpStream; 2], (Direction, Direction)) {
         let ([visitor, near], [service, far]) = (connected(), connected());
         let ends = [(Peer::Visitor, near), (Peer::LocalService, far)];
         let [near, far] = ends.map(|(peer, socket)| {
@@ -571,11 +567,17 @@ mod tests {
             let conn = Conn::new(Arc::new(socket));
             End { peer, conn }
         });
-        let from = Visitor::new(from.parse().ok(), Service::default());
-        let (up, down) = pairs.join(from, Instant::now(), near, far, Duration::from_secs(600));
+        let from = Visitor::new(from, Service::default());
+        let directions = pairs.join(from, Instant::now(), near, far, Duration::from_secs(600));
+        ([visitor, service], directions)
+    }
+
+    /// A pair at work: the visitor's end, and the local service's.
+    fn at_work(pairs: &Arc<Pairs>, workers: &Workers, from: &str) -> [TcpStream; 2] {
+        let (ends, (up, down)) = joined(pairs, from.parse().ok());
         workers.start("up", move || drop(up.copy())).unwrap();
         workers.start("down", move || drop(down.copy())).unwrap();
-        [visitor, service]
+        ends
     }
 
     #[test]
