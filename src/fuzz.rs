@@ -255,7 +255,7 @@ fn cipher(sealed: bool) -> Option<Cipher> {
 }
 
 /// Bytes that arrive in pieces of at most this size.
-struct Pieces<'a>(&'a [u8], usize);
+pub(crate) struct Pieces<'a>(pub &'a [u8], pub usize);
 
 impl Read for Pieces<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

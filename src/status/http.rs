@@ -297,6 +297,8 @@ impl Write for Timed<'_> {
 pub mod tests {
     use super::*;
     use crate::address::Address;
+    use crate::fuzz::Pieces;
+    use crate::seeded;
     use crate::stop::{Phase, Stop};
     use std::thread;
 
@@ -309,13 +311,6 @@ pub mod tests {
 
     /// The response to these bytes, which come in pieces of this size.
     fn respond(request: &[u8], piece: usize, local: bool) -> io::Result<String> {
-        struct Pieces<'a>(&'a [u8], usize);
-        impl Read for Pieces<'_> {
-            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-                let count = self.1.min(buffer.len());
-                Read::read(&mut self.0, &mut buffer[..count])
-            }
-        }
         let bytes = response_to(&mut Pieces(request, piece), local, &route)?;
         Ok(String::from_utf8(bytes).unwrap())
     }
@@ -441,13 +436,7 @@ pub mod tests {
             b"[",
             b"HTTP/9.9",
         ];
-        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-        let mut random = |below: usize| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 11) as usize % below
-        };
+        let mut random = seeded::below();
         let mut answered = 0;
         for round in 0..100_000 {
             let mut request = VALID[random(VALID.len())].as_bytes().to_vec();
