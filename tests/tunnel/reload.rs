@@ -70,6 +70,33 @@ fn client(protection: Protection, config: &Config) -> Program {
     client
 }
 
+/// Both programs, each with a file, and an echo service behind them.
+struct Configured {
+    client: Program,
+    of_client: Config,
+    server: Program,
+    of_server: Config,
+    _service: Service,
+}
+
+impl Configured {
+    /// Starts a server with these options, which has this control port, and a client of it.
+    fn start(protection: Protection, control: SocketAddr, options: &str) -> Self {
+        let of_server = Config::new(options);
+        let server = server(protection, &of_server);
+        let service = Service::echo();
+        let local = service.addr;
+        let of_client = Config::new(&format!("server {control}\nlocal {local}\n"));
+        Self {
+            client: client(protection, &of_client),
+            of_client,
+            server,
+            of_server,
+            _service: service,
+        }
+    }
+}
+
 fn reload(program: &Program, time: usize) {
     program.signal(Signal::HUP);
     program.wait_for_lines("taken over from the options before", time);
@@ -142,20 +169,16 @@ fn a_reload_under_load_costs_no_visit(protection: Protection) {
     let _turn = share_turn();
     let [public, tunnel, control] = ports(protection, 1);
     let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\n");
-    let config = Config::new(&text);
-    let server = server(protection, &config);
-    let service = Service::echo();
-    let local = format!("server {control}\nlocal {}\n", service.addr);
-    let local = Config::new(&local);
-    let client = client(protection, &local);
+    let all = Configured::start(protection, control, &text);
     let made = sixteen_at_a_time(public, Duration::from_secs(6), || {
         for time in 1..=3 {
             thread::sleep(Duration::from_millis(700));
-            config.write(&format!("{text}max-conns {}\n", 1000 + time));
-            reload(&server, time);
-            client.wait_for_lines("connected to", 2 * time);
-            reload(&client, time);
-            client.wait_for_lines("connected to", 2 * time + 1);
+            all.of_server
+                .write(&format!("{text}max-conns {}\n", 1000 + time));
+            reload(&all.server, time);
+            all.client.wait_for_lines("connected to", 2 * time);
+            reload(&all.client, time);
+            all.client.wait_for_lines("connected to", 2 * time + 1);
         }
     });
     assert_whole(&made);
@@ -164,16 +187,12 @@ fn a_reload_under_load_costs_no_visit(protection: Protection) {
 fn a_file_with_a_fault_changes_nothing(protection: Protection) {
     let [public, tunnel, control] = ports(protection, 2);
     let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\n");
-    let config = Config::new(&text);
-    let server = server(protection, &config);
-    let service = Service::echo();
-    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
-    let client = client(protection, &local);
+    let all = Configured::start(protection, control, &text);
     let status = "status 192.0.2.1:9000\n";
     for (program, config, faults) in [
         (
-            &server,
-            &config,
+            &all.server,
+            &all.of_server,
             [
                 ("nonsense\n", "line 1: there is no option nonsense"),
                 ("deny web=192.0.2.1\n", "--deny web: there is no service"),
@@ -181,8 +200,8 @@ fn a_file_with_a_fault_changes_nothing(protection: Protection) {
             ],
         ),
         (
-            &client,
-            &local,
+            &all.client,
+            &all.of_client,
             [
                 ("nonsense\n", "line 1: there is no option nonsense"),
                 (
@@ -201,29 +220,28 @@ fn a_file_with_a_fault_changes_nothing(protection: Protection) {
         }
     }
     assert_echo(&connect(public), "as before");
-    assert_eq!(client.lines_with("lost the server"), [""; 0]);
+    assert_eq!(all.client.lines_with("lost the server"), [""; 0]);
 }
 
 /// Another program has a new port: visitors and the client find the server there all the time.
 fn a_port_that_is_taken_changes_nothing(protection: Protection) {
     let [public, tunnel, control] = ports(protection, 5);
     let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\n");
-    let config = Config::new(&text);
-    let server = server(protection, &config);
-    let service = Service::echo();
-    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
-    let client = client(protection, &local);
+    let all = Configured::start(protection, control, &text);
     let taken = TcpListener::bind((public.ip(), 0)).unwrap();
     let of_other = taken.local_addr().unwrap();
-    config.write(&format!("{text}public web={of_other}\n"));
-    server.signal(Signal::HUP);
-    let line = server.wait_for_line("nothing has changed: --public: could not listen on ");
+    all.of_server
+        .write(&format!("{text}public web={of_other}\n"));
+    all.server.signal(Signal::HUP);
+    let line = all
+        .server
+        .wait_for_line("nothing has changed: --public: could not listen on ");
     assert!(line.contains(&of_other.to_string()), "{line}");
     assert_echo(&connect(public), "as before");
-    assert_eq!(client.lines_with("lost the server"), [""; 0]);
+    assert_eq!(all.client.lines_with("lost the server"), [""; 0]);
     // A status page that has to wait keeps nobody from the visitors.
-    config.write(&format!("{text}status {of_other}\n"));
-    reload(&server, 1);
+    all.of_server.write(&format!("{text}status {of_other}\n"));
+    reload(&all.server, 1);
 }
 
 /// A port that is free at all addresses, and none of those that other tests dial from.
@@ -239,47 +257,43 @@ fn a_port_may_become_one_of_all_addresses(protection: Protection) {
     let [mut public, tunnel, control] = ports(protection, 6);
     public.set_port(port_of_nobody(protection));
     let text = format!("control {control}\ntunnel {tunnel}\n");
-    let config = Config::new(&format!("{text}public {public}\n"));
-    let server = server(protection, &config);
-    let service = Service::echo();
-    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
-    let client = client(protection, &local);
+    let all = Configured::start(protection, control, &format!("{text}public {public}\n"));
     let patient = connect(public);
     assert_echo(&patient, "before");
-    config.write(&format!("{text}public 0.0.0.0:{}\n", public.port()));
-    reload(&server, 1);
-    client.wait_for_lines("connected to", 2);
+    all.of_server
+        .write(&format!("{text}public 0.0.0.0:{}\n", public.port()));
+    reload(&all.server, 1);
+    all.client.wait_for_lines("connected to", 2);
     assert_echo(&connect(public), "as before");
     let elsewhere = SocketAddr::from(([127, 0, 0, 1], public.port()));
     assert_echo(&connect(elsewhere), "everywhere");
     assert_echo(&patient, "still here");
-    assert_eq!(server.lines_with("going on with"), [""; 0]);
+    assert_eq!(all.server.lines_with("going on with"), [""; 0]);
 }
 
 fn a_port_of_which_another_has_a_part_leaves_the_options_from_before(protection: Protection) {
     let [public, tunnel, control] = ports(protection, 3);
     let text = format!("control {control}\ntunnel {tunnel}\npair-timeout 1\npublic {public}\n");
-    let config = Config::new(&text);
-    let server = server(protection, &config);
-    let service = Service::echo();
-    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
-    let _client = client(protection, &local);
+    let all = Configured::start(protection, control, &text);
     // All of the port, of which the server has a part already.
     let other = [127, 0, 88, 200 + u8::from(protection == Protection::Sealed)];
     let _taken = TcpListener::bind(SocketAddr::from((other, public.port()))).unwrap();
-    let all = format!("0.0.0.0:{}", public.port());
-    config.write(&text.replace(&format!("public {public}"), &format!("public {all}")));
-    server.signal(Signal::HUP);
-    let line = server.wait_for_line("going on with the options from before");
-    assert!(line.contains(&all), "{line}");
+    let everywhere = format!("0.0.0.0:{}", public.port());
+    all.of_server
+        .write(&text.replace(&format!("public {public}"), &format!("public {everywhere}")));
+    all.server.signal(Signal::HUP);
+    let line = all
+        .server
+        .wait_for_line("going on with the options from before");
+    assert!(line.contains(&everywhere), "{line}");
     // For a moment nobody listens.
-    server.wait_for_lines("for the control link", 2);
+    all.server.wait_for_lines("for the control link", 2);
     assert_echo(&connect(public), "as before");
 }
 
 /// The client is silent for 6 s before it counts as dead, longer than the next server waits for a port.
 fn a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever(protection: Protection) {
-    let [public, tunnel, control] = ports(protection, 9);
+    let [public, tunnel, control] = ports(protection, 7);
     let text = format!("control {control}\ntunnel {tunnel}\npublic {public}\nclients 2\n");
     let config = Config::new(&text);
     let server = server(protection, &config);
@@ -305,29 +319,27 @@ fn a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever(protection: Prot
 
 fn a_stop_after_a_reload_ends_everything(protection: Protection) {
     let [public, tunnel, control] = ports(protection, 4);
-    let config = Config::new(&format!(
-        "control {control}\ntunnel {tunnel}\npublic {public}\n"
-    ));
-    let mut server = server(protection, &config);
-    let service = Service::echo();
-    let local = Config::new(&format!("server {control}\nlocal {}\n", service.addr));
-    let mut client = client(protection, &local);
+    let mut all = Configured::start(
+        protection,
+        control,
+        &format!("control {control}\ntunnel {tunnel}\npublic {public}\n"),
+    );
     let patient = connect(public);
     assert_echo(&patient, "before");
-    reload(&server, 1);
-    client.wait_for_lines("connected to", 2);
-    reload(&client, 1);
-    client.wait_for_lines("connected to", 3);
+    reload(&all.server, 1);
+    all.client.wait_for_lines("connected to", 2);
+    reload(&all.client, 1);
+    all.client.wait_for_lines("connected to", 3);
     assert_echo(&patient, "on what is left of the first ones");
     let later = connect(public);
     assert_echo(&later, "on the new ones");
-    for program in [&server, &client] {
+    for program in [&all.server, &all.client] {
         program.signal(Signal::TERM);
         program.wait_for_line("stopping");
     }
     assert_echo(&patient, "in the drain");
     assert_echo(&later, "in the drain, too");
     drop((patient, later));
-    assert!(server.wait_for_end().success());
-    assert!(client.wait_for_end().success());
+    assert!(all.server.wait_for_end().success());
+    assert!(all.client.wait_for_end().success());
 }
