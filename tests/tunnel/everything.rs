@@ -4,7 +4,7 @@
 //! soak.
 #![cfg(target_os = "linux")]
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,7 +17,9 @@ use tempfile::TempDir;
 use crate::support::programs::{Launch, Program, ports_of};
 use crate::support::random::Random;
 use crate::support::visits::{Soak, seconds_and_seed};
-use crate::support::{DEADLINE, Protection, Service, eventually, plain_and_sealed, take_turn};
+use crate::support::{
+    Protection, Service, eventually, once_settled, plain_and_sealed, take_turn, try_get,
+};
 
 plain_and_sealed! {
     everything_at_once (sealed as root),
@@ -61,7 +63,7 @@ fn everything_at_once(protection: Protection) {
     }
     for status in house.status {
         eventually("ready again", || {
-            read(status, "/readyz").is_ok_and(|text| text.starts_with("HTTP/1.1 200"))
+            try_get(status, "/readyz").is_ok_and(|(code, _)| code == 200)
         });
     }
     soaks.iter().for_each(|soak| soak.assert_all_ended());
@@ -107,30 +109,15 @@ fn hear_address(mut socket: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// The response to a request for what is at a path, if there is all of it.
-fn read(status: SocketAddr, path: &str) -> io::Result<String> {
-    let mut socket = TcpStream::connect(status)?;
-    socket.set_read_timeout(Some(DEADLINE))?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {status}\r\n\r\n");
-    socket.write_all(request.as_bytes())?;
-    let mut response = String::new();
-    socket.read_to_string(&mut response)?;
-    match response.is_empty() {
-        true => Err(io::ErrorKind::UnexpectedEof.into()),
-        false => Ok(response),
-    }
-}
-
 /// Reads the status of all programs all the time. One that is down, or dies meanwhile, has none.
 fn keep_reading(status: &[SocketAddr], end: Instant, pages: &AtomicUsize) {
     while Instant::now() < end {
         for (at, path) in status.iter().zip(["/metrics", "/", "/readyz", "/metrics"]) {
-            let Ok(response) = read(*at, path) else {
+            let Ok((code, body)) = try_get(*at, path) else {
                 continue;
             };
-            let code = &response[..12];
-            let is_fine = code == "HTTP/1.1 200" || (code == "HTTP/1.1 503" && path == "/readyz");
-            assert!(is_fine, "{path}: {response}");
+            let is_fine = code == 200 || (code == 503 && path == "/readyz");
+            assert!(is_fine, "{path}: {code} {body}");
             pages.fetch_add(1, Ordering::SeqCst);
         }
         thread::sleep(Duration::from_millis(250));
@@ -277,15 +264,8 @@ impl House {
 
     /// The same, once they do not change any more.
     fn holdings_at_rest(&self) -> [(usize, usize); 4] {
-        let (mut holdings, mut since) = (self.holdings(), Instant::now());
-        eventually("the programs are at rest", || {
-            let now = self.holdings();
-            if now != holdings {
-                (holdings, since) = (now, Instant::now());
-            }
-            since.elapsed() > Duration::from_secs(7)
-        });
-        holdings
+        let time = Duration::from_secs(7);
+        once_settled("the programs are at rest", time, || self.holdings())
     }
 }
 

@@ -16,7 +16,7 @@ use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, accept, any, assert_echo,
     assert_reset, client_options, closed_port, connect, echo, eventually, plain_and_sealed,
-    raise_descriptors, server_options, take_turn, unnamed, with,
+    raise_descriptors, server_options, take_turn, try_get, unnamed, with,
 };
 use tunnel_proxy::{Address, Client, Error, Server};
 
@@ -40,13 +40,7 @@ plain_and_sealed! {
 
 /// The code and the body of what is at a path.
 fn get(page: SocketAddr, path: &str) -> (u16, String) {
-    let mut socket = connect(page);
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {page}\r\n\r\n");
-    socket.write_all(request.as_bytes()).unwrap();
-    let mut text = String::new();
-    socket.read_to_string(&mut text).unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    (head[9..12].parse().unwrap(), body.to_owned())
+    try_get(page, path).unwrap()
 }
 
 fn page(at: SocketAddr) -> String {

@@ -250,6 +250,32 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// Looks until what is seen has stayed the same for this time, and returns that.
+pub fn once_settled<T: PartialEq>(what: &str, time: Duration, look: impl Fn() -> T) -> T {
+    let (mut seen, mut since) = (look(), Instant::now());
+    eventually(what, || {
+        let now = look();
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        }
+        since.elapsed() > time
+    });
+    seen
+}
+
+/// Returns the code and the body of what a status page has at a path; an error if that is not all of it.
+pub fn try_get(page: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    let mut socket = try_connect(page)?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {page}\r\n\r\n");
+    socket.write_all(request.as_bytes())?;
+    let mut text = String::new();
+    socket.read_to_string(&mut text)?;
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .ok_or(ErrorKind::UnexpectedEof)?;
+    Ok((head[9..12].parse().unwrap(), body.to_owned()))
+}
+
 /// Sets a flag when dropped: what goes on until then ends however the test does.
 pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 

@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex};
 #[cfg(unix)]
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{DEADLINE, Protection, connect, eventually};
+use super::{DEADLINE, Protection, connect, eventually, once_settled};
 
 /// What a fault has taken must be given back after this time: a tunnel beyond the pool stays idle for
 /// 10 s, and its threads stay parked for 5 s.
@@ -388,14 +388,8 @@ impl Both {
             addresses,
             at_rest: Holdings::default(),
         };
-        let mut since = Instant::now();
-        eventually("the programs are at rest", || {
-            let now = both.holdings(Program::busy_threads);
-            if now != both.at_rest {
-                (both.at_rest, since) = (now, Instant::now());
-            }
-            since.elapsed() > Duration::from_millis(500)
-        });
+        let (what, time) = ("the programs are at rest", Duration::from_millis(500));
+        both.at_rest = once_settled(what, time, || both.holdings(Program::busy_threads));
         both
     }
 
