@@ -15,11 +15,11 @@ use crate::support::proxies::Proxy;
 use crate::support::{Protection, Service, assert_echo, plain_and_sealed, share_turn, try_connect};
 
 plain_and_sealed! {
-    #[ignore = "needs haproxy"]
+    #[ignore = "needs haproxy: cargo test -- --include-ignored"]
     a_server_that_restarts_costs_no_visit,
-    #[ignore = "needs haproxy"]
+    #[ignore = "needs haproxy: cargo test -- --include-ignored"]
     a_server_that_is_killed_costs_only_visits_in_flight,
-    #[ignore = "needs haproxy"]
+    #[ignore = "needs haproxy: cargo test -- --include-ignored"]
     a_client_that_restarts_lets_visits_wait,
 }
 
