@@ -112,7 +112,7 @@ impl Shared {
     /// and whether the session was of use.
     fn connect_control(self: &Arc<Self>, server: &Upstream) -> Result<(Ended, bool), NoSession> {
         let options = &self.options;
-        let control = net::dial(&server.address).map_err(NoSession::Unreachable)?;
+        let control = net::dial(&server.address, false).map_err(NoSession::Unreachable)?;
         let control = Arc::new(control);
         self.warn_without_key(server, &control);
         let mut link = open_link(Conn::new(control.clone()), options)?;
@@ -248,11 +248,10 @@ impl Shared {
             let reason = Failure::Loop;
             return Err(LocalError { reason, why });
         }
-        let local = net::dial(address)?;
+        // Until it is joined and has ended well, an end would be taken for a complete visit.
+        let local = net::dial(address, true)?;
         let own_dial = self.own_dial(session, &local)?;
         self.say_whose(visitor, &local, address)?;
-        // Until it is joined and has ended well, an end would be taken for a complete visit.
-        net::reset_on_close(&local, true);
         Ok((local, own_dial))
     }
 
@@ -260,7 +259,9 @@ impl Shared {
     fn connect_remote(&self, mut spare: Spare) -> Result<(Tunnel, Spare), NoVisitor> {
         let session = spare.session.clone();
         let mut conn = self.dial_again(&session, || {
-            let remote = net::dial_one(session.tunnel_addr)?;
+            // An end would be taken for a complete and empty answer where nothing frames it.
+            let is_original = session.proto == Proto::Original;
+            let remote = net::dial_one(session.tunnel_addr, is_original)?;
             let mut remote = Conn::new(Arc::new(remote));
             if let Some(bond) = &session.bond {
                 seal_tunnel(&mut remote, bond)?;
@@ -270,14 +271,10 @@ impl Shared {
         // Once the tunnel has named its session, the server may give it a visitor, whom a client that
         // stops must not forget.
         let held = spare.hold(&self.pairs)?;
-        match session.proto {
-            // An end would be taken for a complete and empty answer.
-            Proto::Original => net::reset_on_close(conn.socket(), true),
-            Proto::Tp2 { id, .. } => {
-                conn.begin_frames();
-                let named = send(&mut conn.writer, &Line::Tunnel { session: id });
-                named.map_err(|error| NoVisitor::Dial(error.into()))?;
-            }
+        if let Proto::Tp2 { id, .. } = session.proto {
+            conn.begin_frames();
+            let named = send(&mut conn.writer, &Line::Tunnel { session: id });
+            named.map_err(|error| NoVisitor::Dial(error.into()))?;
         }
         self.journal.tunnel_dialled(&session.dialled);
         Ok((Tunnel { conn, held }, spare))

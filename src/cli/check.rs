@@ -47,7 +47,7 @@ pub fn check(options: &ClientOptions, tell: impl FnMut(&Step)) -> bool {
     }
     for (service, local) in &options.local {
         let what = format!("local service{} {local}", service.behind(" "));
-        check.step(what, || match net::dial(local) {
+        check.step(what, || match net::dial(local, false) {
             Ok(_) => Ok(("it takes connections".to_owned(), ())),
             Err(error) => Err(format!("{}: {error}", at_service(&error))),
         });
@@ -89,7 +89,7 @@ impl<T: FnMut(&Step)> Check<T> {
             Ok((found.join(", "), ()))
         })?;
         let control = self.step(format!("control port {server}"), || {
-            let control = net::dial(server).map_err(|error| at_server(&error))?;
+            let control = net::dial(server, false).map_err(|error| at_server(&error))?;
             let peer = control.peer_addr().map_err(|error| error.to_string())?;
             Ok((format!("{peer} answers"), (control, peer)))
         })?;
@@ -132,7 +132,7 @@ impl<T: FnMut(&Step)> Check<T> {
 /// Opens one tunnel of a session, as the client does.
 fn try_tunnel(addr: SocketAddr, link: &Answered) -> Result<(), String> {
     let start = Instant::now();
-    let socket: TcpStream = net::dial_one(addr).map_err(|error| at_server(&error))?;
+    let socket: TcpStream = net::dial_one(addr, false).map_err(|error| at_server(&error))?;
     let patience = REFUSAL + 2 * start.elapsed();
     let mut conn = Conn::new(Arc::new(socket));
     let Proto::Tp2 { id, .. } = link.proto else {

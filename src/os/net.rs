@@ -80,9 +80,11 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     Ok((socket, from))
 }
 
-/// Dials every address of a name in turn, looked up anew each time, until one answers. The error
-/// names the address, and the one of its numbers that was tried last.
-pub fn dial(address: &Address) -> io::Result<TcpStream> {
+/// Dials every address of a name in turn, looked up anew each time, until one answers. The connection
+/// [resets on close](reset_on_close) from its first moment on if it is to: a program that is killed just
+/// then would end it otherwise. The error names the address, and the one of its numbers that was tried
+/// last.
+pub fn dial(address: &Address, reset: bool) -> io::Result<TcpStream> {
     let named = |kind, error: io::Error| {
         let text = error.to_string();
         let name = address.to_string();
@@ -95,7 +97,7 @@ pub fn dial(address: &Address) -> io::Result<TcpStream> {
     let mut failed = io::Error::from(io::ErrorKind::NotFound);
     let found = address.resolve();
     for number in found.map_err(|error| named(io::ErrorKind::NotFound, error))? {
-        match dial_one(number) {
+        match dial_one(number, reset) {
             Ok(socket) => return Ok(socket),
             Err(error) => failed = error,
         }
@@ -103,12 +105,16 @@ pub fn dial(address: &Address) -> io::Result<TcpStream> {
     Err(named(failed.kind(), failed))
 }
 
-/// Dials one address; the error names it.
-pub fn dial_one(address: SocketAddr) -> io::Result<TcpStream> {
+/// Dials one address, as [`dial`] does; the error names it.
+pub fn dial_one(address: SocketAddr, reset: bool) -> io::Result<TcpStream> {
     let dial = || {
-        let socket = TcpStream::connect_timeout(&address, DIAL_TIMEOUT)?;
-        tune(&SockRef::from(&socket))?;
-        Ok(socket)
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        if reset {
+            socket.set_linger(Some(Duration::ZERO))?;
+        }
+        tune(&socket)?;
+        socket.connect_timeout(&address.into(), DIAL_TIMEOUT)?;
+        Ok(socket.into())
     };
     dial().map_err(|error: io::Error| {
         let hint = match error.kind() {
@@ -322,7 +328,9 @@ mod tests {
         let any = Address::new("127.0.0.1", 0);
         let any = any.resolve().unwrap()[0];
         let (listener, address) = listen_on(any).unwrap();
-        let dialled = dial_one(address).unwrap();
+        let dialled = dial_one(address, true).unwrap();
+        let linger = SockRef::from(&dialled).linger().unwrap();
+        assert_eq!(linger, Some(Duration::ZERO));
         for socket in [dialled, accept(&listener).unwrap().0] {
             let socket = SockRef::from(&socket);
             assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
@@ -336,17 +344,20 @@ mod tests {
     fn a_failed_dial_names_its_address_once() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let open = listener.local_addr().unwrap();
-        assert_eq!(dial(&open.into()).unwrap().peer_addr().unwrap(), open);
+        assert_eq!(
+            dial(&open.into(), false).unwrap().peer_addr().unwrap(),
+            open
+        );
         drop(listener);
         // Nobody listens there any more.
-        let error = dial(&open.into()).unwrap_err();
+        let error = dial(&open.into(), false).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         assert!(
             error.to_string().starts_with(&format!("{open}: C")),
             "{error}"
         );
         let name = Address::new("localhost", open.port());
-        let error = dial(&name).unwrap_err().to_string();
+        let error = dial(&name, false).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{name}: ")), "{error}");
         assert!(error.contains(&open.to_string()), "{error}");
     }
