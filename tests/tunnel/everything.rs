@@ -18,7 +18,7 @@ use crate::support::programs::{Launch, Program, ports_of};
 use crate::support::random::Random;
 use crate::support::visits::{Soak, seconds_and_seed};
 use crate::support::{
-    Protection, Service, eventually, once_settled, plain_and_sealed, take_turn, try_get,
+    Protection, Service, eventually, once_settled, plain_and_sealed, share_turn, try_get,
 };
 
 plain_and_sealed! {
@@ -45,7 +45,7 @@ fn everything_at_once(protection: Protection) {
     let services: Vec<_> = SERVICES.iter().zip(&soaks).map(serve).collect();
     let mut house = House::start(protection, &services);
     let at_rest = house.holdings_at_rest();
-    let turn = take_turn();
+    let turn = share_turn();
     let end = Instant::now() + Duration::from_secs(seconds);
     let pages = AtomicUsize::new(0);
     thread::scope(|scope| {

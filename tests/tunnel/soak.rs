@@ -17,7 +17,7 @@ use crate::support::faulty_relay::{Fault, FaultyRelay};
 use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::random::Random;
 use crate::support::visits::{COMPANIONS, MAGIC, Soak, Visit, seconds_and_seed};
-use crate::support::{Protection, Service, pattern, plain_and_sealed, take_turn};
+use crate::support::{Protection, Service, pattern, plain_and_sealed, share_turn};
 
 plain_and_sealed! {
     soak (sealed as root),
@@ -50,7 +50,7 @@ fn soak_tunnel(protection: Protection, host: &str, seconds: u64, seed: u64) {
     let soak = Arc::new(Soak::new(seed, protection));
     let serving = soak.clone();
     let service = Service::start(move |socket| serving.serve(&socket));
-    let turn = take_turn();
+    let turn = share_turn();
     let mut chaos = Chaos::start(&soak, host, service.addr, seconds > LONG);
     let public = chaos.both.addresses[0];
     let end = Instant::now() + Duration::from_secs(seconds);

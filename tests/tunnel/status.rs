@@ -16,7 +16,7 @@ use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, accept, any, assert_echo,
     assert_reset, client_options, closed_port, connect, echo, eventually, plain_and_sealed,
-    raise_descriptors, server_options, take_turn, try_get, unnamed, with,
+    raise_descriptors, server_options, share_turn, take_turn, try_get, unnamed, with,
 };
 use tunnel_proxy::{Address, Client, Error, Server};
 
@@ -390,7 +390,7 @@ fn a_client_that_drains_is_not_ready_and_shows_who_is_left(protection: Protectio
 }
 
 fn a_program_under_load_is_ready_and_counts_right(protection: Protection) {
-    let turn = take_turn();
+    let turn = share_turn();
     let service = Service::echo();
     let shown = Shown::start(protection, service.addr);
     let visits = |at| metric(at, "visits_total{service=\"\"}");

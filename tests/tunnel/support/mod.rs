@@ -103,9 +103,9 @@ pub fn take_turn() -> RwLockWriteGuard<'static, ()> {
     TURN.write()
 }
 
-/// Waits until no test has a turn, and lets none have one until dropped: for a test that counts on the
-/// buffers that the kernel gives a connection, which are small beside a crowd. Several such tests
-/// run at a time.
+/// Waits until no test has a turn, and lets none have one until dropped: for a test whose load would
+/// spoil what others measure, or that counts on the buffers that the kernel gives a connection, which
+/// are small beside a crowd. Several such tests run at a time.
 pub fn share_turn() -> RwLockReadGuard<'static, ()> {
     TURN.read()
 }
