@@ -1,7 +1,7 @@
 //! Everything that is set on a socket, and how sockets come to be and are ended.
 
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
@@ -42,7 +42,7 @@ pub fn listen_on(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     // means something else: it would let two programs share the port.
     #[cfg(unix)]
     socket.set_reuse_address(true)?;
-    tune(&socket)?;
+    tune(&socket, None)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     let listener = TcpListener::from(socket);
@@ -76,7 +76,7 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     from.set_ip(from.ip().to_canonical());
     // Linux hands on what is set on the listener: five system calls less for each connection.
     #[cfg(not(target_os = "linux"))]
-    tune(&SockRef::from(&socket))?;
+    tune(&SockRef::from(&socket), Some(from.ip()))?;
     Ok((socket, from))
 }
 
@@ -112,7 +112,7 @@ pub fn dial_one(address: SocketAddr, reset: bool) -> io::Result<TcpStream> {
         if reset {
             socket.set_linger(Some(Duration::ZERO))?;
         }
-        tune(&socket)?;
+        tune(&socket, Some(address.ip()))?;
         socket.connect_timeout(&address.into(), DIAL_TIMEOUT)?;
         Ok(socket.into())
     };
@@ -126,9 +126,13 @@ pub fn dial_one(address: SocketAddr, reset: bool) -> io::Result<TcpStream> {
 }
 
 /// What all four kinds of connections want: nothing held back for company (a lone keystroke goes
-/// out at once), and a dead peer found although nothing is sent.
-fn tune(socket: &Socket) -> io::Result<()> {
+/// out at once), and a dead peer found although nothing is sent. On this host no peer dies unnoticed:
+/// that saves four system calls for each dial of a local service.
+fn tune(socket: &Socket, peer: Option<IpAddr>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    if peer.is_some_and(|peer| peer.is_loopback()) {
+        return Ok(());
+    }
     let keepalive = TcpKeepalive::new()
         .with_time(KEEPALIVE_TIME)
         .with_interval(KEEPALIVE_INTERVAL);
@@ -331,8 +335,11 @@ mod tests {
         let dialled = dial_one(address, true).unwrap();
         let linger = SockRef::from(&dialled).linger().unwrap();
         assert_eq!(linger, Some(Duration::ZERO));
-        for socket in [dialled, accept(&listener).unwrap().0] {
-            let socket = SockRef::from(&socket);
+        let far = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        tune(&far, "192.0.2.1".parse().ok()).unwrap();
+        let near = SockRef::from(&dialled);
+        assert!(near.tcp_nodelay().unwrap() && !near.keepalive().unwrap());
+        for socket in [far, accept(&listener).unwrap().0.into()] {
             assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
             assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_TIME);
             let interval = socket.tcp_keepalive_interval().unwrap();
