@@ -22,7 +22,7 @@ use crate::support::{
 };
 
 plain_and_sealed! {
-    everything_at_once (sealed as root),
+    soak_everything (sealed as root),
 }
 
 const SERVICES: [&str; 3] = ["mail", "ssh", "web"];
@@ -39,7 +39,7 @@ const MEMORY: usize = 32 * 1024;
 /// What is idle beyond the pool is closed after 10 s, and parked threads end after 5 s.
 const REST: Duration = Duration::from_secs(25);
 
-fn everything_at_once(protection: Protection) {
+fn soak_everything(protection: Protection) {
     let (seconds, seed) = seconds_and_seed();
     let soaks = SERVICES.map(|_| Arc::new(Soak::new(seed, protection)));
     let services: Vec<_> = SERVICES.iter().zip(&soaks).map(serve).collect();
