@@ -253,10 +253,10 @@ fn both_programs_have_less_than_four_mib_besides_their_code(protection: Protecti
 }
 
 fn silent_strangers_take_neither_time_nor_memory(protection: Protection) {
-    let _turn = take_turn();
     raise_descriptors();
     let service = Service::echo();
     let (server, [public, tunnel, control]) = Program::server(protection, &[]);
+    let _turn = take_turn();
     let before = server.memory("Pss_Anon");
     let crowd = |address| -> Vec<_> { (0..500).map(|_| connect(address)).collect() };
     let strangers = [crowd(control), crowd(tunnel)];

@@ -219,7 +219,9 @@ fn metrics_count_what_goes_on(protection: Protection) {
         ] {
             eventually(name, || metric(at, name) == value);
         }
-        assert!(metric(at, "tunnels_dialled_total") >= 8.0);
+        eventually("the pool is dialled", || {
+            metric(at, "tunnels_dialled_total") >= 8.0
+        });
         assert!(metric(at, "join_seconds_sum") > 0.0);
         assert!(metric(at, "uptime_seconds") > 0.0);
         assert!(metric(at, "max_visitors") > 100.0);
