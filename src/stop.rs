@@ -14,7 +14,7 @@ pub enum Phase {
     /// over its ports.
     HandingOver,
     /// No visitor comes any more, but for those in the kernel's backlog. Visitors who wait for a
-    /// tunnel still get one.
+    /// tunnel still get one. A client says bye.
     Draining,
     /// Nobody waits any more, and the session ends. Visitors who are joined finish.
     Leaving,

@@ -90,7 +90,7 @@ impl Shared {
                 Err(why) => why,
             };
             let again = pauses.next();
-            if !again.is_some_and(|pause| self.stop.sleep(pause, Phase::Leaving)) {
+            if !again.is_some_and(|pause| self.stop.sleep(pause, Phase::Draining)) {
                 return Err(NoVisitor::Dial(why));
             }
         }

@@ -118,7 +118,7 @@ impl Shared {
         self.journal.connecting(server);
         loop {
             let result = self.connect_control(upstream);
-            if self.stop.reached(Phase::Leaving) {
+            if self.stop.reached(Phase::Draining) {
                 return;
             }
             if let Ok((_, true)) = result {
@@ -129,7 +129,7 @@ impl Shared {
                 Ok((ended, _)) => self.journal.lost(server, &ended, pause),
                 Err(why) => self.journal.no_session(server, &why, pause),
             }
-            if !self.stop.sleep(pause, Phase::Leaving) {
+            if !self.stop.sleep(pause, Phase::Draining) {
                 return;
             }
         }
@@ -148,7 +148,7 @@ impl Shared {
         let local = &self.options.local;
         self.journal.connected(&server.address, session, local);
         *server.session.lock() = Some(session.clone());
-        if self.stop.reached(Phase::Leaving) {
+        if self.stop.reached(Phase::Draining) {
             // The stop may have come too early to find this session.
             session.say_bye_and_end();
         }
@@ -177,7 +177,7 @@ impl Shared {
         // is still served, however far away the server is; meanwhile the next session may begin.
         let limit = match ended {
             Ended::Bye(_) => SILENCE,
-            _ if self.stop.reached(Phase::Leaving) => SILENCE,
+            _ if self.stop.reached(Phase::Draining) => SILENCE,
             _ => LAST_WORDS,
         };
         let owned = session.clone();
@@ -197,11 +197,11 @@ impl Half for Shared {
     fn stop(self: Arc<Self>, drain: Duration) {
         self.stop.end_after(drain);
         self.pairs.look();
-        // Before `run` looks, so that no visitor is expected any more then; and again for a session
-        // that begins in this moment.
+        // A session that ends from now on was not lost, and one that begins says bye by itself.
+        self.stop.advance(Phase::Draining);
+        // Before `run` looks, so that no visitor is expected any more then.
         self.say_bye();
         self.stop.advance(Phase::Leaving);
-        self.say_bye();
     }
 
     fn make_way(self: Arc<Self>) {

@@ -43,7 +43,7 @@ impl Shared {
 
     /// Returns why a visitor who came to a server now would not be served.
     fn not_ready(&self, live: &[Option<Arc<Session>>]) -> Vec<String> {
-        if self.stop.reached(Phase::Leaving) {
+        if self.stop.reached(Phase::Draining) {
             return vec!["the client is about to stop".to_owned()];
         }
         let mut why = Vec::new();

@@ -9,7 +9,9 @@ use zeroize::Zeroizing;
 
 use crate::door::openings::{OpeningId, Openings};
 use crate::key::Key;
-use crate::wire::frame::{Cipher, LENGTH, Opener, REKEY_AFTER, Sealer, TAG, broken};
+use crate::wire::frame::{
+    Cipher, LENGTH, Opener, REKEY_AFTER, Sealer, TAG, begins_with_line, broken,
+};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 
@@ -99,8 +101,16 @@ pub fn initiate(
     let [key, ..] = purpose.keys() else {
         return Err(io::Error::other("there is no key").into());
     };
-    let mut state = begin(key, &prologue)?.build_initiator().map_err(broken)?;
-    writer.write_all(&write_message(&mut state)?)?;
+    // One ephemeral key in 256 would make the message begin like a line in a frame, and a server without
+    // a key would tell the client that it has come to the wrong port.
+    let mut state = loop {
+        let mut state = begin(key, &prologue)?.build_initiator().map_err(broken)?;
+        let message = write_message(&mut state)?;
+        if !begins_with_line(&message) {
+            writer.write_all(&message)?;
+            break state;
+        }
+    };
     let message = read_message(reader)?;
     let opened = state.read_message(&message, &mut []);
     opened.map_err(|_| NoHandshake::WrongKey)?;
@@ -248,6 +258,18 @@ mod tests {
 
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// One in 256 would begin so by chance.
+    #[test]
+    fn no_handshake_begins_like_a_line_in_a_frame() {
+        let key = fixed_key();
+        let control = Purpose::Control(std::slice::from_ref(&key));
+        for _ in 0..3000 {
+            let mut opening = Vec::new();
+            assert!(initiate(&mut std::io::empty(), &mut opening, &control).is_err());
+            assert!(opening.starts_with(&OPENING) && !begins_with_line(&opening));
+        }
     }
 
     /// From an implementation of its own, written after the Noise specification alone.

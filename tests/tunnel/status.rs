@@ -114,6 +114,7 @@ impl Shown {
 }
 
 fn a_page_shows_services_sessions_and_visitors(protection: Protection) {
+    const UP: &str = "<dt>Up</dt><dd>10\u{a0}B<";
     let service = Service::echo();
     let names = ["", "web"].map(|name| name.parse::<tunnel_proxy::Service>().unwrap_or_default());
     let server = RunningServer::start(with!(server_options(protection);
@@ -135,8 +136,15 @@ fn a_page_shows_services_sessions_and_visitors(protection: Protection) {
         Protection::Sealed => "\"Sealed\">yes<",
     };
     let from = visitors.each_ref().map(|it| it.local_addr().unwrap());
-    let of_server = page(server.handle().status_addr().unwrap());
-    let of_client = page(status_of_client(&client));
+    let [of_server, of_client] = [
+        server.handle().status_addr().unwrap(),
+        status_of_client(&client),
+    ]
+    .map(|at| {
+        // The threads that moved the bytes may have counted them a little later.
+        eventually("what was moved is counted", || page(at).contains(UP));
+        page(at)
+    });
     for (shown, program, peer) in [
         (&of_server, "tpserver", "\"Client\">127.0.0.1:".to_owned()),
         (
@@ -153,7 +161,7 @@ fn a_page_shows_services_sessions_and_visitors(protection: Protection) {
             &format!("\"Address\">{}</td><td data-head=\"Service\">web<", from[1]),
             "<dt>Visitors now</dt><dd>2 ",
             "<dt>Visits</dt><dd>2<",
-            "<dt>Up</dt><dd>10\u{a0}B<",
+            UP,
             "\"Pool\">8<",
             " ago INFO status at http://127.0.0.1:",
         ] {
