@@ -54,7 +54,9 @@ impl Shared {
     pub(super) fn one_more(self: &Arc<Self>, session: &Arc<Session>) {
         match self.one_spare(session, MAX_SPARE) {
             Some(spare) => _ = self.start_combine(spare),
-            None => self.journal.no_descriptors(),
+            None if session.is_live() => self.journal.no_descriptors(),
+            // The client stops, and the server does not know yet.
+            None => {}
         }
     }
 
