@@ -228,6 +228,8 @@ fn metrics_count_what_goes_on(protection: Protection) {
         assert!(metric(at, "uptime_seconds") > 0.0);
         assert!(metric(at, "max_visitors") > 100.0);
     }
+    // Nobody was refused by the client.
+    assert_eq!(metric(shown.pages[1], "log_lines_left_out_total"), 0.0);
     // The client does not know.
     assert_eq!(metric(of_server, "waiting_visitors{service=\"\"}"), 0.0);
     let (_, of_client) = get(shown.pages[1], "/metrics");
