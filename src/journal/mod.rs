@@ -339,7 +339,11 @@ impl Journal {
 
     /// The ports could not be offered to another server.
     pub fn hand_over_failed(&self, error: &io::Error) {
-        self.detail(format_args!("could not hand over: {error}"));
+        let what = format_args!(
+            "could not offer the ports to a next server, so visitors are refused until one listens; a \
+             sandbox must allow AF_UNIX: {error}"
+        );
+        self.say(Warn, what);
     }
 }
 

@@ -3,6 +3,8 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as LocalAddr, UnixListener};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -222,6 +224,18 @@ fn a_server_that_takes_over_late_waits_for_those_before_it(protection: Protectio
     let client = launch.client(addresses, service.addr, &[]);
     let both = Both::at_rest(next, client, addresses);
     echo(&both.visit());
+}
+
+/// Someone else has the local name that the next server would look for.
+#[test]
+fn a_server_says_that_it_cannot_hand_over() {
+    let mut server = Launch::new(Protection::Plain).server(&[]);
+    let [_, _, control] = server.addresses();
+    let name = LocalAddr::from_abstract_name(format!("tunnel-proxy {control}")).unwrap();
+    let _taken = UnixListener::bind_addr(&name).unwrap();
+    server.signal(Signal::TERM);
+    server.wait_for_line("WARN  tpserver] could not offer the ports to a next server");
+    assert!(server.wait_for_end().success());
 }
 
 /// Every third connection to the tunnel port ends at once, and no tunnel is idle.
