@@ -95,8 +95,8 @@
 //!    ports, and where it sees the client come from. Or it says `bye reason=…`: `busy` if there are as
 //!    many clients as it takes, `wants-key` or `no-key` if only one side has a key, `wrong-key`,
 //!    `version` if the client speaks another version than `proto=2`, `draining` if the server is about
-//!    to stop. `control-port`, `tunnel-port` or `public-port` is the port that the client has come to by
-//!    mistake.
+//!    to stop, `error` if the server could not begin a session, and logs why. `control-port`,
+//!    `tunnel-port` or `public-port` is the port that the client has come to by mistake.
 //! 3. A side with services that have names says `offers=N` in its hello, and names each of them behind
 //!    it: `offer service=web` from the client, `offer service=web port=8080` from the server, without
 //!    `service=` for the one that has no name. Without `offers`, that is the only one.
