@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::door::{Answered, NoSession, no_server, open_link, seal_tunnel};
-use crate::options::{ClientOptions, TUNNEL_PORT};
+use crate::options::ClientOptions;
 use crate::os::net;
 use crate::session::Proto;
 use crate::wire::conn::Conn;
@@ -103,11 +103,18 @@ impl<T: FnMut(&Step)> Check<T> {
             };
             Ok((format!("{}{sealed}", link.proto), link))
         })?;
-        let mut tunnel = peer;
-        let told = link.welcome.as_ref().and_then(|welcome| welcome.tunnel);
-        tunnel.set_port(options.tunnel_port.or(told).unwrap_or(TUNNEL_PORT));
-        self.step(format!("tunnel port {tunnel}"), || {
-            try_tunnel(tunnel, &link).map(|()| ("it takes tunnels".to_owned(), ()))
+        let tunnel = link.tunnel_port(options.tunnel_port).map(|port| {
+            let mut tunnel = peer;
+            tunnel.set_port(port);
+            tunnel
+        });
+        let what = match &tunnel {
+            Ok(tunnel) => format!("tunnel port {tunnel}"),
+            Err(_) => "tunnel port".to_owned(),
+        };
+        self.step(what, || {
+            try_tunnel(tunnel.map_err(|why| why.to_string())?, &link)?;
+            Ok(("it takes tunnels".to_owned(), ()))
         });
         for service in options.local.keys() {
             let what = format!("visitors{} at {}", service.behind(" "), server.host);

@@ -32,6 +32,8 @@ pub enum Error {
     NotReady(NotReady),
     /// The tunnel itself did not start.
     Tunnel(crate::Error),
+    /// After a reload, the tunnel did not even start with the options from before.
+    NothingRuns(crate::Error),
 }
 
 impl Error {
@@ -82,6 +84,9 @@ impl fmt::Display for Error {
             Self::Signals(_) => write!(f, "could not prepare for signals"),
             Self::NotReady(why) => why.fmt(f),
             Self::Tunnel(error) => error.fmt(f),
+            Self::NothingRuns(_) => {
+                write!(f, "nothing takes visitors any more, as a reload has failed")
+            }
         }
     }
 }
@@ -96,6 +101,7 @@ impl std::error::Error for Error {
             | Self::Thread(error)
             | Self::Signals(error) => Some(error),
             Self::Tunnel(error) => error.source(),
+            Self::NothingRuns(error) => Some(error),
         }
     }
 }

@@ -32,7 +32,7 @@ pub use error::Error;
 pub use ready::NotReady;
 
 use command_line::{Command, Common, ReadFile};
-use signals::{Reload, Signals};
+use signals::Signals;
 
 /// A server that was told to stop keeps its ports as long as visitors wait for a tunnel, up to
 /// `--pair-timeout`. The next server waits for them a second longer, but not much longer than a
@@ -114,7 +114,7 @@ fn run<O: Clone + Send + 'static>(
         Command::Run(options, common) => (options, common),
     };
     let keys = prepare(&common)?;
-    let signals = Signals::take(common.drain)?;
+    let signals = Signals::take(common.drain, common.has_file)?;
     let options = with_keys(options, keys);
     let running = start(options.clone())?;
     let in_force = Mutex::new(options);
@@ -132,15 +132,11 @@ fn run<O: Clone + Send + 'static>(
             .inspect(|_| *in_force = options)
             .or_else(|error| {
                 warn!("going on with the options from before: {}", chain(&error));
-                Ok(start(in_force.clone())?)
+                start(in_force.clone()).map_err(Error::NothingRuns)
             })
     };
-    let reload: Option<Arc<Reload>> = match common.has_file {
-        true => Some(Arc::new(reload)),
-        false => None,
-    };
-    signals.obey_for(running, reload);
-    signals.wait()
+    signals.obey_for(&running, Arc::new(reload));
+    signals.wait(running)
 }
 
 /// Reads the file that `--config` names. It has some lines; `/dev/zero` has no end.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::key::Key;
-use crate::options::{ClientOptions, ServerOptions};
+use crate::options::{ClientOptions, ServerOptions, TUNNEL_PORT};
 use crate::os::limits::MAX_HEADERLESS;
 use crate::os::net::{self, timed_out};
 use crate::service::{MAX_SERVICES, Service};
@@ -421,6 +421,23 @@ pub struct Answered {
     pub offers: Offers,
     /// What its tunnels will be tied to. None without a key.
     pub bond: Option<Bond>,
+}
+
+impl Answered {
+    /// Returns where tunnels go to: the port that was asked for, or else the one that the server told.
+    ///
+    /// # Errors
+    /// The port that was asked for is the server's port for visitors. The one that the server told may
+    /// have the same number, on another address.
+    pub fn tunnel_port(&self, asked: Option<u16>) -> Result<u16, NoSession> {
+        let told = self.welcome.as_ref().and_then(|welcome| welcome.tunnel);
+        match asked {
+            Some(port) if told != asked && self.offers.values().any(|public| *public == asked) => {
+                Err(NoSession::TunnelPortIsPublic(port))
+            }
+            _ => Ok(asked.or(told).unwrap_or(TUNNEL_PORT)),
+        }
+    }
 }
 
 /// What a client begins a control link with: the handshake, if there is a key, and a line each way.

@@ -8,7 +8,7 @@ use crate::service::Service;
 
 /// What a [`Server`](crate::Server) or a [`Client`](crate::Client) does now and has done. It prints as
 /// one line of `key=value`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
     /// The time since the server or client was made.

@@ -27,11 +27,12 @@ const OTHER_DESCRIPTORS: usize = 2 * MAX_THREADS + 16;
 const MAX_PIPES: usize = 64;
 
 /// How many visitors the process has descriptors for, two each, besides these ports, and a control link
-/// and a full pool with each of these peers; half of all are for visitors in any case. More must not be
-/// accepted: they would leave none for the tunnels that they wait for.
+/// and a full pool with each of these peers; half of all are for visitors and their pipes in any case.
+/// More must not be accepted: they would leave none for the tunnels that they wait for.
 pub fn affordable_visitors(ports: usize, peers: usize) -> usize {
     let descriptors = descriptors();
-    let others = OTHER_DESCRIPTORS + 2 * ports + (1 + MAX_POOL) * peers;
+    let pools = (1 + MAX_POOL).saturating_mul(peers);
+    let others = pools.saturating_add(OTHER_DESCRIPTORS + 2 * ports);
     (descriptors - others.min(descriptors / 2)) / 2 - affordable_pipes()
 }
 

@@ -109,12 +109,11 @@ impl Direction {
                 self.room = None;
             }
             if (before == 0) != (level == 0) {
-                let pause = (level > 0).then_some(BULK_PAUSE);
-                net::limit_pause(self.reader.socket(), pause).map_err(reading)?;
+                self.notice_pauses(level > 0)?;
             }
         }
         if level > 0 {
-            net::limit_pause(self.reader.socket(), None).map_err(reading)?;
+            self.notice_pauses(false)?;
         }
         // The end frame may have to wait for room like any byte, and so must not be written
         // under the lock; before it is written, the pair is not half-closed.
@@ -138,13 +137,18 @@ impl Direction {
             room = take(&self.ending.pair);
         }
         // The far side of a plain tunnel may say later that the rest comes without frames.
-        if room.is_none()
-            && self.reader.plain().is_some()
-            && !std::mem::replace(spliced_not, true)
-            && self.splice()?
+        if room.is_none() && self.reader.plain().is_some() && !std::mem::replace(spliced_not, true)
         {
-            *spliced_not = false;
-            return Ok(0);
+            if level == 0 {
+                self.notice_pauses(true)?;
+            }
+            *spliced_not = !self.splice()?;
+            if level == 0 {
+                self.notice_pauses(false)?;
+            }
+            if !*spliced_not {
+                return Ok(0);
+            }
         }
         if level + 1 == BULK {
             room = take(&self.ending.pair);
@@ -156,6 +160,13 @@ impl Direction {
                 level + 1
             }
         })
+    }
+
+    /// From now on a read that waits for longer than a bulk's pause ends, or none does.
+    fn notice_pauses(&self, notice: bool) -> Result<(), Failure> {
+        let limited = net::limit_pause(self.reader.socket(), notice.then_some(BULK_PAUSE));
+        let (from, _) = self.ending.pair.sides(self.ending.way);
+        limited.map_err(|error| Failure::reading(from.reading_failed(error)))
     }
 
     /// Lets the kernel move bulk, if both sides are plain, until it is bulk no more. Whatever ends

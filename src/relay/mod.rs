@@ -580,6 +580,29 @@ mod tests {
         ends
     }
 
+    /// A direction that finds no room for a second buffer is spliced from the first one on.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_silent_direction_keeps_no_pipe() {
+        let (pairs, workers) = (new_pairs(), Workers::new(journal::panicked));
+        let pipes = pairs.pipes.free();
+        let eventually_free = |count| {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while pairs.pipes.free() != count {
+                assert!(Instant::now() < deadline, "{} free", pairs.pipes.free());
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let _taken: Vec<_> = std::iter::from_fn(|| pairs.roomy[0].try_take()).collect();
+        let [mut visitor, mut service] = at_work(&pairs, &workers, "192.0.2.1:1");
+        for _ in 0..2 {
+            visitor.write_all(&[1; 6 * 1024]).unwrap();
+            service.read_exact(&mut [0; 6 * 1024]).unwrap();
+            eventually_free(pipes - 1);
+            eventually_free(pipes);
+        }
+    }
+
     #[test]
     fn a_panic_aborts_its_pair_and_no_other() {
         let log = journal::tests::record();

@@ -198,7 +198,7 @@ impl Pair {
             half_closed.moved = moved;
             half_closed.since = Instant::now();
         }
-        if half_closed.since.elapsed() >= self.linger + self.write_limit.min(SWEEP) {
+        if half_closed.since.elapsed() >= self.linger.saturating_add(self.write_limit.min(SWEEP)) {
             let (finished, _) = self.sides(half_closed.way);
             let why = Aborted::StoodStill(self.linger, finished.peer);
             drop(progress);

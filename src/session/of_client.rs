@@ -10,7 +10,6 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::door::{Answered, NoSession, Offers, no_server};
-use crate::options::TUNNEL_PORT;
 use crate::os::limits::Slot;
 use crate::os::net;
 use crate::relay::{Expected, Pairs, Visitor};
@@ -19,7 +18,7 @@ use crate::session::{Ended, Proto};
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, send, write_lines};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Arrival, Failure, Line, Reason, SILENCE, Welcome};
+use crate::wire::line::{Arrival, Failure, Line, Reason, SILENCE};
 
 /// The last line of a client that stops.
 const STOPPING: Line = Line::Bye {
@@ -66,32 +65,24 @@ struct State {
 }
 
 impl Session {
-    /// The session that a server's answer begins; and what is to be written to the server. Tunnels
-    /// go to the port that was asked for, or else to the one that the server told.
+    /// The session that a server's answer begins; and what is to be written to the server.
     ///
     /// # Errors
-    /// The tunnel port is the server's port for visitors.
+    /// The [tunnel port](Answered::tunnel_port) is the server's port for visitors.
     pub fn new(
         answered: &Answered,
         control: Arc<TcpStream>,
         tunnel_port: Option<u16>,
     ) -> Result<(Arc<Self>, Receiver<Line>), NoSession> {
         let mut tunnel_addr = control.peer_addr().map_err(NoSession::Unreachable)?;
+        tunnel_addr.set_port(answered.tunnel_port(tunnel_port)?);
         let welcome = answered.welcome.as_ref();
-        let told = |port: fn(&Welcome) -> Option<u16>| welcome.and_then(port);
-        let port = tunnel_port.or(told(|welcome| welcome.tunnel));
-        tunnel_addr.set_port(port.unwrap_or(TUNNEL_PORT));
-        let public = answered.offers.clone();
-        let port = tunnel_addr.port();
-        if public.values().any(|public| *public == Some(port)) {
-            return Err(NoSession::TunnelPortIsPublic(port));
-        }
         let (to_server, to_write) = unbounded();
         let session = Self {
             tunnel_addr,
             proto: answered.proto,
             bond: answered.bond.clone(),
-            public,
+            public: answered.offers.clone(),
             seen_as: welcome.and_then(|welcome| Some(welcome.client?.ip())),
             began: Instant::now(),
             dialled: AtomicU64::new(0),

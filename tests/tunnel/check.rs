@@ -12,9 +12,19 @@ plain_and_sealed! {
 }
 
 fn check(protection: Protection, server: SocketAddr, local: SocketAddr) -> Output {
+    check_with(protection, server, local, &[])
+}
+
+fn check_with(
+    protection: Protection,
+    server: SocketAddr,
+    local: SocketAddr,
+    more: &[&str],
+) -> Output {
     let (server, local) = (server.to_string(), local.to_string());
     Command::new(env!("CARGO_BIN_EXE_tpclient"))
         .args(["--check", "-s", &server, "-l", &local])
+        .args(more)
         .env_remove("TP_KEY")
         .envs(protection.key().map(|key| ("TP_KEY", key.to_base64())))
         .stdin(Stdio::null())
@@ -43,7 +53,7 @@ fn a_client_that_has_all_it_needs_is_told_so(protection: Protection) {
 }
 
 fn what_fails_is_named_with_what_to_do(protection: Protection) {
-    let (_server, [_, tunnel, control]) = Program::server(protection, &[]);
+    let (_server, [public, tunnel, control]) = Program::server(protection, &[]);
     let (other, refused) = match protection {
         Protection::Plain => (Protection::Sealed, "it has no key"),
         Protection::Sealed => (Protection::Plain, "it wants a key (--key-file)"),
@@ -62,6 +72,9 @@ fn what_fails_is_named_with_what_to_do(protection: Protection) {
     assert_fails(check(other, control, service.addr), refused);
     let output = check(protection, tunnel, service.addr);
     assert_fails(output, "this is its tunnel port, not its control port");
+    let port = public.port().to_string();
+    let output = check_with(protection, control, service.addr, &["-t", &port]);
+    assert_fails(output, "is its port for visitors: leave the option out");
     let client = Program::client(protection, [tunnel, tunnel, control], service.addr, &[]);
     client.wait_for_line("connected to");
     let output = check(protection, control, service.addr);

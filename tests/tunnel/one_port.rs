@@ -13,6 +13,7 @@ use crate::support::{
 
 plain_and_sealed! {
     one_port_takes_links_and_tunnels,
+    visitors_may_come_to_the_same_port_of_another_address,
     strangers_at_the_one_port_keep_no_client_out,
     a_client_with_another_protection_is_told_so,
     a_tunnel_that_is_refused_is_called_one,
@@ -51,6 +52,17 @@ fn one_port_takes_links_and_tunnels(protection: Protection) {
     drop(client);
     server.wait_for_line(" left: ");
     assert_eq!(server.lines_with("refused"), [""; 0]);
+}
+
+fn visitors_may_come_to_the_same_port_of_another_address(protection: Protection) {
+    let [public, ..] = ports_of(&host(protection, 5));
+    let clients = SocketAddr::new(host(protection, 6).parse().unwrap(), public.port());
+    let launch = Launch::new(protection).on([public, clients, clients]);
+    let _server = launch.server(&[]);
+    let service = Service::echo();
+    let client = client(protection, clients, &service);
+    client.wait_for_line("connected to");
+    assert_echo(&connect(public), "hello");
 }
 
 /// More strangers than the lobby has places, silent or with the first bytes of either kind.

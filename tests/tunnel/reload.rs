@@ -25,6 +25,8 @@ plain_and_sealed! {
     a_port_may_become_one_of_all_addresses,
     a_port_of_which_another_has_a_part_leaves_the_options_from_before,
     a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever,
+    a_hang_up_during_a_reload_is_obeyed_after_it,
+    a_hang_up_before_the_start_is_obeyed_after_it,
     a_stop_after_a_reload_ends_everything,
 }
 
@@ -315,6 +317,39 @@ fn a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever(protection: Prot
     reload(&server, 1);
     assert_echo(&visitor, "the other has this one");
     assert_echo(&connect(public), "and the next one");
+}
+
+/// A visitor without a client keeps the first server from ending, and the second one from its start.
+fn a_hang_up_during_a_reload_is_obeyed_after_it(protection: Protection) {
+    let [public, b, control] = ports(protection, 9);
+    let text = format!("control {control}\ntunnel {control}\npublic {public}\npair-timeout 2\n");
+    let config = Config::new(&text);
+    let server = server(protection, &config);
+    let _visitor = connect(public);
+    thread::sleep(Duration::from_millis(300));
+    server.signal(Signal::HUP);
+    server.wait_for_line("handed over by the server that ends");
+    config.write(&format!("{text}public b={b}\n"));
+    server.signal(Signal::HUP);
+    server.wait_for_line("when those that were read last are in force");
+    server.wait_for_lines("taken over from the options before", 2);
+    drop(connect(b));
+}
+
+fn a_hang_up_before_the_start_is_obeyed_after_it(protection: Protection) {
+    let [public, b, control] = ports(protection, 10);
+    let text = format!("control {control}\ntunnel {control}\npublic {public}\n");
+    let config = Config::new(&text);
+    let taken = TcpListener::bind(control).unwrap();
+    let path = config.path();
+    let server = Launch::new(protection).bare_server(&["--config", path.to_str().unwrap()]);
+    server.wait_for_line("is in use, waiting for it");
+    config.write(&format!("{text}public b={b}\n"));
+    server.signal(Signal::HUP);
+    server.wait_for_line("when those that were read last are in force");
+    drop(taken);
+    server.wait_for_line("taken over from the options before");
+    drop(connect(b));
 }
 
 fn a_stop_after_a_reload_ends_everything(protection: Protection) {
