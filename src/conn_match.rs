@@ -29,7 +29,7 @@ pub trait Client<A>: Clone + PartialEq {
 /// The visitors who are not joined yet, ordered by arrival, and the clients with their idle tunnels.
 ///
 /// As those who came first are served first, a client has idle tunnels only while nobody waits whom it
-/// could serve, or all who wait are left to others, as it has just failed.
+/// could serve, or all who wait were left to others, as it had just failed when they came.
 #[derive(Debug)]
 pub struct ConnList<A, T, C> {
     matches: VecDeque<ConnMatch<A, T, C>>,
@@ -65,7 +65,8 @@ pub enum Placed<T> {
     Matched,
     /// Nobody waits: the tunnel is idle.
     Idle,
-    /// Nobody waits and the pool is full: this tunnel, the oldest idle one, is to be closed.
+    /// Nobody waits, and there are more idle tunnels than visitors could ever take: this one, the oldest,
+    /// is to be closed.
     Superfluous(T),
     /// Its client is not in the list any more.
     Homeless(T),

@@ -41,7 +41,7 @@ impl Handle {
         Self(half)
     }
 
-    /// Takes no more visitors, tells the other side, gives the visitors who are there up to `drain`
+    /// Takes no more visitors (a server does so for 0.4 s at the most yet), tells the other side, gives the visitors who are there up to `drain`
     /// to finish, and aborts those who have not. `run` then returns, but this call does not wait
     /// for that. A second call can only shorten the time.
     pub fn stop(&self, drain: Duration) {
@@ -69,8 +69,8 @@ impl Handle {
         self.0.upgrade()?.status_addr()
     }
 
-    /// Waits until the client is connected to a server. Returns false after this time, or at once
-    /// if the server or client stops. A client tells in
+    /// Waits until a client and a server are connected. Returns false after this time, or once the server
+    /// or client no longer takes visitors, as it was stopped. A client tells in
     /// [`Status::last_error`](crate::Status::last_error) why it is not connected yet.
     pub fn wait_for_session(&self, limit: Duration) -> bool {
         self.0

@@ -258,7 +258,7 @@ impl Shared {
     }
 
     /// Gives a tunnel of a live session to the visitor that has waited longest, and signals the matcher.
-    /// Without such a visitor the tunnel is idle, or closed if there are enough.
+    /// Without such a visitor the tunnel is idle; if there are too many, the oldest one is closed.
     fn config_conn_list_tunnel(&self, tunnel: Tunnel) {
         let Tunnel {
             from,

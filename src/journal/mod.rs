@@ -409,7 +409,7 @@ impl Journal {
         self.detail(format_args!("tunnel from {from} is idle"));
     }
 
-    /// The oldest idle tunnel was closed, as there were more than the client was granted.
+    /// The oldest idle tunnel was closed, as there were more than visitors could ever take.
     pub fn tunnel_superfluous(&self) {
         self.detail(format_args!("closed a superfluous tunnel"));
     }
@@ -626,10 +626,11 @@ impl Journal {
         self.limits.tunnel_failed.say(level, format_args!("{what}"));
     }
 
-    /// A visitor waits for a tunnel, and there are no descriptors for one.
+    /// A visitor waits for a tunnel, and there are no descriptors for one, or too many wait already.
     pub fn no_descriptors(&self) {
-        let what =
-            format_args!("no tunnel for one more visitor: there are as many as ulimit -n allows");
+        let what = format_args!(
+            "no tunnel for one more visitor: there are as many as this client or its ulimit -n allows"
+        );
         self.limits.tunnel_failed.say(Warn, what);
     }
 

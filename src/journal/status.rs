@@ -21,8 +21,9 @@ pub struct Status {
     pub max: usize,
     /// The visitors who were ever joined, those of now included.
     pub joined_total: u64,
-    /// On the server, the visitors who wait for a tunnel, or whose proxy has still to say where they
-    /// come from. On the client, the tunnels that are being dialled.
+    /// On the server, the visitors who wait for a tunnel, whose client has still to say whether it
+    /// reached its local service, or whose proxy has still to say where they come from. On the client,
+    /// the tunnels that are being dialled.
     pub waiting: usize,
     /// The idle tunnels.
     pub idle: usize,

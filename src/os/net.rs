@@ -69,7 +69,7 @@ pub fn let_nobody_begin(listener: &TcpListener) -> io::Result<()> {
     SockRef::from(listener).attach_filter(&filter)
 }
 
-/// Waits for a listener's next connection. A peer of IPv4 has an IPv4 address, also where the listener
+/// Takes a listener's next connection. A peer of IPv4 has an IPv4 address, also where the listener
 /// has an IPv6 one: logs and filters of addresses name it as its owner does.
 pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     let (socket, mut from) = listener.accept()?;

@@ -3,7 +3,7 @@
 //! End of input is passed on as an end (a write shutdown, or with a key a frame that says so),
 //! anything else as an abort of both sockets, so that a cut stream is not taken for a whole one.
 //! That holds for a program that is killed, too: until both directions have ended well, a close of a
-//! joined socket sends RST.
+//! joined socket sends RST, unless its stream comes in frames, which tell an end from a cut.
 
 mod direction;
 mod pair;
@@ -117,8 +117,8 @@ impl Pairs {
         })
     }
 
-    /// Joins two connections that [reset on close](net::reset_on_close): the one on the visitor's side,
-    /// and the one on the service's side. Returns the direction up, from the visitor, and the direction
+    /// Joins two connections, which [reset on close](net::reset_on_close) where no frames tell their end:
+    /// the one on the visitor's side, and the one on the service's side. Returns the direction up, from the visitor, and the direction
     /// down, each to be copied on a thread of its own. One that is dropped instead aborts both. The
     /// visitor `came` some time ago.
     pub fn join(

@@ -59,8 +59,8 @@ impl Public {
 
 /// A visitor's connection.
 pub struct Accept {
-    /// The visitor's place among those of its source, if these are counted. Given back before the socket
-    /// is closed: who is told so may come again at once.
+    /// The visitor's place among those of its source, if these are counted. Of one who is not joined, it
+    /// is given back before the socket is closed: who is told so may come again at once.
     pub counted: Option<Counted>,
     pub socket: Arc<TcpStream>,
     pub visitor: SocketAddr,

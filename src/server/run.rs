@@ -51,7 +51,7 @@ const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The beginning.
 impl Shared {
-    /// Opens the three ports; also returns what wakes the matcher.
+    /// Opens all ports; also returns what wakes the matcher.
     pub(super) fn bind(mut options: ServerOptions) -> Result<(Self, Receiver<()>), Error> {
         check_options(&options)?;
         let (shortest, longest) = PAIR_TIMEOUTS;

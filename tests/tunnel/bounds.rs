@@ -47,7 +47,7 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
     let addresses = server.addresses();
     let client = launch.client(addresses, service.addr, &[]);
     let both = Both::at_rest(server, client, addresses);
-    for number in 0..VISITS {
+    for number in 1..=VISITS {
         let mut visitor = both.visit();
         let visitor_first = number % 2 == 0;
         visitor
@@ -57,9 +57,9 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
         if !visitor_first {
             assert_ended(&visitor);
         }
+        drop(visitor);
+        both.client.wait_for_lines("bytes down", number);
     }
-    // When the last visit has ended, all before it have.
-    both.client.wait_for_lines("bytes down", VISITS);
     let tunnels = format!(
         "{:08X}:{:04X}",
         u32::from_le_bytes(host),
@@ -76,8 +76,8 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
     let (established, time_wait) = ("01", "06");
     let closed = [kept(time_wait, 1), kept(time_wait, 2)];
     assert_eq!(closed, [0, 0], "closed by the server, by the client");
-    // A pool of eight, and one in use; more where the threads of some visits that have ended wait for a
-    // processor, as their tunnels are not idle yet.
+    // A pool of eight, and one in use; more where the threads of a visit that has ended wait for a
+    // processor, as its tunnel is not idle yet.
     let open = kept(established, 1);
     assert!(open <= VISITS / 2, "{open} tunnels");
 }
