@@ -41,9 +41,9 @@ impl Handle {
         Self(half)
     }
 
-    /// Takes no more visitors (a server does so for 0.4 s at the most yet), tells the other side, gives the visitors who are there up to `drain`
-    /// to finish, and aborts those who have not. `run` then returns, but this call does not wait
-    /// for that. A second call can only shorten the time.
+    /// Takes no more visitors (a server still takes those of the next 0.4 s), tells the other side, gives
+    /// the visitors who are there up to `drain` to finish, and aborts those who have not. `run` then
+    /// returns, but this call does not wait for that. A second call can only shorten the time.
     pub fn stop(&self, drain: Duration) {
         if let Some(half) = self.0.upgrade() {
             half.stop(drain);

@@ -110,7 +110,7 @@ impl<T: FnMut(&Step)> Check<T> {
         });
         let what = match &tunnel {
             Ok(tunnel) => format!("tunnel port {tunnel}"),
-            Err(_) => "tunnel port".to_owned(),
+            Err(_) => format!("tunnel port of {server}"),
         };
         self.step(what, || {
             try_tunnel(tunnel.map_err(|why| why.to_string())?, &link)?;

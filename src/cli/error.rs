@@ -85,7 +85,10 @@ impl fmt::Display for Error {
             Self::NotReady(why) => why.fmt(f),
             Self::Tunnel(error) => error.fmt(f),
             Self::NothingRuns(_) => {
-                write!(f, "nothing takes visitors any more, as a reload has failed")
+                write!(
+                    f,
+                    "a reload has failed, and so has the way back to the options from before"
+                )
             }
         }
     }

@@ -32,7 +32,7 @@ pub use error::Error;
 pub use ready::NotReady;
 
 use command_line::{Command, Common, ReadFile};
-use signals::Signals;
+use signals::{Ended, Signals};
 
 /// A server that was told to stop keeps its ports as long as visitors wait for a tunnel, up to
 /// `--pair-timeout`. The next server waits for them a second longer, but not much longer than a
@@ -54,7 +54,13 @@ pub fn run_server(words: Vec<OsString>) -> Result<(), Error> {
         options
     };
     let can_follow = |options: &_, before: &_| Server::can_follow(options, before);
-    let start = |options| Server::bind(options)?.spawn();
+    let start = |options, ended| {
+        let server = Server::bind(options)?;
+        Running::spawn("server", server.handle(), move || {
+            let _until_it_ends: Ended = ended;
+            server.run()
+        })
+    };
     // No option of a server's asks for that.
     let check = |_: &_| Ok(());
     let read = command_line::server;
@@ -71,7 +77,13 @@ pub fn run_client(words: Vec<OsString>) -> Result<(), Error> {
         options
     };
     let can_follow = |options: &_, _: &_| Client::check(options);
-    let start = |options| Client::new(options).spawn();
+    let start = |options, ended| {
+        let client = Client::new(options);
+        Running::spawn("client", client.handle(), move || {
+            let _until_it_ends: Ended = ended;
+            client.run()
+        })
+    };
     let read = command_line::client;
     run(words, read, with_keys, check, can_follow, start)
 }
@@ -96,7 +108,7 @@ fn run<O: Clone + Send + 'static>(
     with_keys: fn(O, Vec<Key>) -> O,
     check: fn(&O) -> Result<(), Error>,
     can_follow: fn(&O, &O) -> Result<(), crate::Error>,
-    start: fn(O) -> Result<Running, crate::Error>,
+    start: fn(O, Ended) -> Result<Running, crate::Error>,
 ) -> Result<(), Error> {
     let (options, common) = match read(words.clone(), read_config)? {
         Command::Print(text) => return print(&text),
@@ -116,8 +128,9 @@ fn run<O: Clone + Send + 'static>(
     let keys = prepare(&common)?;
     let signals = Signals::take(common.drain, common.has_file)?;
     let options = with_keys(options, keys);
-    let running = start(options.clone())?;
+    let first = signals.start(start, options.clone())?;
     let in_force = Mutex::new(options);
+    let again = signals.clone();
     let reload = move |before: &Handle| {
         let Command::Run(options, common) = read(words.clone(), read_config)? else {
             return Err(Error::Usage(
@@ -128,15 +141,17 @@ fn run<O: Clone + Send + 'static>(
         let mut in_force = in_force.lock();
         can_follow(&options, &in_force)?;
         before.make_way();
-        start(options.clone())
+        again
+            .start(start, options.clone())
             .inspect(|_| *in_force = options)
             .or_else(|error| {
                 warn!("going on with the options from before: {}", chain(&error));
-                start(in_force.clone()).map_err(Error::NothingRuns)
+                let as_before = again.start(start, in_force.clone());
+                as_before.map_err(Error::NothingRuns)
             })
     };
-    signals.obey_for(&running, Arc::new(reload));
-    signals.wait(running)
+    signals.obey_for(first, Arc::new(reload));
+    signals.wait()
 }
 
 /// Reads the file that `--config` names. It has some lines; `/dev/zero` has no end.

@@ -1,7 +1,12 @@
 //! Signals: the first one to end stops a program gently, a second one at once. HUP has a program with a
 //! file of options read that again.
 
+#[cfg(unix)]
+use std::io;
+#[cfg(unix)]
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -10,15 +15,16 @@ use log::warn;
 use log::{error, info};
 use parking_lot::{Condvar, Mutex};
 
+use crate::cli::chain;
 use crate::cli::error::Error;
 #[cfg(unix)]
-use crate::cli::{chain, logger};
+use crate::cli::logger;
 use crate::handle::{Handle, Running};
 
 /// Starts what takes the place of this server or client, with the options that there are now. If they
 /// make no sense, an error says why, and nothing has changed; but with [`Error::NothingRuns`], nothing
 /// takes visitors any more.
-pub type Reload = dyn Fn(&Handle) -> Result<Running, Error> + Send + Sync;
+pub type Reload = dyn Fn(&Handle) -> Result<Started, Error> + Send + Sync;
 
 /// The signals that a program takes, and what it runs.
 #[derive(Clone)]
@@ -32,18 +38,54 @@ pub struct Signals {
 
 #[derive(Default)]
 struct State {
-    /// The server or client that takes visitors, and those before it, which serve their last ones.
-    halves: Vec<Handle>,
-    /// How many were ever started, and how many of them have not ended.
-    started: usize,
-    running: usize,
-    /// Why the first one failed that did.
-    failed: Option<Error>,
+    /// The server or client that takes visitors, behind those that serve their last ones.
+    halves: Vec<Started>,
     reload: Option<Arc<Reload>>,
     reloading: bool,
     /// HUP came when the options could not be read again yet.
     again: bool,
+    /// What took visitors has ended, and nothing has taken its place.
+    gone: bool,
+    /// Why it has.
+    failed: Option<Error>,
     stopping: bool,
+}
+
+/// A server or a client that a program runs.
+pub struct Started {
+    running: Running,
+    has_ended: Arc<AtomicBool>,
+}
+
+/// Dropped when a server or client has ended, it tells so.
+pub struct Ended {
+    signals: Signals,
+    has_ended: Arc<AtomicBool>,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // With the lock, nobody begins to wait for this who has looked before it was there.
+        let _state = self.signals.state.lock();
+        self.has_ended.store(true, Ordering::Relaxed);
+        self.signals.changed.notify_all();
+    }
+}
+
+impl State {
+    fn first_ended(&self) -> Option<usize> {
+        let has_ended = |half: &Started| half.has_ended.load(Ordering::Relaxed);
+        self.halves.iter().position(has_ended)
+    }
+
+    /// True if some visitors are still served, and new ones never will be.
+    fn is_left_alone(&self) -> bool {
+        self.gone && !self.reloading && !self.stopping && !self.halves.is_empty()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.halves.is_empty() && !self.reloading
+    }
 }
 
 impl Signals {
@@ -90,11 +132,26 @@ impl Signals {
         })
     }
 
+    /// Starts a server or client, which keeps what it is given until it has ended.
+    pub fn start<O>(
+        &self,
+        start: fn(O, Ended) -> Result<Running, crate::Error>,
+        options: O,
+    ) -> Result<Started, crate::Error> {
+        let has_ended = Arc::<AtomicBool>::default();
+        let ended = Ended {
+            signals: self.clone(),
+            has_ended: has_ended.clone(),
+        };
+        let running = start(options, ended)?;
+        Ok(Started { running, has_ended })
+    }
+
     /// From now on the signals stop this server or client, USR1 logs its status, and HUP calls `reload`.
     /// Before, a signal to end just ends the program.
-    pub fn obey_for(&self, running: &Running, reload: Arc<Reload>) {
+    pub fn obey_for(&self, first: Started, reload: Arc<Reload>) {
         let mut state = self.state.lock();
-        state.begin(running);
+        state.halves.push(first);
         state.reload = Some(reload);
         #[cfg(unix)]
         if std::mem::take(&mut state.again) {
@@ -103,30 +160,32 @@ impl Signals {
         }
     }
 
-    /// Waits until this one has ended, which is the first, and all that have taken its place.
-    pub fn wait(&self, first: Running) -> Result<(), Error> {
-        self.join(first, 1);
+    /// Waits until everything has ended. If what takes visitors ends by itself, the rest is stopped: the
+    /// program would look alive, and serve nobody who comes.
+    pub fn wait(&self) -> Result<(), Error> {
         let mut state = self.state.lock();
-        let goes_on = |state: &mut State| state.reloading || state.running > 0;
-        self.changed.wait_while(&mut state, goes_on);
-        state.failed.take().map_or(Ok(()), Err)
-    }
-
-    /// Waits until the server or client of this number has ended. If it was to be the last to do so, then
-    /// nothing takes visitors any more: those before it let theirs finish, and the program ends.
-    fn join(&self, running: Running, number: usize) {
-        let ended = running.join();
-        let mut state = self.state.lock();
-        state.running -= 1;
-        if let Err(error) = ended {
-            state.failed.get_or_insert(error.into());
+        loop {
+            self.changed.wait_while(&mut state, |state| {
+                state.first_ended().is_none() && !state.is_left_alone() && !state.has_ended()
+            });
+            if let Some(place) = state.first_ended() {
+                let was_newest = place + 1 == state.halves.len();
+                state.gone |= was_newest;
+                // Nothing is left for its thread to do.
+                match state.halves.remove(place).running.join() {
+                    Err(error) if was_newest => state.failed = Some(error.into()),
+                    Err(error) => error!("{}", chain(&error)),
+                    Ok(()) => {}
+                }
+            } else if state.is_left_alone() {
+                let why = state.failed.as_ref();
+                let why = why.map_or(String::new(), |why| format!(": {}", chain(why)));
+                error!("nothing takes visitors any more{why}");
+                self.stop(&mut state);
+            } else {
+                return state.failed.take().map_or(Ok(()), Err);
+            }
         }
-        let is_newest = number == state.started && !state.reloading;
-        if is_newest && state.running > 0 && !state.stopping {
-            error!("what the options started last has ended: nothing takes visitors any more");
-            self.stop(&mut state);
-        }
-        self.changed.notify_all();
     }
 
     /// Stops everything, each half on a thread of its own, so that a signal is obeyed even if the stop
@@ -135,7 +194,8 @@ impl Signals {
         state.stopping = true;
         let drain = self.drain;
         info!("stopping: no more visitors, {drain:?} for those that are there; again to end now");
-        for handle in state.halves.clone() {
+        for half in &state.halves {
+            let handle = half.running.handle().clone();
             let (thread, owned) = (thread::Builder::new(), handle.clone());
             let thread = thread.name("stop".to_owned());
             if thread.spawn(move || owned.stop(drain)).is_err() {
@@ -145,40 +205,31 @@ impl Signals {
     }
 }
 
-impl State {
-    /// Counts a server or client that runs now. Returns its number, from 1 on.
-    fn begin(&mut self, running: &Running) -> usize {
-        self.halves.push(running.handle().clone());
-        self.running += 1;
-        self.started += 1;
-        self.started
-    }
-}
-
 /// What the thread does that waits for signals.
 #[cfg(unix)]
 impl Signals {
     fn log_status(&self) {
-        let newest = self.state.lock().halves.last().cloned();
-        match newest.map(|handle| handle.status()) {
+        match self.newest(&self.state.lock()).map(|it| it.status()) {
             None => info!("status: starting"),
             Some(Some(status)) => info!("status: {status}"),
             Some(None) => {}
         }
     }
 
+    fn newest(&self, state: &State) -> Option<Handle> {
+        Some(state.halves.last()?.running.handle().clone())
+    }
+
     /// Starts what takes over with the options of now, on a thread of its own, so that a signal to stop
-    /// is obeyed meanwhile. That thread then waits for its end.
+    /// is obeyed meanwhile.
     fn reload(&self) {
         let mut state = self.state.lock();
         if state.stopping {
             return;
         }
-        let (Some(reload), Some(newest), false) = (
-            state.reload.clone(),
-            state.halves.last().cloned(),
-            state.reloading,
-        ) else {
+        let (Some(reload), Some(newest), false) =
+            (state.reload.clone(), self.newest(&state), state.reloading)
+        else {
             info!("reading the options again when those that were read last are in force");
             state.again = true;
             return;
@@ -188,8 +239,9 @@ impl Signals {
         info!("reading the options again");
         let signals = self.clone();
         let work = move || {
-            let started = reload(&newest);
-            signals.reloaded(started);
+            let started = catch_unwind(AssertUnwindSafe(|| reload(&newest)));
+            let panicked = || crate::Error::Thread(io::Error::other("it panicked"));
+            signals.reloaded(started.unwrap_or_else(|_| Err(Error::NothingRuns(panicked()))));
         };
         let thread = thread::Builder::new().name("reload".to_owned());
         if let Err(error) = thread.spawn(work) {
@@ -197,38 +249,28 @@ impl Signals {
         }
     }
 
-    fn reloaded(&self, started: Result<Running, Error>) {
+    fn reloaded(&self, started: Result<Started, Error>) {
         let mut state = self.state.lock();
         state.reloading = false;
-        let mut newest = None;
         match started {
-            Ok(running) => {
+            Ok(half) => {
                 info!("taken over from the options before; visitors who were here go on");
-                state.halves.retain(|half| half.status().is_some());
-                let number = state.begin(&running);
                 if state.stopping {
-                    running.handle().stop(self.drain);
+                    half.running.handle().stop(self.drain);
                 }
-                newest = Some((running, number));
+                state.halves.push(half);
+                (state.gone, state.failed) = (false, None);
             }
-            Err(error @ Error::NothingRuns(_)) => {
-                error!("{}", chain(&error));
-                state.failed.get_or_insert(error);
-                if !state.stopping {
-                    self.stop(&mut state);
-                }
+            Err(error @ Error::NothingRuns(_)) if !state.stopping => {
+                (state.gone, state.failed) = (true, Some(error));
             }
             Err(error) => warn!("nothing has changed: {}", chain(&error)),
         }
-        let again = std::mem::take(&mut state.again);
-        drop(state);
-        self.changed.notify_all();
-        if again {
+        if std::mem::take(&mut state.again) {
+            drop(state);
             self.reload();
         }
-        if let Some((running, number)) = newest {
-            self.join(running, number);
-        }
+        self.changed.notify_all();
     }
 
     /// The first signal stops everything. The second one ends the program as it does one that does not
@@ -265,7 +307,6 @@ mod tests {
     use crate::handle::Half;
     use crate::journal::Status;
     use crossbeam_channel::{Sender, bounded};
-    use std::io;
     use std::net::SocketAddr;
 
     /// A server that ends when it is told to stop.
@@ -291,52 +332,70 @@ mod tests {
         }
     }
 
-    fn runs_until_stopped() -> Running {
-        let (stop, stopped) = bounded(1);
-        let fake = Arc::new(Fake(stop));
-        let run = {
-            let fake = fake.clone();
-            move || {
-                let _ = stopped.recv();
-                drop(fake);
-                Ok(())
-            }
-        };
-        Running::spawn("fake", Handle::new(&fake), run).unwrap()
-    }
-
-    fn fails() -> Running {
-        let handle = Handle::new(&Arc::new(Fake(bounded(1).0)));
-        let run = || Err(crate::Error::Thread(io::Error::other("none left")));
-        Running::spawn("fake", handle, run).unwrap()
-    }
-
-    /// Returns what the program ends with if this is what a reload comes to.
-    fn after_reload(started: fn() -> Result<Running, Error>) -> Result<(), Error> {
+    /// A program whose first server runs until it is stopped, and whose reload comes to this. Returns
+    /// what the program ends with.
+    fn after_reload(
+        reload: impl Fn(&Signals) -> Result<Started, Error> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
         let signals = Signals {
             state: Arc::default(),
             changed: Arc::default(),
             drain: Duration::from_secs(30),
             reloads: true,
         };
-        let first = runs_until_stopped();
-        signals.obey_for(&first, Arc::new(move |_: &Handle| started()));
+        let first = signals.start(
+            |(), ended| {
+                let (stop, stopped) = bounded(1);
+                let fake = Arc::new(Fake(stop));
+                let handle = Handle::new(&fake);
+                Running::spawn("first", handle, move || {
+                    let _kept = (fake, ended);
+                    let _ = stopped.recv();
+                    Ok(())
+                })
+            },
+            (),
+        );
+        let owned = signals.clone();
+        signals.obey_for(first.unwrap(), Arc::new(move |_: &Handle| reload(&owned)));
         signals.reload();
-        signals.wait(first)
+        signals.wait()
+    }
+
+    fn no_thread() -> crate::Error {
+        crate::Error::Thread(io::Error::other("none left"))
     }
 
     #[test]
     fn what_was_started_last_takes_the_others_with_it() {
-        let ended = after_reload(|| Ok(fails()));
-        assert!(matches!(ended, Err(Error::Tunnel(crate::Error::Thread(_)))));
+        let ended = after_reload(|signals| {
+            let second = signals.start(
+                |(), ended| {
+                    let handle = Handle::new(&Arc::new(Fake(bounded(1).0)));
+                    Running::spawn("second", handle, move || {
+                        let _kept = ended;
+                        Err(no_thread())
+                    })
+                },
+                (),
+            );
+            Ok(second?)
+        });
+        assert!(
+            matches!(ended, Err(Error::Tunnel(crate::Error::Thread(_)))),
+            "{ended:?}"
+        );
     }
 
     #[test]
     fn a_program_without_a_successor_ends() {
-        let ended = after_reload(|| {
-            let error = crate::Error::Thread(io::Error::other("none left"));
-            Err(Error::NothingRuns(error))
-        });
-        assert!(matches!(ended, Err(Error::NothingRuns(_))));
+        let ended = after_reload(|_| Err(Error::NothingRuns(no_thread())));
+        assert!(matches!(ended, Err(Error::NothingRuns(_))), "{ended:?}");
+    }
+
+    #[test]
+    fn a_reload_that_panics_ends_the_program() {
+        let ended = after_reload(|_| panic!("on purpose"));
+        assert!(matches!(ended, Err(Error::NothingRuns(_))), "{ended:?}");
     }
 }

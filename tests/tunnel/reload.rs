@@ -322,11 +322,14 @@ fn a_visitor_whom_a_hung_client_has_holds_no_reload_up_for_ever(protection: Prot
 /// A visitor without a client keeps the first server from ending, and the second one from its start.
 fn a_hang_up_during_a_reload_is_obeyed_after_it(protection: Protection) {
     let [public, b, control] = ports(protection, 9);
-    let text = format!("control {control}\ntunnel {control}\npublic {public}\npair-timeout 2\n");
+    let text = format!("control {control}\ntunnel {control}\npublic {public}\npair-timeout 5\n");
     let config = Config::new(&text);
     let server = server(protection, &config);
     let _visitor = connect(public);
-    thread::sleep(Duration::from_millis(300));
+    eventually("a visitor waits", || {
+        server.signal(Signal::USR1);
+        !server.lines_with(" waiting=1 ").is_empty()
+    });
     server.signal(Signal::HUP);
     server.wait_for_line("handed over by the server that ends");
     config.write(&format!("{text}public b={b}\n"));

@@ -231,6 +231,11 @@ fn a_server_that_takes_over_late_waits_for_those_before_it(protection: Protectio
 fn a_server_says_that_it_cannot_hand_over() {
     let mut server = Launch::new(Protection::Plain).server(&[]);
     let [_, _, control] = server.addresses();
+    // In its first moment a program ends without a word.
+    eventually("it obeys", || {
+        server.signal(Signal::USR1);
+        !server.lines_with("status: uptime=").is_empty()
+    });
     let name = LocalAddr::from_abstract_name(format!("tunnel-proxy {control}")).unwrap();
     let _taken = UnixListener::bind_addr(&name).unwrap();
     server.signal(Signal::TERM);
