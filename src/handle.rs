@@ -41,7 +41,7 @@ impl Handle {
         Self(half)
     }
 
-    /// Takes no more visitors (a server still takes those of the next 0.4 s), tells the other side, gives
+    /// Takes no more visitors (a server still takes those of the next 0.4 s at most), tells the other side, gives
     /// the visitors who are there up to `drain` to finish, and aborts those who have not. `run` then
     /// returns, but this call does not wait for that. A second call can only shorten the time.
     pub fn stop(&self, drain: Duration) {

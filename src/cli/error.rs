@@ -32,7 +32,8 @@ pub enum Error {
     NotReady(NotReady),
     /// The tunnel itself did not start.
     Tunnel(crate::Error),
-    /// After a reload, the tunnel did not even start with the options from before.
+    /// After a reload nothing takes visitors any more: the tunnel did not start, not even with the
+    /// options from before.
     NothingRuns(crate::Error),
 }
 
@@ -85,10 +86,7 @@ impl fmt::Display for Error {
             Self::NotReady(why) => why.fmt(f),
             Self::Tunnel(error) => error.fmt(f),
             Self::NothingRuns(_) => {
-                write!(
-                    f,
-                    "a reload has failed, and so has the way back to the options from before"
-                )
+                write!(f, "a reload has failed")
             }
         }
     }

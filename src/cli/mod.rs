@@ -145,6 +145,9 @@ fn run<O: Clone + Send + 'static>(
             .start(start, options.clone())
             .inspect(|_| *in_force = options)
             .or_else(|error| {
+                if again.is_stopping() {
+                    return Err(error.into());
+                }
                 warn!("going on with the options from before: {}", chain(&error));
                 let as_before = again.start(start, in_force.clone());
                 as_before.map_err(Error::NothingRuns)

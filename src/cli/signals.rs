@@ -65,7 +65,7 @@ pub struct Ended {
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // With the lock, nobody begins to wait for this who has looked before it was there.
+        // Under the lock, so that nobody begins to wait for this who has looked just before.
         let _state = self.signals.state.lock();
         self.has_ended.store(true, Ordering::Relaxed);
         self.signals.changed.notify_all();
@@ -83,8 +83,12 @@ impl State {
         self.gone && !self.reloading && !self.stopping && !self.halves.is_empty()
     }
 
-    fn has_ended(&self) -> bool {
+    fn all_have_ended(&self) -> bool {
         self.halves.is_empty() && !self.reloading
+    }
+
+    fn newest(&self) -> Option<Handle> {
+        Some(self.halves.last()?.running.handle().clone())
     }
 }
 
@@ -132,7 +136,7 @@ impl Signals {
         })
     }
 
-    /// Starts a server or client, which keeps what it is given until it has ended.
+    /// Starts a server or client, whose thread keeps the [`Ended`] until it has ended.
     pub fn start<O>(
         &self,
         start: fn(O, Ended) -> Result<Running, crate::Error>,
@@ -166,10 +170,10 @@ impl Signals {
         let mut state = self.state.lock();
         loop {
             self.changed.wait_while(&mut state, |state| {
-                state.first_ended().is_none() && !state.is_left_alone() && !state.has_ended()
+                state.first_ended().is_none() && !state.is_left_alone() && !state.all_have_ended()
             });
             if let Some(place) = state.first_ended() {
-                let was_newest = place + 1 == state.halves.len();
+                let was_newest = !state.gone && place + 1 == state.halves.len();
                 state.gone |= was_newest;
                 // Nothing is left for its thread to do.
                 match state.halves.remove(place).running.join() {
@@ -186,6 +190,11 @@ impl Signals {
                 return state.failed.take().map_or(Ok(()), Err);
             }
         }
+    }
+
+    /// True once a signal to end has come.
+    pub fn is_stopping(&self) -> bool {
+        self.state.lock().stopping
     }
 
     /// Stops everything, each half on a thread of its own, so that a signal is obeyed even if the stop
@@ -209,15 +218,12 @@ impl Signals {
 #[cfg(unix)]
 impl Signals {
     fn log_status(&self) {
-        match self.newest(&self.state.lock()).map(|it| it.status()) {
+        let newest = self.state.lock().newest();
+        match newest.map(|handle| handle.status()) {
             None => info!("status: starting"),
             Some(Some(status)) => info!("status: {status}"),
             Some(None) => {}
         }
-    }
-
-    fn newest(&self, state: &State) -> Option<Handle> {
-        Some(state.halves.last()?.running.handle().clone())
     }
 
     /// Starts what takes over with the options of now, on a thread of its own, so that a signal to stop
@@ -228,7 +234,7 @@ impl Signals {
             return;
         }
         let (Some(reload), Some(newest), false) =
-            (state.reload.clone(), self.newest(&state), state.reloading)
+            (state.reload.clone(), state.newest(), state.reloading)
         else {
             info!("reading the options again when those that were read last are in force");
             state.again = true;
@@ -259,7 +265,10 @@ impl Signals {
                     half.running.handle().stop(self.drain);
                 }
                 state.halves.push(half);
-                (state.gone, state.failed) = (false, None);
+                state.gone = false;
+                if let Some(error) = state.failed.take() {
+                    error!("what was there before has failed: {}", chain(&error));
+                }
             }
             Err(error @ Error::NothingRuns(_)) if !state.stopping => {
                 (state.gone, state.failed) = (true, Some(error));
@@ -277,7 +286,8 @@ impl Signals {
     /// handle it.
     fn stop_or_end(&self, signal: i32) {
         let mut state = self.state.lock();
-        if state.halves.is_empty() {
+        if state.reload.is_none() {
+            // Nothing has been started yet.
             std::process::exit(0);
         }
         if state.stopping {
