@@ -15,8 +15,8 @@ use crate::support::peer::Peer;
 use crate::support::programs::{Both, Launch, Program, ports_of};
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, accept, any, assert_echo,
-    assert_reset, client_options, closed_port, connect, echo, eventually, plain_and_sealed,
-    raise_descriptors, server_options, share_turn, take_turn, try_get, unnamed, with,
+    assert_was_reset, client_options, closed_port, connect, echo, eventually, plain_and_sealed,
+    raise_descriptors, server_options, share_turn, take_turn, try_connect, try_get, unnamed, with,
 };
 use tunnel_proxy::{Address, Client, Error, Server};
 
@@ -328,7 +328,7 @@ fn a_client_is_ready_unless_it_has_no_server_or_a_service_is_down(protection: Pr
     let shown = Shown::start(protection, local);
     let of_client = shown.pages[1];
     assert_eq!(not_ready(of_client), None);
-    assert_reset(&shown.server.visit(), DEADLINE);
+    assert_was_reset(try_connect(shown.server.public));
     let why = format!(
         "{{\"ready\":false,\"why\":[\"the last dial of {local} for a visitor failed\"]}}\n"
     );
@@ -619,7 +619,7 @@ fn a_health_check_exits_as_it_is_told(protection: Protection) {
             (&b"ready\n"[..], &b""[..])
         );
     }
-    assert_reset(&shown.server.visit(), DEADLINE);
+    assert_was_reset(try_connect(shown.server.public));
     eventually("the dial has failed", || not_ready(of_client).is_some());
     shown.client.handle().stop(Duration::ZERO);
     shown.client.wait_for_end();

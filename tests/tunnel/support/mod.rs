@@ -209,7 +209,12 @@ fn try_connect_from(source: &str, to: SocketAddr) -> std::io::Result<TcpStream> 
 /// returns.
 #[cfg(target_os = "linux")]
 pub fn assert_refused(source: &str, to: SocketAddr) {
-    match try_connect_from(source, to) {
+    assert_was_reset(try_connect_from(source, to));
+}
+
+/// Asserts that a visitor is reset, perhaps before its connect returns.
+pub fn assert_was_reset(connected: std::io::Result<TcpStream>) {
+    match connected {
         Ok(visitor) => assert_reset(&visitor, DEADLINE),
         Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
     }
