@@ -85,9 +85,7 @@ impl fmt::Display for Error {
             Self::Signals(_) => write!(f, "could not prepare for signals"),
             Self::NotReady(why) => why.fmt(f),
             Self::Tunnel(error) => error.fmt(f),
-            Self::NothingRuns(_) => {
-                write!(f, "a reload has failed")
-            }
+            Self::NothingRuns(_) => write!(f, "a reload has failed"),
         }
     }
 }
