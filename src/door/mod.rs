@@ -362,7 +362,8 @@ fn unnamed() -> Offers {
     [(Service::default(), None)].into()
 }
 
-/// The services that a side offers behind its hello, which has told their number.
+/// The services that a side offers behind its hello, which has told their number. As many lines as that
+/// and [`MAX_SERVICES`] more are heard: a stranger who never stops to talk could hold a place for ever.
 fn hear_offers(
     lines: &mut Lines<Reader>,
     count: Option<usize>,
@@ -375,12 +376,19 @@ fn hear_offers(
         let what = format!("an offer of {count} services, and {MAX_SERVICES} are allowed");
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
-    let (mut offers, mut heard) = (Offers::new(), 0);
-    while heard < count {
+    let (mut offers, mut left) = (Offers::new(), count);
+    for _ in 0..count + MAX_SERVICES {
+        if left == 0 {
+            break;
+        }
         if let Line::Offer { service, port } = lines.next_line_by(deadline)? {
             offers.insert(service, port);
-            heard += 1;
+            left -= 1;
         }
+    }
+    if left > 0 {
+        let what = format!("{MAX_SERVICES} other lines among {count} offers of services");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     Ok(offers)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
@@ -23,7 +23,7 @@ plain_and_sealed! {
     two_thousand_visitors_of_64_services_are_not_crossed,
     a_service_that_nobody_offers_is_named_in_both_logs_and_its_visitors_wait,
     logs_and_status_name_services,
-    a_client_with_too_many_services_is_refused,
+    a_client_that_offers_too_many_services_or_talks_for_ever_is_refused,
     a_visitor_of_an_unknown_service_is_reset,
     a_stop_waits_for_the_visitors_of_all_services,
 }
@@ -195,7 +195,7 @@ fn logs_and_status_name_services(protection: Protection) {
     }
 }
 
-fn a_client_with_too_many_services_is_refused(protection: Protection) {
+fn a_client_that_offers_too_many_services_or_talks_for_ever_is_refused(protection: Protection) {
     let server = RunningServer::start(server_options(protection));
     let mut client = Peer::dial_control(&server);
     client.write("hello proto=2 pool=8 offers=65\n");
@@ -204,6 +204,18 @@ fn a_client_with_too_many_services_is_refused(protection: Protection) {
     let mut client = Peer::dial_control(&server);
     client.write("hello proto=2 pool=8 offers=2\noffer service=web\n");
     assert_eq!(client.read_until_closed(), b"");
+    // One that talks of other things for ever would not even end then.
+    let (mut client, start) = (Peer::dial_control(&server), Instant::now());
+    client.write("hello proto=2 pool=8 offers=1\n");
+    for _ in 0..65 {
+        client.write("later versions may say this\n");
+    }
+    assert_eq!(client.read_until_closed(), b"");
+    let took = start.elapsed();
+    assert!(
+        took < Duration::from_secs(4),
+        "as long as any hello: {took:?}"
+    );
 }
 
 fn a_visitor_of_an_unknown_service_is_reset(protection: Protection) {
