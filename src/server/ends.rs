@@ -160,6 +160,8 @@ impl Tunnel {
             reader.set_deadline(deadline).ok()?;
         }
         let line = Lines::new(&mut *reader).next_line();
+        // A line that came together with the end of bulk has kept the large buffer of that.
+        reader.release();
         if waits {
             reader.set_deadline(None).ok()?;
         }
@@ -215,5 +217,34 @@ impl Tunnel {
         // The visitor waits on, and may be closed without a word.
         net::reset_on_close(&accept.socket, false);
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::sync::atomic::AtomicU64;
+
+    #[test]
+    fn an_idle_tunnel_keeps_nothing_of_the_bulk_before() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, from) = listener.accept().unwrap();
+        let [mut client, mut server] = [client, server].map(|it| Conn::new(Arc::new(it)));
+        client.begin_frames();
+        server.begin_frames();
+        server.reader.begin_stream();
+        // The last bytes, their end and the line after them, all of which the server reads at once.
+        client.writer.batch(1);
+        client.writer.write_batch(1, &AtomicU64::new(0)).unwrap();
+        client.writer.write_end(true).unwrap();
+        let mut batch = vec![0; 448 * 1024];
+        let mut read = || server.reader.read_batch(&mut batch).unwrap();
+        assert_eq!([read(), read()], [1, 0]);
+        server.reader.release();
+        assert!(server.reader.memory() >= batch.len());
+        let tunnel = Tunnel::new(server, from, None).wait_until_idle();
+        assert_eq!(tunnel.unwrap().conn.reader.memory(), 0);
     }
 }

@@ -143,6 +143,12 @@ impl Reader {
         }
     }
 
+    /// How many bytes of memory a stream has taken.
+    #[cfg(test)]
+    pub fn memory(&self) -> usize {
+        self.opener.as_ref().map_or(0, Opener::memory)
+    }
+
     /// A visitor's stream comes next.
     pub fn begin_stream(&mut self) {
         if let Some(opener) = &mut self.opener {
