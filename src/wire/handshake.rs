@@ -44,8 +44,8 @@ pub enum Purpose<'a> {
     Tunnel(&'a Bond),
 }
 
-impl Purpose<'_> {
-    fn keys(&self) -> &[Key] {
+impl<'a> Purpose<'a> {
+    fn keys(&self) -> &'a [Key] {
         match self {
             Purpose::Control(keys) => keys,
             Purpose::Tunnel(bond) => std::slice::from_ref(&bond.key),
@@ -148,7 +148,7 @@ pub fn respond(
         return Ok((secured, place));
     }
     for purpose in elsewhere {
-        if answer(&message, purpose)?.is_some() {
+        if fits(&message, purpose)? {
             return Err(NoHandshake::OtherPort);
         }
     }
@@ -162,14 +162,29 @@ fn answer(
     message: &[u8; MESSAGE],
     purpose: &Purpose,
 ) -> io::Result<Option<([u8; LENGTH + MESSAGE], Secured)>> {
+    let Some((mut state, key)) = open(message, purpose)? else {
+        return Ok(None);
+    };
+    let answer = write_message(&mut state)?;
+    Ok(Some((answer, Secured::new(state, key)?)))
+}
+
+/// True if the client's message was made for this. Not inlined either.
+#[inline(never)]
+fn fits(message: &[u8; MESSAGE], purpose: &Purpose) -> io::Result<bool> {
+    Ok(open(message, purpose)?.is_some())
+}
+
+/// The server's side of a handshake that the client's message has opened, and the key that opened it.
+fn open<'a>(
+    message: &[u8; MESSAGE],
+    purpose: &Purpose<'a>,
+) -> io::Result<Option<(HandshakeState, &'a Key)>> {
     let prologue = purpose.prologue();
     for key in purpose.keys() {
         let mut state = begin(key, &prologue)?.build_responder().map_err(broken)?;
         if state.read_message(message, &mut []).is_ok() {
-            return Ok(Some((
-                write_message(&mut state)?,
-                Secured::new(state, key)?,
-            )));
+            return Ok(Some((state, key)));
         }
     }
     Ok(None)
