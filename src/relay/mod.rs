@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
 use direction::Ending;
-use pair::{Failure, Joined, Pair, Progress, Side, Way};
+use pair::{Failure, Joined, Pair, Progress, Side, Way, loaded};
 use rates::Rates;
 
 /// How many directions of a server's or a client's visitors may have the second buffer, and the third.
@@ -81,7 +81,7 @@ pub struct Pairs {
 }
 
 struct PairsState {
-    joined: HashMap<u64, Weak<Pair>>,
+    joined: HashMap<u64, Listed>,
     /// How many were joined in all.
     next_key: u64,
     /// Of each service: how many were joined in all, and the bytes up and down of those that are joined
@@ -90,6 +90,14 @@ struct PairsState {
     join_times: JoinTimes,
     /// How many more may be joined before long.
     expected: usize,
+}
+
+/// A pair that is joined, and what it counts: the bytes stay in the totals while the last one who holds
+/// the pair lets go of it.
+struct Listed {
+    pair: Weak<Pair>,
+    service: Service,
+    moved: Arc<[AtomicU64; 2]>,
 }
 
 impl Pairs {
@@ -138,7 +146,7 @@ impl Pairs {
             }
             net::limit_write(&side.socket, write_limit);
         }
-        let service = visitor.service.clone();
+        let (service, moved) = (visitor.service.clone(), Arc::default());
         let mut state = self.state.lock();
         let key = state.next_key;
         state.next_key += 1;
@@ -154,12 +162,18 @@ impl Pairs {
             joined: Joined {
                 key,
                 service,
-                moved: Default::default(),
+                moved: Arc::clone(&moved),
                 pairs: self.clone(),
             },
         });
-        state.joined.insert(key, Arc::downgrade(&pair));
-        state.total_of(&pair.joined.service).0 += 1;
+        let service = pair.joined.service.clone();
+        state.total_of(&service).0 += 1;
+        let listed = Listed {
+            pair: Arc::downgrade(&pair),
+            service,
+            moved,
+        };
+        state.joined.insert(key, listed);
         let waited = pair.started.saturating_duration_since(came);
         state.join_times.add(waited);
         drop(state);
@@ -272,12 +286,9 @@ impl Pairs {
                 (service.clone(), status)
             });
         let mut totals: BTreeMap<_, _> = totals.collect();
-        let pairs = state.all();
-        drop(state);
-        for pair in &pairs {
-            let Joined { service, .. } = &pair.joined;
-            let status = totals.entry(service.clone()).or_default();
-            let [up, down] = pair.joined.moved();
+        for listed in state.joined.values() {
+            let status = totals.entry(listed.service.clone()).or_default();
+            let [up, down] = loaded(&listed.moved);
             status.joined += 1;
             status.bytes_up += up;
             status.bytes_down += down;
@@ -297,7 +308,8 @@ impl PairsState {
 
     /// Not to be dropped under the lock: the last one to hold a pair takes it.
     fn all(&self) -> Vec<Arc<Pair>> {
-        self.joined.values().filter_map(Weak::upgrade).collect()
+        let pairs = self.joined.values();
+        pairs.filter_map(|it| it.pair.upgrade()).collect()
     }
 }
 

@@ -85,7 +85,7 @@ pub struct Joined {
     pub key: u64,
     pub service: Service,
     /// Bytes up and down.
-    pub moved: [AtomicU64; 2],
+    pub moved: Arc<[AtomicU64; 2]>,
     pub pairs: Arc<Pairs>,
 }
 
@@ -322,8 +322,12 @@ impl Side {
 
 impl Joined {
     pub fn moved(&self) -> [u64; 2] {
-        self.moved.each_ref().map(|it| it.load(Ordering::Relaxed))
+        loaded(&self.moved)
     }
+}
+
+pub fn loaded(moved: &[AtomicU64; 2]) -> [u64; 2] {
+    moved.each_ref().map(|it| it.load(Ordering::Relaxed))
 }
 
 impl Drop for Joined {
