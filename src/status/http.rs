@@ -132,7 +132,6 @@ pub fn serve(
     route: impl Fn(&str) -> Option<Response> + Send + Sync + 'static,
 ) {
     let slots = Slots::new(MAX_CONNECTIONS);
-    let local = listener.addr.ip().is_loopback();
     let route = Arc::new(route);
     while let Some(accepted) = listener.accept(|| Some(())) {
         let socket = match accepted {
@@ -151,7 +150,7 @@ pub fn serve(
             // The place is free when the socket is closed, and not before.
             let (_slot, socket) = (slot, socket);
             // Who asks a status page and leaves is no news.
-            let _ = answer(&socket, local, Instant::now() + limit, &*route);
+            let _ = answer(&socket, Instant::now() + limit, &*route);
         });
         if let Err(error) = answered {
             journal.no_thread("the status page", &error);
@@ -162,10 +161,10 @@ pub fn serve(
 /// Answers one connection.
 fn answer(
     socket: &TcpStream,
-    local: bool,
     until: Instant,
     route: &impl Fn(&str) -> Option<Response>,
 ) -> io::Result<()> {
+    let local = socket.local_addr()?.ip().to_canonical().is_loopback();
     let mut timed = Timed { socket, until };
     match response_to(&mut timed, local, route) {
         Ok(bytes) => timed.write_all(&bytes)?,
@@ -203,7 +202,9 @@ pub fn response_to(
             count => filled += count,
         }
     };
-    Ok(response.into_bytes(head.starts_with(b"HEAD ")))
+    // Empty lines may come first.
+    let head_only = head.trim_ascii_start().starts_with(b"HEAD ");
+    Ok(response.into_bytes(head_only))
 }
 
 /// Returns the path that a request asks for, or None if there is more of its head to come.
@@ -343,7 +344,7 @@ pub mod tests {
     #[test]
     fn a_head_has_no_body() {
         let whole = respond(b"GET / HTTP/1.0\r\n\r\n", 9, true).unwrap();
-        let head = respond(b"HEAD / HTTP/1.0\r\n\r\n", 9, true).unwrap();
+        let head = respond(b"\r\nHEAD / HTTP/1.0\r\n\r\n", 9, true).unwrap();
         assert_eq!(whole, head.clone() + "it is here\n");
         let missing = respond(b"HEAD /missing HTTP/1.0\r\n\r\n", 9, true).unwrap();
         assert!(
