@@ -304,7 +304,8 @@ fn scan_a_tunnel(protection: Protection, pool: usize) {
     let start = Instant::now();
     assert_echo(&tunnel.visit(), "served at once");
     let served = start.elapsed();
-    assert!(served < Duration::from_secs(1), "{served:?}");
+    // Long before the scanners are closed.
+    assert!(served < Duration::from_secs(3), "{served:?}");
     for mut scanner in scanners {
         // The scanner is closed by an end, or by a reset where its bytes were left unread.
         let mut got = Vec::new();
