@@ -3,6 +3,7 @@
 //! `TP_BALANCED_SECS` is how long visitors come in each test: 6 s without it.
 #![cfg(target_os = "linux")]
 
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,9 @@ use rustix::process::Signal;
 use crate::support::load::{assert_whole, assert_whole_after, sixteen_at_a_time};
 use crate::support::programs::{Launch, Program, ports_of};
 use crate::support::proxies::Proxy;
-use crate::support::{Protection, Service, assert_echo, plain_and_sealed, share_turn, try_connect};
+use crate::support::{
+    Protection, Service, assert_echo, eventually, plain_and_sealed, share_turn, try_connect,
+};
 
 plain_and_sealed! {
     #[ignore = "needs haproxy: cargo test -- --include-ignored"]
@@ -25,8 +28,13 @@ plain_and_sealed! {
 
 /// HAProxy with the configuration of the example.
 fn balancer(publics: [SocketAddr; 2], host: &str) -> Proxy {
+    balancer_with(EXAMPLE, publics, host)
+}
+
+const EXAMPLE: &str = include_str!("../../examples/balanced/haproxy.cfg");
+
+fn balancer_with(text: &str, publics: [SocketAddr; 2], host: &str) -> Proxy {
     Proxy::haproxy_with(host, |address| {
-        let text = include_str!("../../examples/balanced/haproxy.cfg");
         let mut text = text.replace("bind :8080", &format!("bind {address}"));
         for (name, public) in ["one", "two"].into_iter().zip(publics) {
             text = text.replace(&format!("{name}.example:8007\n"), &format!("{public}\n"));
@@ -148,4 +156,44 @@ fn a_client_that_restarts_lets_visits_wait(protection: Protection) {
         all.client = client(protection, all.controls, &all.service);
     });
     assert_whole_after(&made, killed.unwrap());
+}
+
+/// As comments in the example say.
+#[test]
+#[ignore = "needs haproxy: cargo test -- --include-ignored"]
+fn a_server_without_a_client_can_be_left_out() {
+    let page = ports_of("127.0.88.1")[0];
+    let servers = [1, 2].map(|number| {
+        let host = format!("127.0.88.{number}");
+        let status = SocketAddr::new(host.parse().unwrap(), page.port()).to_string();
+        let launch = Launch::new(Protection::Plain).on(ports_of(&host));
+        launch.server(&["--accept-proxy", "127.0.0.1", "--status", &status])
+    });
+    let service = Service::echo();
+    let [public, _, control] = servers[0].addresses();
+    let other = servers[1].address("visitors");
+    let (server, local) = (control.to_string(), service.addr.to_string());
+    let client = Launch::new(Protection::Plain).bare_client(&["-s", &server, "-l", &local]);
+    client.wait_for_line("connected to");
+    let (text, checked) = EXAMPLE.rsplit_once("    default-server").unwrap();
+    let (_, checked) = checked.split_once('\n').unwrap();
+    let text = text.replace("    #option", "    option");
+    let text = text.replace("    #default-server", "    default-server");
+    let text = text.replace("port 9090", &format!("port {}", page.port()));
+    let balancer = balancer_with(&(text + checked), [public, other], "127.0.88.3");
+    eventually("the balancer has noticed", || {
+        let statuses = [(); 8].map(|()| {
+            let visitor = try_connect(balancer.address)?;
+            visitor.set_read_timeout(Some(Duration::from_secs(1)))?;
+            (&visitor).write_all(b"?")?;
+            (&visitor).read_exact(&mut [0])
+        });
+        statuses.iter().all(Result::is_ok)
+    });
+    for _ in 0..8 {
+        assert_echo(
+            &try_connect(balancer.address).unwrap(),
+            "the one that has a client",
+        );
+    }
 }
