@@ -59,6 +59,8 @@ pub struct Common {
     pub level: LevelFilter,
     /// The files that hold the keys.
     pub key_files: Vec<PathBuf>,
+    /// What is to be warned about.
+    pub remark: Option<String>,
     /// Some of that stands in a file, which HUP has read again.
     pub has_file: bool,
     /// Everything is only to be tried.
@@ -249,10 +251,7 @@ pub fn client(words: Vec<OsString>, read_file: ReadFile) -> Result<Command<Clien
             servers: servers(given)?,
             ..ClientOptions::default()
         };
-        for name in ["tunnel-port", "tunnel"] {
-            let port = value(given, name, number(1..=u16::MAX))?;
-            options.tunnel_port = port.or(options.tunnel_port);
-        }
+        options.tunnel_port = server_port(given, ["tunnel-port", "tunnel"])?;
         services(&mut options.local, given, "local", at_port)?;
         let version = |text: &str| text.parse().map_err(|why: NotProxyVersion| why.to_string());
         options.proxy_protocol = named(given, "proxy-protocol", "v1|v2", version)?;
@@ -333,6 +332,7 @@ impl Program {
                 (false, false) => LevelFilter::Info,
             },
             key_files: given.paths("key-file"),
+            remark: given.hidden("key-file"),
             has_file: given.line_has(&["config"]),
             only_check: self.name == CLIENT.name && given.line_has(&["check"]),
             drain: value(given, "drain", seconds(0))?.unwrap_or(DRAIN),
@@ -364,20 +364,31 @@ impl Program {
     }
 }
 
-/// Returns the servers' hosts and control ports. A port may stand in an option of its own, which is for
-/// those servers that have none.
-fn servers(given: &Given) -> Result<Vec<Address>, Error> {
-    let Address { host: near, port } = ClientOptions::new().servers.swap_remove(0);
-    let mut control = None;
-    for name in ["control-port", "control"] {
-        let port = value(given, name, number(1..=u16::MAX))?;
-        if port.is_some() && control.is_some() && control != port {
+/// Returns a port of the server's, which one of two options names: if the command line has one of them,
+/// the file does not count.
+fn server_port(given: &Given, names: [&str; 2]) -> Result<Option<u16>, Error> {
+    let (on_line, mut port) = (given.line_has(&names), None);
+    for name in names {
+        if on_line && !given.line_has(&[name]) {
+            continue;
+        }
+        let another = value(given, name, number(1..=u16::MAX))?;
+        if port.is_some() && another.is_some() && port != another {
             return Err(usage(format!(
                 "--{name}: another option names another port"
             )));
         }
-        control = control.or(port);
+        port = port.or(another);
     }
+    Ok(port)
+}
+
+/// Returns the servers' hosts and control ports. A port may stand in an option of its own, which is for
+/// those servers that have none.
+fn servers(given: &Given) -> Result<Vec<Address>, Error> {
+    let Address { host: near, port } = ClientOptions::new().servers.swap_remove(0);
+    let names = ["control-port", "control"];
+    let control = server_port(given, names)?;
     let mut servers = Vec::new();
     let mut needed = !given.opt_present("server");
     for text in given.opt_strs("server") {
@@ -397,7 +408,9 @@ fn servers(given: &Given) -> Result<Vec<Address>, Error> {
         }
         servers.push(address);
     }
-    if control.is_some() && !needed {
+    // A command line that names servers and their ports does without what a file says of ports.
+    let is_meant = given.line_has(&names) == given.line_has(&["server"]);
+    if control.is_some() && !needed && is_meant {
         return Err(usage("--control-port: --server names another port"));
     }
     if servers.len() > MAX_SERVERS {
@@ -739,6 +752,7 @@ mod tests {
             (&many, "--server: 65 servers, and at most 64 are possible"),
             ("--server host:7 --control-port 8", "names another port"),
             ("--control 7 --control-port 8", "names another port"),
+            ("--tunnel 7 --tunnel-port 8", "names another port"),
             ("--server host:0", "the port is 0"),
             ("--server host:x", "not a number"),
             ("--original --key-file x", "exclude each other"),
@@ -746,6 +760,27 @@ mod tests {
             let error = client(words(line), no_file).unwrap_err().to_string();
             assert!(error.contains(why), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn a_port_on_the_command_line_comes_before_the_files_in_both_spellings() {
+        let options = |line: &str, file| match client(words(&format!("--config x {line}")), file) {
+            Ok(Command::Run(options, _)) => options,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            options("--tunnel-port 1", |_| Ok("tunnel 2".to_owned())).tunnel_port,
+            Some(1)
+        );
+        assert_eq!(
+            options("--tunnel 1", |_| Ok("tunnel-port 2".to_owned())).tunnel_port,
+            Some(1)
+        );
+        let server = |line, file| options(line, file).servers[0].to_string();
+        let file: ReadFile = |_| Ok("server host\ncontrol 7".to_owned());
+        assert_eq!(server("", file), "host:7");
+        assert_eq!(server("--control-port 8", file), "host:8");
+        assert_eq!(server("--server other:9", file), "other:9");
     }
 
     #[test]
@@ -1037,11 +1072,15 @@ mod tests {
         assert_eq!(public, ["[::]:22", "192.0.2.1:8080"]);
         assert_eq!((options.max_conns, options.insecure), (7, true));
         assert_eq!(common.key_files, [PathBuf::from("dir/a b.key")]);
+        assert_eq!(common.remark, None);
         assert_eq!(common.level, LevelFilter::Debug);
         let (options, common) = with_file("-p 1 -m 9 -k c -q", file).unwrap();
         assert_eq!(of(&options.public), "192.0.2.1:1");
         assert_eq!(options.max_conns, 9);
         assert_eq!(common.key_files, [PathBuf::from("c")]);
+        let remark =
+            "dir/tp.conf, line 8: key-file is not used: --key-file of the command line comes first";
+        assert_eq!(common.remark.as_deref(), Some(remark));
         assert_eq!(common.level, LevelFilter::Error);
     }
 
@@ -1080,7 +1119,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_in_a_file_is_named_with_its_line() {
-        let checks: [(ReadFile, &str); 9] = [
+        let checks: [(ReadFile, &str); 10] = [
+            (|_| Ok("p 1".to_owned()), "line 1: there is no option p"),
             (
                 |_| Ok("bind ::\npublic http://x:1\n".to_owned()),
                 "dir/tp.conf, line 2: public 'http://x:1': leave out http://",

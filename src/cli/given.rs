@@ -102,6 +102,19 @@ impl Given {
         options.iter().any(|option| self.line.opt_present(option))
     }
 
+    /// Says that an option which stands in the file does not count, if it stands on the command line, too.
+    pub fn hidden(&self, option: &str) -> Option<String> {
+        let file = self.file.as_ref()?;
+        let (_, line) = file.lines.iter().find(|((name, _), _)| name == option)?;
+        let path = file.path.display();
+        let hidden = || {
+            format!(
+                "{path}, line {line}: {option} is not used: --{option} of the command line comes first"
+            )
+        };
+        self.line_has(&[option]).then(hidden)
+    }
+
     /// The values of an option that names files. Those in the file are looked for beside it.
     pub fn paths(&self, option: &str) -> Vec<PathBuf> {
         let folder = match &self.file {
@@ -150,9 +163,14 @@ fn check(name: &str, word: &str, grammar: &Options) -> Result<(), String> {
     if let Some((name, _)) = name.split_once('=') {
         return Err(format!("a space, not '=', stands behind {name}"));
     }
+    // Short names are for the command line: getopts would take them behind two dashes, too.
+    let unknown = || format!("there is no option {name}");
+    if name.chars().count() == 1 {
+        return Err(unknown());
+    }
     match grammar.parse([word]) {
         Ok(_) => Ok(()),
-        Err(Fail::UnrecognizedOption(_)) => Err(format!("there is no option {name}")),
+        Err(Fail::UnrecognizedOption(_)) => Err(unknown()),
         Err(Fail::ArgumentMissing(_)) => Err(format!("{name} needs a value behind a space")),
         Err(Fail::UnexpectedArgument(_)) => Err(format!("{name} has no value")),
         Err(other) => Err(other.to_string()),

@@ -89,6 +89,7 @@ pub fn run_client(words: Vec<OsString>) -> Result<(), Error> {
 }
 
 fn check(options: &ClientOptions) -> Result<(), Error> {
+    Client::check(options)?;
     let mut printed = Ok(());
     let tell = |step: &check::Step| {
         let line = print(&format!("{step}\n"));
@@ -186,7 +187,7 @@ fn prepare(common: &Common) -> Result<Vec<Key>, Error> {
 
 fn read_keys(common: &Common) -> Result<Vec<Key>, Error> {
     let (keys, remarks) = key_file::read_all(&common.key_files)?;
-    for remark in remarks {
+    for remark in remarks.iter().chain(&common.remark) {
         warn!("{remark}");
     }
     Ok(keys)
