@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[cfg(unix)]
 use log::warn;
@@ -48,7 +48,8 @@ struct State {
     gone: bool,
     /// Why it has.
     failed: Option<Error>,
-    stopping: bool,
+    /// When the first signal to end came.
+    stopping: Option<Instant>,
 }
 
 /// A server or a client that a program runs.
@@ -80,7 +81,7 @@ impl State {
 
     /// True if some visitors are still served, and new ones never will be.
     fn is_left_alone(&self) -> bool {
-        self.gone && !self.reloading && !self.stopping && !self.halves.is_empty()
+        self.gone && !self.reloading && self.stopping.is_none() && !self.halves.is_empty()
     }
 
     fn all_have_ended(&self) -> bool {
@@ -194,13 +195,13 @@ impl Signals {
 
     /// True once a signal to end has come.
     pub fn is_stopping(&self) -> bool {
-        self.state.lock().stopping
+        self.state.lock().stopping.is_some()
     }
 
     /// Stops everything, each half on a thread of its own, so that a signal is obeyed even if the stop
     /// hangs.
     fn stop(&self, state: &mut State) {
-        state.stopping = true;
+        state.stopping = Some(Instant::now());
         let drain = self.drain;
         info!("stopping: no more visitors, {drain:?} for those that are there; again to end now");
         for half in &state.halves {
@@ -230,7 +231,7 @@ impl Signals {
     /// is obeyed meanwhile.
     fn reload(&self) {
         let mut state = self.state.lock();
-        if state.stopping {
+        if state.stopping.is_some() {
             return;
         }
         let (Some(reload), Some(newest), false) =
@@ -261,8 +262,9 @@ impl Signals {
         match started {
             Ok(half) => {
                 info!("taken over from the options before; visitors who were here go on");
-                if state.stopping {
-                    half.running.handle().stop(self.drain);
+                if let Some(since) = state.stopping {
+                    let left = self.drain.saturating_sub(since.elapsed());
+                    half.running.handle().stop(left);
                 }
                 state.halves.push(half);
                 state.gone = false;
@@ -270,7 +272,7 @@ impl Signals {
                     error!("what was there before has failed: {}", chain(&error));
                 }
             }
-            Err(error @ Error::NothingRuns(_)) if !state.stopping => {
+            Err(error @ Error::NothingRuns(_)) if state.stopping.is_none() => {
                 (state.gone, state.failed) = (true, Some(error));
             }
             Err(error) => warn!("nothing has changed: {}", chain(&error)),
@@ -290,7 +292,7 @@ impl Signals {
             // Nothing has been started yet.
             std::process::exit(0);
         }
-        if state.stopping {
+        if state.stopping.is_some() {
             info!("stopping now");
             logger::end(None);
             let _ = signal_hook::low_level::emulate_default_handler(signal);
