@@ -109,7 +109,7 @@ impl fmt::Display for Error {
                  client come through ssh or a VPN; or add --insecure if the network in between is \
                  trusted"
             ),
-            Self::Thread(_) => write!(f, "could not start a thread"),
+            Self::Thread(_) => write!(f, "a thread did not start, or panicked"),
         }
     }
 }

@@ -259,7 +259,10 @@ impl fmt::Display for NoSession {
         const CHECK: &str = "is this tpserver's control port (--control-port)?";
         match self {
             Self::Bye(reason) => f.write_str(match reason {
-                Reason::Busy => "it has as many clients as it takes (--clients of tpserver)",
+                Reason::Busy => {
+                    "it has as many clients as it takes (--clients of tpserver); the address and the key \
+                     are right"
+                }
                 Reason::Draining => "it is about to stop",
                 Reason::NoKey => "it has no key, and this client has one (--key-file of tpserver)",
                 Reason::WantsKey => "it wants a key (--key-file)",

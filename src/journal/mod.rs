@@ -221,7 +221,9 @@ impl Journal {
 impl Journal {
     /// A connection was closed, as there was no thread for this.
     pub fn no_thread(&self, job: &str, error: &io::Error) {
-        let what = format_args!("closed a connection, no thread for {job}: {error}");
+        let what = format_args!(
+            "closed a connection, no thread for {job} (raise TasksMax or ulimit -u): {error}"
+        );
         self.limits.no_thread.say(Warn, what);
     }
 
@@ -339,9 +341,13 @@ impl Journal {
 
     /// The ports could not be offered to another server.
     pub fn hand_over_failed(&self, error: &io::Error) {
+        let hint = match error.kind() {
+            io::ErrorKind::AddrInUse => "another program has its name",
+            _ => "a sandbox must allow AF_UNIX",
+        };
         let what = format_args!(
-            "could not offer the ports to a next server, so visitors are refused until one listens; a \
-             sandbox must allow AF_UNIX: {error}"
+            "could not offer the ports to a next server, so visitors are refused until one listens; \
+             {hint}: {error}"
         );
         self.say(Warn, what);
     }
