@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Condvar, Mutex};
 use tunnel_proxy::{Address, Client, ClientOptions, Handle, Key, Server, ServerOptions};
 
 pub mod between;
@@ -95,22 +95,43 @@ macro_rules! plain_and_sealed {
 }
 pub(crate) use plain_and_sealed;
 
+/// A test's turn, which ends when this is dropped, best before the test waits for what the programs give
+/// back.
+pub struct Turn {
+    is_shared: bool,
+}
+
+/// How many tests share a turn; -1 while one has it alone.
+static TURN: Mutex<isize> = Mutex::new(0);
+static TURN_ENDED: Condvar = Condvar::new();
+
 /// Waits for the turn of a test that measures rates, or what a crowd takes. Such tests run one at a
 /// time: two of them would share the processors, and the memory that the kernel allows all sockets
-/// together, and measure each other. A turn ends when this is dropped, best before the test waits for
-/// what the programs give back.
-pub fn take_turn() -> RwLockWriteGuard<'static, ()> {
-    TURN.write()
+/// together, and measure each other.
+pub fn take_turn() -> Turn {
+    let mut turn = TURN.lock();
+    TURN_ENDED.wait_while(&mut turn, |turn| *turn != 0);
+    *turn = -1;
+    Turn { is_shared: false }
 }
 
-/// Waits until no test has a turn, and lets none have one until dropped: for a test whose load would
+/// Waits until no test has a turn alone, and lets none have one until dropped: for a test whose load would
 /// spoil what others measure, or that counts on the buffers that the kernel gives a connection, which
-/// are small beside a crowd. Several such tests run at a time.
-pub fn share_turn() -> RwLockReadGuard<'static, ()> {
-    TURN.read()
+/// are small beside a crowd. Several such tests run at a time, and do not wait behind one that waits for a
+/// turn alone: otherwise they would come in turns, too.
+pub fn share_turn() -> Turn {
+    let mut turn = TURN.lock();
+    TURN_ENDED.wait_while(&mut turn, |turn| *turn < 0);
+    *turn += 1;
+    Turn { is_shared: true }
 }
 
-static TURN: RwLock<()> = RwLock::new(());
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *TURN.lock() += if self.is_shared { -1 } else { 1 };
+        TURN_ENDED.notify_all();
+    }
+}
 
 /// Any free port on the loopback address.
 pub fn any() -> Address {
