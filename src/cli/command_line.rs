@@ -409,7 +409,7 @@ fn servers(given: &Given) -> Result<Vec<Address>, Error> {
         servers.push(address);
     }
     // A command line that names servers and their ports does without what a file says of ports.
-    let is_meant = given.line_has(&names) == given.line_has(&["server"]);
+    let is_meant = given.line_has(&names) || !given.line_has(&["server"]);
     if control.is_some() && !needed && is_meant {
         return Err(usage("--control-port: --server names another port"));
     }
@@ -781,6 +781,9 @@ mod tests {
         assert_eq!(server("", file), "host:7");
         assert_eq!(server("--control-port 8", file), "host:8");
         assert_eq!(server("--server other:9", file), "other:9");
+        let line = words("--config x --control-port 8");
+        let error = client(line, |_| Ok("server host:7".to_owned())).unwrap_err();
+        assert!(error.to_string().contains("names another port"), "{error}");
     }
 
     #[test]

@@ -122,6 +122,7 @@ fn run<O: Clone + Send + 'static>(
             return print("ready\n");
         }
         Command::Run(options, common) if common.only_check => {
+            logger::start(common.program, common.level)?;
             return check(&with_keys(options, read_keys(&common)?));
         }
         Command::Run(options, common) => (options, common),

@@ -48,7 +48,7 @@ struct State {
     gone: bool,
     /// Why it has.
     failed: Option<Error>,
-    /// When the first signal to end came.
+    /// Since when everything is being stopped.
     stopping: Option<Instant>,
 }
 
@@ -321,12 +321,14 @@ mod tests {
     use crossbeam_channel::{Sender, bounded};
     use std::net::SocketAddr;
 
+    const DRAIN: Duration = Duration::from_secs(30);
+
     /// A server that ends when it is told to stop.
-    struct Fake(Sender<()>);
+    struct Fake(Sender<Duration>);
 
     impl Half for Fake {
-        fn stop(self: Arc<Self>, _: Duration) {
-            let _ = self.0.try_send(());
+        fn stop(self: Arc<Self>, drain: Duration) {
+            let _ = self.0.try_send(drain);
         }
 
         fn make_way(self: Arc<Self>) {}
@@ -352,7 +354,7 @@ mod tests {
         let signals = Signals {
             state: Arc::default(),
             changed: Arc::default(),
-            drain: Duration::from_secs(30),
+            drain: DRAIN,
             reloads: true,
         };
         let first = signals.start(
@@ -397,6 +399,28 @@ mod tests {
             matches!(ended, Err(Error::Tunnel(crate::Error::Thread(_)))),
             "{ended:?}"
         );
+    }
+
+    #[test]
+    fn what_starts_during_a_stop_gets_what_is_left_of_the_drain() {
+        let ended = after_reload(|signals| {
+            signals.stop(&mut signals.state.lock());
+            let second = signals.start(
+                |(), ended| {
+                    let (stop, stopped) = bounded(1);
+                    let fake = Arc::new(Fake(stop));
+                    let handle = Handle::new(&fake);
+                    Running::spawn("second", handle, move || {
+                        let _kept = (fake, ended);
+                        assert!(stopped.recv().unwrap() < DRAIN);
+                        Ok(())
+                    })
+                },
+                (),
+            );
+            Ok(second?)
+        });
+        assert!(ended.is_ok(), "{ended:?}");
     }
 
     #[test]
