@@ -99,7 +99,8 @@
 //!    `tunnel-port` or `public-port` is the port that the client has come to by mistake.
 //! 3. A side with services that have names says `offers=N` in its hello, and names each of them behind
 //!    it: `offer service=web` from the client, `offer service=web port=8080` from the server, without
-//!    `service=` for the one that has no name. Without `offers`, that is the only one.
+//!    `service=` for the one that has no name. Without `offers`, that is the only one. Up to 64 other
+//!    lines may stand among the offers: they are left out.
 //! 4. Both sides write `hi` every 2 s. A link without a line for 6 s is dead: it is reset, and every
 //!    idle tunnel of its session ends. So is a link whose far side is heard, but takes no line for
 //!    30 s. Visitors who are joined go on.

@@ -387,7 +387,7 @@ fn hear_offers(
         }
     }
     if left > 0 {
-        let what = format!("{MAX_SERVICES} other lines among {count} offers of services");
+        let what = format!("more than {MAX_SERVICES} other lines among {count} offers of services");
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     Ok(offers)

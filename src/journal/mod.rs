@@ -342,7 +342,7 @@ impl Journal {
     /// The ports could not be offered to another server.
     pub fn hand_over_failed(&self, error: &io::Error) {
         let hint = match error.kind() {
-            io::ErrorKind::AddrInUse => "another program has its name",
+            io::ErrorKind::AddrInUse => "another program has the name of the local socket for that",
             _ => "a sandbox must allow AF_UNIX",
         };
         let what = format_args!(

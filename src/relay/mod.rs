@@ -161,12 +161,11 @@ impl Pairs {
             visitor,
             joined: Joined {
                 key,
-                service,
+                service: service.clone(),
                 moved: Arc::clone(&moved),
                 pairs: self.clone(),
             },
         });
-        let service = pair.joined.service.clone();
         state.total_of(&service).0 += 1;
         let listed = Listed {
             pair: Arc::downgrade(&pair),

@@ -162,9 +162,9 @@ fn a_client_that_restarts_lets_visits_wait(protection: Protection) {
 #[test]
 #[ignore = "needs haproxy: cargo test -- --include-ignored"]
 fn a_server_without_a_client_can_be_left_out() {
-    let page = ports_of("127.0.88.1")[0];
+    let page = ports_of("127.0.81.1")[0];
     let servers = [1, 2].map(|number| {
-        let host = format!("127.0.88.{number}");
+        let host = format!("127.0.81.{number}");
         let status = SocketAddr::new(host.parse().unwrap(), page.port()).to_string();
         let launch = Launch::new(Protection::Plain).on(ports_of(&host));
         launch.server(&["--accept-proxy", "127.0.0.1", "--status", &status])
@@ -180,7 +180,7 @@ fn a_server_without_a_client_can_be_left_out() {
     let text = text.replace("    #option", "    option");
     let text = text.replace("    #default-server", "    default-server");
     let text = text.replace("port 9090", &format!("port {}", page.port()));
-    let balancer = balancer_with(&(text + checked), [public, other], "127.0.88.3");
+    let balancer = balancer_with(&(text + checked), [public, other], "127.0.81.3");
     eventually("the balancer has noticed", || {
         let statuses = [(); 8].map(|()| {
             let visitor = try_connect(balancer.address)?;

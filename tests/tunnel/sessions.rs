@@ -137,6 +137,9 @@ fn a_server_that_restarts_on_its_ports_serves_within_three_seconds(protection: P
             public: unnamed(any.clone()),
             tunnel: any.clone(),
             control: any,
+            // A program that another test starts has this process's listeners for a moment. What the kernel
+            // keeps of connections that have ended, it keeps for a minute.
+            port_patience: Duration::from_secs(5),
     );
     let mut server = RunningServer::start(options.clone());
     options.public = unnamed(server.public);

@@ -662,7 +662,16 @@ fn a_page_for_other_hosts_needs_insecure_status() {
     assert!(Server::bind(options(false)).is_err_and(|error| is_refused(&error)));
     let server = RunningServer::start(options(true));
     let port = server.handle().status_addr().unwrap().port();
-    assert_eq!(get(([127, 0, 0, 1], port).into(), "/healthz").0, 200);
+    let near = ([127, 0, 0, 1], port).into();
+    assert_eq!(get(near, "/healthz").0, 200);
+    // A browser on this host that a web site has sent here.
+    let mut browser = connect(near);
+    browser
+        .write_all(b"GET / HTTP/1.1\r\nHost: site.example\r\n\r\n")
+        .unwrap();
+    let mut response = String::new();
+    browser.read_to_string(&mut response).unwrap();
+    assert!(response.starts_with("HTTP/1.1 421 "), "{response}");
     let closed = closed_port();
     let options = |insecure_status| {
         with!(client_options(&server, closed.addr);

@@ -97,6 +97,7 @@ pub(crate) use plain_and_sealed;
 
 /// A test's turn, which ends when this is dropped, best before the test waits for what the programs give
 /// back.
+#[must_use]
 pub struct Turn {
     is_shared: bool,
 }
