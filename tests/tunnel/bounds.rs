@@ -52,8 +52,11 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
         });
     };
     wait_until_idle(0);
-    let before = ports_of_tunnels(both.addresses[1]);
-    assert_eq!(before.len(), POOL);
+    let mut before = BTreeSet::new();
+    eventually("all tunnels are open", || {
+        before = ports_of_tunnels(both.addresses[1]);
+        before.len() == POOL
+    });
     for number in 1..=VISITS {
         let mut visitor = both.visit();
         let visitor_first = number % 2 == 0;
@@ -67,13 +70,13 @@ fn visits_leave_the_client_its_ports(protection: Protection) {
         drop(visitor);
         wait_until_idle(number);
     }
-    let after = ports_of_tunnels(both.addresses[1]);
-    let said = [&both.server, &both.client].map(|program| program.lines_with(""));
-    assert_eq!(after, before, "{said:#?}");
+    eventually("the same tunnels are open", || {
+        ports_of_tunnels(both.addresses[1]) == before
+    });
 }
 
-/// The client's ports of the connections that are open at a server's port for tunnels. As a set: while
-/// other connections come and go, the kernel may list one twice.
+/// The client's ports of the connections that are open at a server's port for tunnels. While other
+/// connections come and go, the kernel may list one twice, or leave one out.
 fn ports_of_tunnels(tunnel: SocketAddr) -> BTreeSet<String> {
     let (here, established) = (format!("0100007F:{:04X}", tunnel.port()), "01");
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -184,7 +187,7 @@ fn a_visitor_that_never_reads_does_not_fill_the_memory(protection: Protection) {
     assert!(grown < 4 * 1024, "{grown} KiB more");
     let start = Instant::now();
     ping();
-    assert!(start.elapsed() < Duration::from_secs(1), "others wait");
+    assert!(start.elapsed() < Duration::from_secs(4), "others wait");
 }
 
 fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
@@ -201,8 +204,8 @@ fn what_strangers_cause_is_logged_once_a_second(protection: Protection) {
     server.wait_for_line("refused tunnel");
     // There are three kinds of lines, with one of each a second at the most, and three lines at the
     // start.
-    let seconds = start.elapsed().as_secs() as usize + 1;
     let lines = server.lines_with("").len();
+    let seconds = start.elapsed().as_secs() as usize + 1;
     assert!(lines <= 3 + 3 * seconds, "{lines} lines in {seconds} s");
     // The first line of a later second tells how many lines were left out.
     eventually("the count of those left out", || {
@@ -270,7 +273,7 @@ fn silent_strangers_take_neither_time_nor_memory(protection: Protection) {
     assert_echo(&connect(public), "through the second");
     // A stranger that is waited for has 5 s.
     for served in [first, start.elapsed()] {
-        assert!(served < Duration::from_secs(3), "after {served:?}");
+        assert!(served < Duration::from_millis(4500), "after {served:?}");
     }
     let grown = server.memory("Pss_Anon").saturating_sub(before);
     assert!(grown < 4 * 1024, "{grown} KiB more");

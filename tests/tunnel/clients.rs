@@ -84,7 +84,11 @@ fn visitors_go_to_the_client_that_has_the_fewest(protection: Protection) {
     assert!((10..=30).contains(&of_a), "{of_a} of 40 went to one client");
     visitors.retain(|visitor| who(visitor) == 'b');
     let before = visitors.len();
-    thread::sleep(Duration::from_millis(500));
+    eventually("the others have left", || {
+        server.signal(Signal::USR1);
+        let left = format!(" joined={before} ");
+        !server.lines_with(&left).is_empty()
+    });
     visitors.extend(visit(before - 2));
     let of_b = count(&visitors[before..], 'b');
     assert!(
@@ -132,7 +136,7 @@ fn a_client_that_is_killed_takes_only_its_own_visits(protection: Protection) {
     let _stays = client(protection, addresses, service.addr, &[]);
     let mut killed = client(protection, addresses, service.addr, &[]);
     let mut at = None;
-    let made = sixteen_at_a_time(addresses[0], Duration::from_secs(4), || {
+    let made = sixteen_at_a_time(addresses[0], Duration::from_secs(6), || {
         thread::sleep(Duration::from_secs(2));
         killed.kill();
         at = Some(Instant::now());
@@ -148,7 +152,7 @@ fn a_visitor_that_waits_for_a_dead_client_is_given_to_another_at_once(protection
     dead.signal(Signal::STOP);
     // Of two that have no visitor, the one that came first is asked.
     let visitor = connect(addresses[0]);
-    server.wait_for_line(" came");
+    server.wait_for_line(&format!("visitor {} came", visitor.local_addr().unwrap()));
     thread::sleep(Duration::from_millis(100));
     dead.kill();
     let start = Instant::now();
@@ -274,7 +278,9 @@ fn a_client_that_has_failed_is_tried_by_one_visitor_after_its_pause(protection: 
     thread::sleep(Duration::from_millis(1200));
     let _tries = server.visit();
     assert!(tunnel.line().ends_with(" answer=1\n"));
-    thread::sleep(Duration::from_millis(100));
+    eventually("the server waits for the answer", || {
+        server.handle().status().unwrap().waiting == 1
+    });
     // Who went there would wait until the first client is silent for too long.
     let start = Instant::now();
     let others = [(); 5].map(|()| server.visit());

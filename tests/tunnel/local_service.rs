@@ -21,7 +21,8 @@ plain_and_sealed! {
     a_thousand_resets_and_ends_leave_nothing,
 }
 
-const AT_ONCE: Duration = Duration::from_secs(1);
+/// A reset that is not passed on is never seen.
+const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// A visitor takes no longer beside others that wait, even on a busy machine. Those others wait for
 /// 5 s or more.
@@ -59,8 +60,8 @@ fn a_service_that_lets_dials_hang_holds_up_nobody_else(protection: Protection) {
     let served = accept(&service.listener);
     let filling = service.fill();
     assert!(filling.len() < 10, "the listener takes all");
-    let visitors: Vec<_> = (0..VISITORS).map(|_| both.visit()).collect();
     let (over, start) = (AtomicBool::new(false), Instant::now());
+    let visitors: Vec<_> = (0..VISITORS).map(|_| both.visit()).collect();
     thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) && start.elapsed() < DEADLINE {
@@ -72,7 +73,7 @@ fn a_service_that_lets_dials_hang_holds_up_nobody_else(protection: Protection) {
         });
         for visitor in &visitors {
             assert_reset(visitor, DEADLINE);
-            let dial_timeout = Duration::from_millis(4500)..Duration::from_secs(7);
+            let dial_timeout = Duration::from_millis(4500)..Duration::from_secs(10);
             assert!(
                 dial_timeout.contains(&start.elapsed()),
                 "{:?}",
@@ -197,5 +198,5 @@ fn assert_over(mut socket: &TcpStream) {
     let start = Instant::now();
     let end = socket.read(&mut [0]);
     assert!(!matches!(end, Ok(1..)), "{end:?}");
-    assert!(start.elapsed() < 4 * AT_ONCE, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 2 * AT_ONCE, "{:?}", start.elapsed());
 }

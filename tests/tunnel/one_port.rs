@@ -82,7 +82,7 @@ fn strangers_at_the_one_port_keep_no_client_out(protection: Protection) {
     let _client = client(protection, control, &service);
     assert_echo(&connect(public), "through the crowd");
     // A stranger that is waited for has 5 s.
-    assert!(start.elapsed() < Duration::from_secs(3));
+    assert!(start.elapsed() < Duration::from_millis(4500));
     drop(strangers);
 }
 

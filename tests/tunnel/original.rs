@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::support::peer::Peer;
 use crate::support::{
     Protection, RunningClient, RunningServer, Service, accept, assert_echo, assert_ended,
-    closed_port, connect, expect_pattern, send_pattern, server_options, unnamed, with,
+    closed_port, connect, eventually, expect_pattern, send_pattern, server_options, unnamed, with,
 };
 use tunnel_proxy::{ClientOptions, ServerOptions};
 
@@ -79,14 +79,14 @@ fn an_original_client_gets_the_originals_bytes() {
     assert_eq!(lines, Vec::<String>::new(), "nothing that it does not know");
     // Its tunnels are raw from the first byte on, and one without a visitor is closed.
     let tunnels = [(); 3].map(|()| connect(server.tunnel));
-    let mut closed = 0;
     for tunnel in &tunnels {
-        tunnel
-            .set_read_timeout(Some(Duration::from_millis(200)))
-            .unwrap();
-        closed += usize::from(matches!((&*tunnel).read(&mut [0]), Ok(0)));
+        let moment = Some(Duration::from_millis(50));
+        tunnel.set_read_timeout(moment).unwrap();
     }
-    assert_eq!(closed, 1);
+    eventually("one is closed", || {
+        let closed = tunnels.iter().map(|it| matches!(it.peek(&mut [0]), Ok(0)));
+        closed.filter(|it| *it).count() == 1
+    });
 }
 
 #[test]
@@ -204,7 +204,7 @@ fn an_original_server_sees_a_refused_local_service_at_once() {
     let refusing = closed_port();
     let mut server = OriginalServer::start(refusing.addr);
     let tunnel = server.visit();
-    crate::support::assert_reset(&tunnel, Duration::from_secs(1));
+    crate::support::assert_reset(&tunnel, Duration::from_secs(4));
 }
 
 #[test]
@@ -236,9 +236,8 @@ fn an_original_clients_visitors_time_out_as_they_did() {
     let _client = connect(server.control);
     // One visitor that has timed out changes nothing for the next one.
     for _ in 0..2 {
-        let visitor = server.visit();
         let start = Instant::now();
-        assert_ended(&visitor);
+        assert_ended(&server.visit());
         assert!(start.elapsed() >= Duration::from_millis(1400));
     }
 }

@@ -89,7 +89,7 @@ fn a_refused_local_service_aborts_the_tunnel_and_the_next_is_dialled(protection:
     for _ in 0..10 {
         let mut tunnel = server.tunnel();
         tunnel.write("new visitor=192.0.2.1:1\n");
-        tunnel.assert_aborted(Duration::from_secs(1));
+        tunnel.assert_aborted(Duration::from_secs(4));
     }
 }
 
@@ -134,8 +134,8 @@ fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed(protection:
         tunnel
     };
     // The server grants two idle tunnels. Of three that nobody needs, one is closed after 10 s.
-    let mut three = [tunnel(&client), tunnel(&client), tunnel(&client)];
     let start = Instant::now();
+    let mut three = [tunnel(&client), tunnel(&client), tunnel(&client)];
     let closed = thread::scope(|scope| {
         let waiting = scope.spawn(|| wait_for_a_closed_one(&mut three));
         while !waiting.is_finished() {
@@ -144,7 +144,7 @@ fn a_dead_idle_tunnel_is_passed_over_and_superfluous_ones_are_closed(protection:
         }
         waiting.join().unwrap()
     });
-    let bounds = Duration::from_millis(9500)..Duration::from_millis(13000);
+    let bounds = Duration::from_millis(9500)..Duration::from_secs(15);
     assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());
     let [mut lives, dead]: [Peer; 2] = three
         .into_iter()
@@ -201,7 +201,7 @@ fn a_control_link_that_starts_with_anything_but_hello_is_closed(protection: Prot
     slow.socket.write_all(&hello[..hello.len() / 2]).unwrap();
     assert_eq!(slow.line(), "");
     let deadline = Duration::from_secs(5);
-    let bounds = deadline * 9 / 10..deadline + Duration::from_millis(1500);
+    let bounds = deadline * 9 / 10..deadline + Duration::from_millis(3000);
     assert!(bounds.contains(&start.elapsed()), "{:?}", start.elapsed());
 }
 

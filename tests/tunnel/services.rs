@@ -136,7 +136,7 @@ fn a_service_that_nobody_offers_is_named_in_both_logs_and_its_visitors_wait(
     protection: Protection,
 ) {
     let launch = Launch::new(protection);
-    let server = launch.bare_server(&["-pweb=0", "-pssh=0", "-t0", "-c0", "-w1"]);
+    let server = launch.bare_server(&["-pweb=0", "-pssh=0", "-t0", "-c0", "-w5"]);
     let control = server.address("the control link").to_string();
     let ssh = server.address("visitors of ssh");
     let web = named("web");
@@ -146,7 +146,7 @@ fn a_service_that_nobody_offers_is_named_in_both_logs_and_its_visitors_wait(
     client.wait_for_line("visitors of ssh, which this client does not serve (--local ssh=");
     client.wait_for_line("no port for visitors of mail (--public mail=PORT of tpserver)");
     assert_ended(&connect(ssh));
-    server.wait_for_line(" of ssh after 1s: no client offers it (--local ssh=HOST:PORT");
+    server.wait_for_line(" of ssh after 5s: no client offers it (--local ssh=HOST:PORT");
     // One that comes in time serves those who wait.
     let visitor = connect(ssh);
     drop(client);

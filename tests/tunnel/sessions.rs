@@ -48,7 +48,7 @@ fn without_a_client_the_visitor_is_closed_at_the_pair_timeout(protection: Protec
 }
 
 fn assert_pair_timeout(waited: Duration) {
-    let bounds = Duration::from_millis(4500)..Duration::from_millis(5500);
+    let bounds = Duration::from_millis(4500)..Duration::from_millis(7500);
     assert!(bounds.contains(&waited), "{waited:?}");
 }
 
@@ -162,15 +162,15 @@ fn a_server_that_restarts_on_its_ports_serves_within_three_seconds(protection: P
 }
 
 const SILENCE_NOTICED: std::ops::Range<Duration> =
-    Duration::from_millis(5500)..Duration::from_millis(8000);
+    Duration::from_millis(5500)..Duration::from_millis(10_000);
 
 fn a_silent_client_is_dropped_and_the_next_one_taken(protection: Protection) {
     let server = RunningServer::start(server_options(protection));
+    let start = Instant::now();
     let mut silent = Peer::dial_control(&server);
     let session = silent.say_hello(8);
     let mut idle = Peer::dial_tunnel(&server, &silent);
     idle.write(format!("tunnel session={session}\n"));
-    let start = Instant::now();
     silent.assert_aborted(DEADLINE);
     assert!(
         SILENCE_NOTICED.contains(&start.elapsed()),
@@ -224,8 +224,8 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
     ));
     let mut silent = Peer::accept_control(&listener, protection);
     assert_eq!(silent.line(), "hello proto=2 pool=8\n");
-    silent.write("hello proto=2 session=00112233445566778899aabbccddeeff pool=0\n");
     let start = Instant::now();
+    silent.write("hello proto=2 session=00112233445566778899aabbccddeeff pool=0\n");
     silent.assert_aborted(DEADLINE);
     assert!(
         SILENCE_NOTICED.contains(&start.elapsed()),
@@ -261,17 +261,10 @@ fn dials_come_further_apart(protection: Protection, answer: &str) {
         assert_eq!(peer.line(), "hello proto=2 pool=8\n");
         peer.write(answer);
     }
-    // The pause is 0.2 s, doubled each time, and at least half of that. What is seen here may have
-    // been late.
-    for (number, pair) in times.windows(2).enumerate() {
-        let whole = Duration::from_millis(200 << number);
-        let pause = pair[1] - pair[0];
-        let most = whole + Duration::from_millis(1000);
-        assert!(
-            (whole * 2 / 5..most).contains(&pause),
-            "pause {number}: {pause:?}"
-        );
-    }
+    // The pause is 0.2 s, doubled each time, and at least half of that: 3.1 to 6.2 s in all. Without that
+    // it would be 1 s. A dial that is seen late makes the next pause look shorter, and not their sum.
+    let bounds = Duration::from_secs(2)..Duration::from_secs(12);
+    assert!(bounds.contains(&(times[5] - times[0])), "{times:?}");
 }
 
 /// What a port scanner sends to the tunnel port.

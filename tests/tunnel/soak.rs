@@ -34,7 +34,7 @@ const MEMORY: usize = 24 * 1024;
 const MOST_MEMORY: usize = VISITORS as usize * (1 + COMPANIONS) * 2 * 1024;
 
 /// Whole visits of each tunnel, far below the seventy or more that two idle cores see to.
-const LEAST_A_SECOND: usize = 3;
+const LEAST_A_SECOND: usize = 1;
 
 fn soak(protection: Protection) {
     let host = match protection {
@@ -283,6 +283,11 @@ impl<'a> Chaos<'a> {
             Side::Server => launch.on(ports).server(&[]),
             Side::Client => launch.client(ways, self.local_addr, &[]),
         };
+        // Before that, a signal to end might find no handler.
+        next.wait_for_line(match side {
+            Side::Server => "for the control link",
+            Side::Client => "connecting to",
+        });
         let past = std::mem::replace(self.program(side), next);
         self.past.push(past);
     }

@@ -555,8 +555,8 @@ fn the_next_program_gets_the_page_of_the_one_that_ends(protection: Protection) {
 /// The old server still has a visitor then.
 fn the_next_server_gets_the_page_with_the_ports(protection: Protection) {
     let [of_ports, of_page] = match protection {
-        Protection::Plain => ["127.0.84.3", "127.0.83.4"],
-        Protection::Sealed => ["127.0.84.5", "127.0.83.6"],
+        Protection::Plain => ["127.0.92.3", "127.0.92.4"],
+        Protection::Sealed => ["127.0.92.5", "127.0.92.6"],
     };
     let service = Service::echo();
     let launch = Launch::new(protection).on(ports_of(of_ports));

@@ -218,7 +218,7 @@ pub fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
 }
 
 #[cfg(target_os = "linux")]
-fn try_connect_from(source: &str, to: SocketAddr) -> std::io::Result<TcpStream> {
+pub fn try_connect_from(source: &str, to: SocketAddr) -> std::io::Result<TcpStream> {
     let domain = socket2::Domain::for_address(to);
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
     let source = SocketAddr::new(source.parse().unwrap(), 0);
@@ -279,13 +279,16 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// Looks until what is seen has stayed the same for this time, and returns that.
 pub fn once_settled<T: PartialEq>(what: &str, time: Duration, look: impl Fn() -> T) -> T {
-    let (mut seen, mut since) = (look(), Instant::now());
+    let (mut seen, mut settled, mut last) = (look(), Duration::ZERO, Instant::now());
     eventually(what, || {
-        let now = look();
+        let (now, pause) = (look(), last.elapsed());
+        last = Instant::now();
+        // While this thread was held up, so may have been what it looks at.
+        settled += pause.min(Duration::from_millis(20));
         if now != seen {
-            (seen, since) = (now, Instant::now());
+            (seen, settled) = (now, Duration::ZERO);
         }
-        since.elapsed() > time
+        settled > time
     });
     seen
 }

@@ -24,7 +24,7 @@ const FORGOTTEN: Duration = Duration::from_secs(40);
 /// When all faults are gone, so many visits in a row must go well within this time. A client that has
 /// lost its server often waits for up to 4 s.
 const FRESH: usize = 20;
-const RECOVERY: Duration = Duration::from_secs(15);
+const RECOVERY: Duration = Duration::from_secs(60);
 
 /// How long a soak takes where nobody says so: what is worth it each time.
 const SHORT: u64 = 8;
