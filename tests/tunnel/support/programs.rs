@@ -130,14 +130,18 @@ pub fn ports_of(host: &str) -> [SocketAddr; 3] {
     let any = SocketAddr::new(host.parse().unwrap(), 0);
     // The sockets are bound, but do not listen: a program that another test starts in this moment
     // has all sockets of this process for a while, and whoever is in the queue of a listener that
-    // ends then is reset.
+    // ends then is reset. They stay bound as long as this process lives: otherwise a test that listens
+    // at all addresses might be given one of these ports before the server has it.
+    static BOUND: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
     let sockets =
         [(); 3].map(|()| Socket::new(Domain::for_address(any), Type::STREAM, None).unwrap());
-    sockets.each_ref().map(|socket| {
+    let ports = sockets.each_ref().map(|socket| {
         socket.set_reuse_address(true).unwrap();
         socket.bind(&any.into()).unwrap();
         socket.local_addr().unwrap().as_socket().unwrap()
-    })
+    });
+    BOUND.lock().extend(sockets);
+    ports
 }
 
 /// One of the two programs in a process of its own, killed when dropped.
