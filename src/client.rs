@@ -8,7 +8,7 @@ mod run;
 mod shown;
 
 use std::collections::HashSet;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -116,9 +116,11 @@ impl Shared {
         let control = Arc::new(control);
         self.warn_without_key(server, &control);
         let mut link = open_link(Conn::new(control.clone()), options)?;
-        let (session, to_write) = Session::new(&link, control, options.tunnel_port)?;
+        let (session, to_write) = Session::new(&link, control.clone(), options.tunnel_port)?;
         self.begin_session(server, &session);
         if let Err(error) = self.start_writer(&session, link.writer, to_write) {
+            // Without a writer nobody else ends the link, and the server would take no other client.
+            let _ = control.shutdown(Shutdown::Both);
             return Ok(self.end_session(&session, Ended::NoThread(error)));
         }
         self.refill(&session);
@@ -250,7 +252,7 @@ impl Shared {
         }
         // Until it is joined and has ended well, an end would be taken for a complete visit.
         let local = net::dial(address, true)?;
-        let own_dial = self.own_dial(session, &local)?;
+        let own_dial = self.own_dial(session, &local, address.port)?;
         self.say_whose(visitor, &local, address)?;
         Ok((local, own_dial))
     }
@@ -277,10 +279,14 @@ impl Shared {
             named.map_err(|error| NoVisitor::Dial(error.into()))?;
         }
         self.journal.tunnel_dialled(&session.dialled);
+        session.note_dial(true);
         Ok((Tunnel { conn, held }, spare))
     }
 
     fn no_visitor(&self, session: &Session, why: &NoVisitor) {
+        if matches!(why, NoVisitor::Dial(_) | NoVisitor::NotServer(_)) {
+            session.note_dial(false);
+        }
         if session.is_live() {
             self.journal.no_visitor(session.tunnel_addr, why);
         }

@@ -134,8 +134,9 @@ impl Shared {
         self: &Arc<Self>,
         session: &Session,
         local: &TcpStream,
+        port: u16,
     ) -> io::Result<Option<OwnDial>> {
-        if !session.may_loop(local.peer_addr()?.port()) {
+        if !session.may_loop(port) {
             return Ok(None);
         }
         let from = local.local_addr()?;

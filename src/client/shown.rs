@@ -49,6 +49,8 @@ impl Shared {
         let mut why = Vec::new();
         if live.iter().all(Option::is_none) {
             why.push("no server is connected".to_owned());
+        } else if live.iter().flatten().all(|session| session.is_barred()) {
+            why.push("no tunnel can be dialled".to_owned());
         }
         let unreached = self.unreached.0.iter();
         for (service, _) in unreached.filter(|(_, it)| it.load(Ordering::Relaxed)) {

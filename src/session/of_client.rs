@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -25,6 +25,13 @@ const STOPPING: Line = Line::Bye {
     reason: Reason::Draining,
 };
 
+/// So many lines may wait to be written to the server. One that reads more slowly than visitors fail is
+/// not told of all of them.
+const MOST_LINES: usize = 4096;
+
+/// So many lines that say nothing of a visitor may come through an idle tunnel, one behind the other.
+const MOST_IGNORED: usize = 64;
+
 /// A session, from the server's answer to the end of the control link.
 pub struct Session {
     /// Where tunnels are dialled: on the host that the control link leads to, whatever the server's
@@ -42,6 +49,8 @@ pub struct Session {
     pub began: Instant,
     /// The tunnels that this client has dialled.
     pub dialled: AtomicU64,
+    /// The last tunnel that it dialled led nowhere.
+    tunnel_failed: AtomicBool,
     control: Arc<TcpStream>,
     state: Mutex<State>,
     /// No tunnel is spare any more.
@@ -86,6 +95,7 @@ impl Session {
             seen_as: welcome.and_then(|welcome| Some(welcome.client?.ip())),
             began: Instant::now(),
             dialled: AtomicU64::new(0),
+            tunnel_failed: AtomicBool::new(false),
             control,
             state: Mutex::new(State {
                 held: 0,
@@ -136,6 +146,16 @@ impl Session {
         (state.spare.saturating_sub(idle), idle)
     }
 
+    /// Takes note of whether the last tunnel that was dialled has led to the server.
+    pub fn note_dial(&self, reached: bool) {
+        self.tunnel_failed.store(!reached, Ordering::Relaxed);
+    }
+
+    /// True if a visitor who comes now would get no tunnel: none is idle, and none can be dialled.
+    pub fn is_barred(&self) -> bool {
+        self.tunnel_failed.load(Ordering::Relaxed) && self.state.lock().idle.is_empty()
+    }
+
     /// True if half of the pool is in use, or a tunnel of it is lost. One that is in use comes back: a
     /// steady load has all the tunnels that it needs, and dials none.
     pub fn is_low(&self) -> bool {
@@ -169,6 +189,7 @@ impl Session {
     /// Tells a server that understands it why a visitor's tunnel was aborted.
     pub fn tell_failed(&self, visitor: &Visitor, reason: Failure) {
         if let (Some(visitor), Some(to_server)) = (visitor.address(), &self.state.lock().to_server)
+            && to_server.len() < MOST_LINES
         {
             let _ = to_server.send(Line::Failed { visitor, reason });
         }
@@ -330,7 +351,7 @@ impl Drop for Held {
 }
 
 fn read_visitor(lines: &mut Lines<&mut Reader>) -> Result<Arrival, NoVisitor> {
-    loop {
+    for _ in 0..MOST_IGNORED {
         match lines.next_line() {
             Ok(Line::New(Some(arrival))) if lines.in_frames() => return Ok(arrival),
             line @ Ok(Line::Bye { .. }) => {
@@ -343,6 +364,8 @@ fn read_visitor(lines: &mut Lines<&mut Reader>) -> Result<Arrival, NoVisitor> {
             Err(error) => return Err(ended(error)),
         }
     }
+    let what = format!("{MOST_IGNORED} lines without a visitor");
+    Err(NoVisitor::Ended(Ended::BadLine(what)))
 }
 
 /// Why a tunnel got no visitor.

@@ -27,6 +27,7 @@ plain_and_sealed! {
     a_rate_is_that_of_the_last_seconds,
     a_server_is_ready_when_clients_offer_all_its_services,
     a_client_is_ready_unless_it_has_no_server_or_a_service_is_down,
+    a_client_that_can_dial_no_tunnel_is_not_ready,
     a_server_that_drains_is_not_ready_and_shows_who_is_left,
     a_client_that_drains_is_not_ready_and_shows_who_is_left,
     a_program_under_load_is_ready_and_counts_right,
@@ -318,6 +319,22 @@ fn a_server_is_ready_when_clients_offer_all_its_services(protection: Protection)
     drop(web);
     let without_web = why("no client offers web");
     eventually("the other is missing", || not_ready(at) == without_web);
+}
+
+fn a_client_that_can_dial_no_tunnel_is_not_ready(protection: Protection) {
+    let (server, closed) = (
+        RunningServer::start(server_options(protection)),
+        closed_port(),
+    );
+    let client = RunningClient::start(with!(client_options(&server, closed.addr);
+            tunnel_port: Some(closed.addr.port()),
+            status: Some(any()),
+    ));
+    let at = status_of_client(&client);
+    let why = "{\"ready\":false,\"why\":[\"no tunnel can be dialled\"]}\n";
+    eventually("the dials have failed", || {
+        not_ready(at).as_deref() == Some(why)
+    });
 }
 
 fn a_client_is_ready_unless_it_has_no_server_or_a_service_is_down(protection: Protection) {
