@@ -17,9 +17,9 @@ pub const MAX_THREADS: usize = MAX_UNPROVED + MAX_UNPROVED / 8;
 /// more than a proxy takes in before it says something to each.
 pub const MAX_HEADERLESS: usize = 1024;
 
-/// What a program needs besides its visitors, ports and peers: strangers at two ports, and a few for the
-/// system.
-const OTHER_DESCRIPTORS: usize = 2 * MAX_THREADS + 16;
+/// What a program needs besides its visitors, ports and peers: strangers at two ports, a status page
+/// with 8 connections, each of which looks at `/proc`, and a few for the system.
+const OTHER_DESCRIPTORS: usize = 2 * MAX_THREADS + 40;
 
 /// Directions of a server's or a client's visitors that may move their bulk through a pipe at a
 /// time, two descriptors each. With 1 MiB a pipe, an ordinary user gets as many
