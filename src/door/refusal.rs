@@ -260,7 +260,7 @@ impl fmt::Display for NoSession {
         match self {
             Self::Bye(reason) => f.write_str(match reason {
                 Reason::Busy => {
-                    "it has as many clients as it takes (--clients of tpserver); all the rest is right"
+                    "it has as many clients as it takes (--clients of tpserver); all before that is right"
                 }
                 Reason::Draining => "it is about to stop",
                 Reason::NoKey => "it has no key, and this client has one (--key-file of tpserver)",
