@@ -346,6 +346,24 @@ mod tests {
         }
     }
 
+    /// A server that looks, when it is stopped, at the time that its visitors get.
+    fn until_stopped(signals: &Signals, look: fn(Duration)) -> Started {
+        let started = signals.start(
+            |look: fn(Duration), ended| {
+                let (stop, stopped) = bounded(1);
+                let fake = Arc::new(Fake(stop));
+                let handle = Handle::new(&fake);
+                Running::spawn("fake", handle, move || {
+                    let _kept = (fake, ended);
+                    look(stopped.recv().unwrap());
+                    Ok(())
+                })
+            },
+            look,
+        );
+        started.unwrap()
+    }
+
     /// A program whose first server runs until it is stopped, and whose reload comes to this. Returns
     /// what the program ends with.
     fn after_reload(
@@ -357,21 +375,9 @@ mod tests {
             drain: DRAIN,
             reloads: true,
         };
-        let first = signals.start(
-            |(), ended| {
-                let (stop, stopped) = bounded(1);
-                let fake = Arc::new(Fake(stop));
-                let handle = Handle::new(&fake);
-                Running::spawn("first", handle, move || {
-                    let _kept = (fake, ended);
-                    let _ = stopped.recv();
-                    Ok(())
-                })
-            },
-            (),
-        );
+        let first = until_stopped(&signals, |_| ());
         let owned = signals.clone();
-        signals.obey_for(first.unwrap(), Arc::new(move |_: &Handle| reload(&owned)));
+        signals.obey_for(first, Arc::new(move |_: &Handle| reload(&owned)));
         signals.reload();
         signals.wait()
     }
@@ -405,20 +411,7 @@ mod tests {
     fn what_starts_during_a_stop_gets_what_is_left_of_the_drain() {
         let ended = after_reload(|signals| {
             signals.stop(&mut signals.state.lock());
-            let second = signals.start(
-                |(), ended| {
-                    let (stop, stopped) = bounded(1);
-                    let fake = Arc::new(Fake(stop));
-                    let handle = Handle::new(&fake);
-                    Running::spawn("second", handle, move || {
-                        let _kept = (fake, ended);
-                        assert!(stopped.recv().unwrap() < DRAIN);
-                        Ok(())
-                    })
-                },
-                (),
-            );
-            Ok(second?)
+            Ok(until_stopped(signals, |drain| assert!(drain < DRAIN)))
         });
         assert!(ended.is_ok(), "{ended:?}");
     }
