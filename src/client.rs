@@ -211,7 +211,7 @@ impl Shared {
                 peer: Peer::LocalService,
                 conn: Conn::new(Arc::new(local)),
             },
-            self.options.linger,
+            session.proto.linger(self.options.linger),
         );
         let (client, session, held_too) = (self.clone(), session.clone(), held.clone());
         let work = move || {

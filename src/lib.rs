@@ -88,11 +88,13 @@
 //!
 //! The control link:
 //!
-//! 1. The client dials the control port and says `hello proto=2 pool=8`: it wants eight idle
-//!    tunnels. A connection that says something else, or nothing for 5 s, is closed.
-//! 2. The server answers `hello proto=2 pool=8 session=<32 hex digits> tunnel=8008 public=8007
-//!    client=<ip:port>`: the idle tunnels that it grants, at most 64, the session's id, its two other
-//!    ports, and where it sees the client come from. Or it says `bye reason=…`: `busy` if there are as
+//! 1. The client dials the control port and says `hello proto=2 pool=8 linger=600000`: it wants eight
+//!    idle tunnels, and aborts a visit that stands still for so many milliseconds once one end has
+//!    finished. A connection that says something else, or nothing for 5 s, is closed.
+//! 2. The server answers `hello proto=2 pool=8 linger=600000 session=<32 hex digits> tunnel=8008
+//!    public=8007 client=<ip:port>`: the idle tunnels that it grants, at most 64, its own `linger`, the
+//!    session's id, its two other ports, and where it sees the client come from. The shorter `linger`
+//!    holds for both sides, and each looks after its own end. Or it says `bye reason=…`: `busy` if there are as
 //!    many clients as it takes, `wants-key` or `no-key` if only one side has a key, `wrong-key`,
 //!    `version` if the client speaks another version than `proto=2`, `draining` if the server is about
 //!    to stop, `error` if the server could not begin a session, and logs why. `control-port`,

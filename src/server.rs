@@ -308,7 +308,7 @@ impl Shared {
                         self.join_when_ready(accept, accept_add_time, tunnel, client);
                     }
                     Some(tunnel) => {
-                        self.join_conn2(accept, tunnel, client.place());
+                        self.join_conn2(accept, tunnel, &client, client.place());
                     }
                     None => self.put_back(accept, accept_add_time),
                 }
@@ -327,7 +327,13 @@ impl Shared {
 
     /// Joins a visitor, who has this place among those of the client, with its tunnel, whose client has
     /// been told: two copy threads. The one that ends last gives the tunnel to the next visitor.
-    fn join_conn2(self: &Arc<Self>, accept: Accept, tunnel: Tunnel, place: Option<Slot>) {
+    fn join_conn2(
+        self: &Arc<Self>,
+        accept: Accept,
+        tunnel: Tunnel,
+        client: &Session,
+        place: Option<Slot>,
+    ) {
         let service = self.service_of(&accept).clone();
         let Accept {
             socket,
@@ -354,7 +360,7 @@ impl Shared {
                 peer: Peer::Client,
                 conn,
             },
-            self.options.linger,
+            client.proto.linger(self.options.linger),
         );
         let copy = move |server: &Arc<Self>, direction: Direction| {
             let again = direction.copy().map(|conn| Tunnel {

@@ -208,6 +208,7 @@ impl Door {
             Ok(Line::Hello {
                 proto: PROTO,
                 pool,
+                linger,
                 offers,
                 wants_to,
                 ..
@@ -220,6 +221,7 @@ impl Door {
                 link.proto = Proto::Tp2 {
                     id: SessionId::random().map_err(io::Error::other)?,
                     pool: pool.min(MAX_POOL),
+                    linger,
                 };
             }
             Err(error) if self.original && timed_out(&error) && link.lines.rest().is_empty() => {
@@ -468,6 +470,7 @@ pub fn open_link(mut conn: Conn, options: &ClientOptions) -> Result<Answered, No
     let hello = Line::Hello {
         proto: PROTO,
         pool,
+        linger: Some(options.linger),
         offers: has_names.then_some(services.len()),
         wants_to: !options.proxy_protocol.is_empty(),
         welcome: None,
@@ -483,6 +486,7 @@ pub fn open_link(mut conn: Conn, options: &ClientOptions) -> Result<Answered, No
         Some(Line::Hello {
             proto: PROTO,
             pool: granted,
+            linger,
             offers: count,
             welcome: Some(welcome),
             ..
@@ -491,8 +495,12 @@ pub fn open_link(mut conn: Conn, options: &ClientOptions) -> Result<Answered, No
             if count.is_some() {
                 offers = hear_offers(&mut lines, *count, deadline)?;
             }
-            let (id, pool) = (welcome.session, pool.min(*granted));
-            (Proto::Tp2 { id, pool }, Some(welcome.clone()))
+            let proto = Proto::Tp2 {
+                id: welcome.session,
+                pool: pool.min(*granted),
+                linger: *linger,
+            };
+            (proto, Some(welcome.clone()))
         }
         // The original has no key.
         Some(Line::Hi | Line::New(None)) if bond.is_none() => match options.original {

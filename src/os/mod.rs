@@ -5,6 +5,8 @@ pub mod hand_over;
 pub mod limits;
 pub mod listener;
 pub mod net;
+#[cfg(target_os = "linux")]
+pub mod sock_diag;
 pub mod source;
 #[cfg(target_os = "linux")]
 pub mod splice;

@@ -95,7 +95,7 @@ impl Direction {
             match self.reader.read_batch(self.writer.batch(size)) {
                 Ok(0) => break,
                 Ok(count) => {
-                    pair.write_to(to, || self.writer.write_batch(count, moved))
+                    pair.write(way, || self.writer.write_batch(count, moved))
                         .map_err(writing)?;
                     let enough = if level == 0 { size } else { size / 2 };
                     if count >= enough && (level < BULK || self.reader.plain().is_some()) {
@@ -120,7 +120,7 @@ impl Direction {
         pair.check_end(way, self.reader.has_frames())
             .map_err(Failure::reading)?;
         let done = pair.is_done(to);
-        pair.write_to(to, || self.writer.write_end(done))
+        pair.write(way, || self.writer.write_end(done))
             .map_err(writing)?;
         if pair.half_close(way) {
             self.writer.shutdown().map_err(writing)?;
@@ -185,7 +185,7 @@ impl Direction {
             return Ok(false);
         };
         let (from, to) = pair.sides(way);
-        pair.write_to(to, || self.writer.write_raw())
+        pair.write(way, || self.writer.write_raw())
             .map_err(|error| Failure::writing(to.writing_failed(error)))?;
         self.writer.release();
         self.room = None;
@@ -204,7 +204,7 @@ impl Direction {
                 }
             };
             while !pipe.is_empty() {
-                match pair.write_to(to, || pipe.drain(&*output)) {
+                match pair.write(way, || pipe.drain(&*output)) {
                     Ok(drained) => _ = moved.fetch_add(drained as u64, Ordering::Relaxed),
                     // No room yet.
                     Err(error) if net::paused(&error) => {}

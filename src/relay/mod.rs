@@ -31,6 +31,7 @@ use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
 use direction::Ending;
+pub use pair::Linger;
 use pair::{Failure, Joined, Pair, Progress, Side, Way, loaded};
 use rates::Rates;
 
@@ -135,17 +136,20 @@ impl Pairs {
         came: Instant,
         visitor_end: End,
         service_end: End,
-        linger: Duration,
+        linger: Linger,
     ) -> (Direction, Direction) {
         let (visitor_side, from_visitor, to_visitor) = visitor_end.split();
         let (service_side, from_service, to_service) = service_end.split();
-        let write_limit = (linger / 8).clamp(SHORTEST_WRITE, LONGEST_WRITE);
+        let write_limit = (linger.limit / 8).clamp(SHORTEST_WRITE, LONGEST_WRITE);
         for side in [&visitor_side, &service_side] {
             if side.peer.is_program() {
                 continue;
             }
             net::limit_write(&side.socket, write_limit);
         }
+        // Each direction begins with a read.
+        let waits_for_program =
+            [&visitor_side, &service_side].map(|from| AtomicBool::new(from.peer.is_program()));
         let (service, moved) = (visitor.service.clone(), Arc::default());
         let mut state = self.state.lock();
         let key = state.next_key;
@@ -156,7 +160,7 @@ impl Pairs {
             linger,
             write_limit,
             started: Instant::now(),
-            passing_on: AtomicBool::new(false),
+            waits_for_program,
             progress: Mutex::new(Progress::default()),
             visitor,
             joined: Joined {
@@ -486,6 +490,11 @@ mod tests {
     use std::net::TcpStream;
     use std::thread;
 
+    const LINGER: Linger = Linger {
+        limit: Duration::from_secs(600),
+        is_shared: false,
+    };
+
     fn new_pairs() -> Arc<Pairs> {
         let journal = Journal::new(1, false, false);
         Pairs::new(Stop::new(), false, move |visitor, visit| {
@@ -538,8 +547,7 @@ mod tests {
             let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
             let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
             let visitor = Visitor::new(None, Service::default());
-            let (up, down) =
-                new_pairs().join(visitor, Instant::now(), from, to, Duration::from_secs(600));
+            let (up, down) = new_pairs().join(visitor, Instant::now(), from, to, LINGER);
             let down = thread::spawn(move || down.copy());
             up.copy();
             let error = client.read(&mut [0]).unwrap_err();
@@ -579,7 +587,7 @@ mod tests {
             End { peer, conn }
         });
         let from = Visitor::new(from, Service::default());
-        let directions = pairs.join(from, Instant::now(), near, far, Duration::from_secs(600));
+        let directions = pairs.join(from, Instant::now(), near, far, LINGER);
         ([visitor, service], directions)
     }
 

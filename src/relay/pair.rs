@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::os::net;
+#[cfg(target_os = "linux")]
+use crate::os::sock_diag;
 use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visit, Visitor};
 use crate::service::Service;
 use crate::wire::conn::{Conn, Reader, Writer};
@@ -64,16 +66,25 @@ impl Half {
     }
 }
 
+/// How long a pair may stand still once one of its ends has finished.
+#[derive(Clone, Copy)]
+pub struct Linger {
+    pub limit: Duration,
+    /// The other program keeps to the same limit. Each then looks after its own end, as it cannot see the
+    /// other one: a reader there may still have megabytes to take.
+    pub is_shared: bool,
+}
+
 /// Two joined sockets, closed when the last thread lets go of them.
 pub struct Pair {
     pub visitor_side: Side,
     pub service_side: Side,
-    pub linger: Duration,
+    pub linger: Linger,
     /// How old the newest count of what was written may be.
     pub write_limit: Duration,
     pub started: Instant,
-    /// A direction writes to the other program just now.
-    pub passing_on: AtomicBool,
+    /// Up and down: the direction reads from the other program just now, or writes to it.
+    pub waits_for_program: [AtomicBool; 2],
     pub progress: Mutex<Progress>,
     /// Behind the sockets: its slot is free, and the pair forgotten, when they are closed.
     pub visitor: Visitor,
@@ -112,6 +123,8 @@ pub struct HalfClosed {
     /// How many bytes the last one had moved when it was last looked at, and since when.
     moved: u64,
     since: Instant,
+    /// How many of those that were written to this program's own end had not arrived there then.
+    not_arrived: Option<u32>,
 }
 
 impl Pair {
@@ -123,15 +136,13 @@ impl Pair {
         }
     }
 
-    /// Writes to this side. How long that takes is nothing to go by if it is the other program: that
-    /// may have much to hand on to a slow reader before it takes more, and looks after that reader.
-    pub fn write_to<T>(&self, to: &Side, write: impl FnOnce() -> T) -> T {
-        if !to.peer.is_program() {
-            return write();
-        }
-        self.passing_on.store(true, Ordering::Relaxed);
+    /// Writes, where this direction goes to.
+    pub fn write<T>(&self, way: Way, write: impl FnOnce() -> T) -> T {
+        let (from, to) = self.sides(way);
+        let waits_for_program = &self.waits_for_program[way as usize];
+        waits_for_program.store(to.peer.is_program(), Ordering::Relaxed);
         let result = write();
-        self.passing_on.store(false, Ordering::Relaxed);
+        waits_for_program.store(from.peer.is_program(), Ordering::Relaxed);
         result
     }
 
@@ -170,6 +181,7 @@ impl Pair {
                 way,
                 moved: 0,
                 since: Instant::now(),
+                not_arrived: None,
             });
         }
         first
@@ -193,17 +205,42 @@ impl Pair {
         let Some(half_closed) = &mut progress.half_closed else {
             return;
         };
-        let moved = self.joined.moved().iter().sum();
-        if half_closed.moved != moved || self.passing_on.load(Ordering::Relaxed) {
-            half_closed.moved = moved;
+        if self.has_moved(half_closed) {
             half_closed.since = Instant::now();
         }
-        if half_closed.since.elapsed() >= self.linger.saturating_add(self.write_limit.min(SWEEP)) {
+        let limit = self.linger.limit;
+        if half_closed.since.elapsed() >= limit.saturating_add(self.write_limit.min(SWEEP)) {
             let (finished, _) = self.sides(half_closed.way);
-            let why = Aborted::StoodStill(self.linger, finished.peer);
+            let why = Aborted::StoodStill(limit, finished.peer);
             drop(progress);
             self.abort(why);
         }
+    }
+
+    /// Has a byte moved since the last look, or is it the other program that looks after that?
+    fn has_moved(&self, half_closed: &mut HalfClosed) -> bool {
+        let (finished, other) = self.sides(half_closed.way);
+        let last = 1 - half_closed.way as usize;
+        // The other program may have much to hand on to a slow reader before it takes more. One that does
+        // not share the limit may have forgotten whom it reads from.
+        let is_elsewhere = self.waits_for_program[last].load(Ordering::Relaxed)
+            && (self.linger.is_shared || !other.peer.is_program());
+        let moved = self.joined.moved().iter().sum();
+        if half_closed.moved != moved || is_elsewhere {
+            half_closed.moved = moved;
+            half_closed.not_arrived = None;
+            return true;
+        }
+        if half_closed.since.elapsed() < self.write_limit || half_closed.not_arrived == Some(0) {
+            return false;
+        }
+        // A slow reader may still take what was written long ago.
+        let own_end = match finished.peer.is_program() {
+            true => other,
+            false => finished,
+        };
+        let before = std::mem::replace(&mut half_closed.not_arrived, own_end.not_arrived());
+        before.is_some() && before != half_closed.not_arrived
     }
 
     pub fn why_doomed(&self, progress: &Progress) -> Option<Aborted> {
@@ -303,6 +340,15 @@ impl Side {
     /// as long as this side has not.
     pub fn was_reset(&self) -> bool {
         self.socket.peer_addr().is_err()
+    }
+
+    /// How many of the bytes that were written to this side have not arrived yet. None if the system does
+    /// not tell.
+    fn not_arrived(&self) -> Option<u32> {
+        #[cfg(target_os = "linux")]
+        return sock_diag::not_arrived(&self.socket);
+        #[cfg(not(target_os = "linux"))]
+        return None;
     }
 
     pub fn reading_failed(&self, error: io::Error) -> Aborted {

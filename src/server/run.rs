@@ -473,7 +473,7 @@ impl Shared {
                 ..self.arrival(&accept, &client)
             };
             if let Some(tunnel) = tunnel.greet(&accept, arrival) {
-                self.join_conn2(accept, tunnel, client.place());
+                self.join_conn2(accept, tunnel, &client, client.place());
             }
         }
         for session in sessions {

@@ -88,7 +88,7 @@ impl Shared {
 
     /// The server's first lines to a client.
     fn first_lines(&self, proto: Proto, client: SocketAddr) -> Vec<Line> {
-        let Proto::Tp2 { id, pool } = proto else {
+        let Proto::Tp2 { id, pool, .. } = proto else {
             return vec![Line::Hi];
         };
         let port = |public: &Public| public.listener.addr.port();
@@ -97,6 +97,7 @@ impl Shared {
         let hello = Line::Hello {
             proto: PROTO,
             pool,
+            linger: Some(self.options.linger),
             offers: has_names.then_some(self.public.len()),
             wants_to: false,
             welcome: Some(Welcome {

@@ -83,7 +83,7 @@ impl Shared {
                 Answer::Ready(tunnel) => {
                     drop(waits);
                     client.has_reached(accept.service, true);
-                    server.join_conn2(accept, tunnel, place);
+                    server.join_conn2(accept, tunnel, &client, place);
                 }
                 Answer::Failed(reason, tunnel) => {
                     client.has_reached(accept.service, false);

@@ -3,8 +3,10 @@
 use std::fmt;
 use std::io;
 use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+use std::time::Duration;
 
 use crate::os::net::timed_out;
+use crate::relay::Linger;
 use crate::wire::line::{Reason, SILENCE, SessionId};
 
 pub mod of_client;
@@ -22,6 +24,9 @@ pub enum Proto {
         id: SessionId,
         /// How many idle tunnels are kept ready.
         pool: usize,
+        /// How long the other side lets a visit stand still once one end has finished. None if it does
+        /// not tell.
+        linger: Option<Duration>,
     },
 }
 
@@ -31,6 +36,23 @@ impl Proto {
         match self {
             Self::Original => 0,
             Self::Tp2 { pool, .. } => pool,
+        }
+    }
+
+    /// How long a visit may stand still once one end has finished, if this side lets it for `own`.
+    pub fn linger(self, own: Duration) -> Linger {
+        match self {
+            Self::Tp2 {
+                linger: Some(theirs),
+                ..
+            } => Linger {
+                limit: own.min(theirs),
+                is_shared: true,
+            },
+            _ => Linger {
+                limit: own,
+                is_shared: false,
+            },
         }
     }
 
@@ -55,7 +77,7 @@ impl fmt::Display for Proto {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Original => f.write_str("it does not speak tp/2, one dial a visitor"),
-            Self::Tp2 { id, pool } => write!(f, "session {}, pool {pool}", id.short()),
+            Self::Tp2 { id, pool, .. } => write!(f, "session {}, pool {pool}", id.short()),
         }
     }
 }

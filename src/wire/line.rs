@@ -200,13 +200,16 @@ impl FromStr for SessionId {
 /// A line that a side understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// `hello proto=2 pool=8` from the client; the server's has a [`Welcome`] besides. `offers=2` says
+    /// `hello proto=2 pool=8 linger=600000` from the client; the server's has a [`Welcome`] besides. `offers=2` says
     /// that so many [offers](Line::Offer) follow.
     Hello {
         /// The highest version of the protocol that the side speaks.
         proto: u32,
         /// The idle tunnels that the client asks for, or that the server grants.
         pool: usize,
+        /// How long the side lets a visit stand still once one end has finished: ` linger=600000`, in
+        /// milliseconds. None if it does not tell.
+        linger: Option<Duration>,
         /// How many lines behind this one name a service each. None if there is one service, and that is
         /// the one without a name.
         offers: Option<usize>,
@@ -324,6 +327,7 @@ impl Line {
             "hello" => Line::Hello {
                 proto: argument(arguments, "proto")?.ok_or(LineError::Argument("proto"))?,
                 pool: argument(arguments, "pool")?.unwrap_or(0),
+                linger: argument(arguments, "linger")?.map(Duration::from_millis),
                 offers: argument(arguments, "offers")?,
                 wants_to: argument::<u8>(arguments, "to")? == Some(1),
                 welcome: Welcome::parse(arguments)?,
@@ -376,11 +380,16 @@ impl fmt::Display for Line {
             Line::Hello {
                 proto,
                 pool,
+                linger,
                 offers,
                 wants_to,
                 welcome,
             } => {
                 write!(f, "hello proto={proto} pool={pool}")?;
+                if let Some(linger) = linger {
+                    let millis = u64::try_from(linger.as_millis()).unwrap_or(u64::MAX);
+                    write!(f, " linger={millis}")?;
+                }
                 if let Some(offers) = offers {
                     write!(f, " offers={offers}")?;
                 }
@@ -500,6 +509,7 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    linger: None,
                     offers: None,
                     wants_to: false,
                     welcome: None,
@@ -511,6 +521,7 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    linger: None,
                     offers: None,
                     wants_to: false,
                     welcome: Some(Welcome {
@@ -526,6 +537,7 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    linger: None,
                     offers: None,
                     wants_to: false,
                     welcome: Some(Welcome {
@@ -545,11 +557,12 @@ mod tests {
                 Line::Hello {
                     proto: 2,
                     pool: 8,
+                    linger: Some(Duration::from_millis(1500)),
                     offers: Some(2),
                     wants_to: true,
                     welcome: None,
                 },
-                "hello proto=2 pool=8 offers=2 to=1\n".to_owned(),
+                "hello proto=2 pool=8 linger=1500 offers=2 to=1\n".to_owned(),
             ),
             (offer(""), "offer\n".to_owned()),
             (offer("web"), "offer service=web port=8080\n".to_owned()),
@@ -632,6 +645,7 @@ mod tests {
             ("hello pool=8", "proto"),
             ("hello proto=one", "proto"),
             ("hello proto=2 pool=-1", "pool"),
+            ("hello proto=2 linger=1.5", "linger"),
             ("hello proto=2 session=ab", "session"),
             ("hello proto=2 offers=many", "offers"),
             ("offer service=Web", "service"),

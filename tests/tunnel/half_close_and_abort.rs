@@ -7,9 +7,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::support::peer::{Peer, session_in};
 use crate::support::programs::Program;
 use crate::support::{
-    DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel,
+    DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel, Turn,
     assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
     expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options, share_turn,
     try_connect, with,
@@ -34,6 +35,9 @@ plain_and_sealed! {
     the_clients_linger_holds_as_well,
     linger_holds_while_a_stop_drains,
     a_half_closed_stream_that_crawls_lives_on,
+    what_crawls_behind_the_services_end_lives_on,
+    what_crawls_behind_the_visitors_end_lives_on,
+    a_client_is_relied_on_if_it_shares_the_linger,
     a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     #[cfg(unix)]
     a_killed_program_looks_like_an_abort_to_both_ends,
@@ -272,34 +276,105 @@ fn sending_once_asked(size: usize) -> Service {
 /// The visitor reads so slowly that a kernel's buffer has room again only after several times
 /// `--linger`.
 fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
-    const LINGER: Duration = Duration::from_secs(2);
     const SIZE: usize = 12 * 1024 * 1024;
-    const STEP: usize = 8 * 1024;
-    let _turn = share_turn();
     let service = sending_once_asked(SIZE);
-    let server = RunningServer::start(with!(server_options(protection);
-            linger: LINGER,
-    ));
-    let _client = RunningClient::start(with!(client_options(&server, service.addr);
-            linger: LINGER,
-    ));
+    let (server, _client, _turn) = with_linger(protection, service.addr);
     let visitor = connect_with_little_room(server.public);
     visitor.shutdown(Shutdown::Write).unwrap();
-    let (start, mut crawled) = (Instant::now(), vec![0; SIZE]);
-    let mut got = 0;
-    for step in 1..=160 {
-        let piece = &mut crawled[got..got + STEP];
-        (&visitor).read_exact(piece).unwrap();
-        got += STEP;
+    crawl(&visitor, SIZE);
+}
+
+/// What kernels take at once, however slowly it is read.
+const TAKEN_AT_ONCE: usize = 2 * 1024 * 1024;
+
+/// The programs have nothing left to do, the visitor leaves its half open, and reads what its server's
+/// kernel still has.
+fn what_crawls_behind_the_services_end_lives_on(protection: Protection) {
+    let service = Service::start(|socket| {
+        send_pattern(&socket, 1, TAKEN_AT_ONCE);
+        socket.shutdown(Shutdown::Write).unwrap();
+        assert_ended(&socket);
+    });
+    let (server, _client, _turn) = with_linger(protection, service.addr);
+    crawl(&connect_with_little_room(server.public), TAKEN_AT_ONCE);
+}
+
+/// The same with an upload: the server sees neither end move.
+fn what_crawls_behind_the_visitors_end_lives_on(protection: Protection) {
+    let service = Service::start(|mut socket| {
+        let room = socket2::SockRef::from(&socket).set_recv_buffer_size(64 * 1024);
+        room.unwrap();
+        crawl(&socket, TAKEN_AT_ONCE);
+        socket.write_all(b"hello").unwrap();
+    });
+    let (server, _client, _turn) = with_linger(protection, service.addr);
+    let visitor = server.visit();
+    send_pattern(&visitor, 1, TAKEN_AT_ONCE);
+    visitor.shutdown(Shutdown::Write).unwrap();
+    read_hello(&visitor);
+    assert_ended(&visitor);
+}
+
+const CRAWLS_PAST: Duration = Duration::from_secs(2);
+
+/// A server and a client, each with a `--linger` below what it takes to crawl.
+fn with_linger(protection: Protection, local: SocketAddr) -> (RunningServer, RunningClient, Turn) {
+    let turn = share_turn();
+    let server = RunningServer::start(with!(server_options(protection);
+            linger: CRAWLS_PAST,
+    ));
+    let client = RunningClient::start(with!(client_options(&server, local);
+            linger: CRAWLS_PAST,
+    ));
+    (server, client, turn)
+}
+
+/// Reads a stream to its end, slowly for four times `--linger`.
+fn crawl(mut reader: &TcpStream, size: usize) {
+    const STEP: usize = 8 * 1024;
+    let (start, mut crawled) = (Instant::now(), vec![0; size]);
+    let (slowly, rest) = crawled.split_at_mut(160 * STEP);
+    for (step, piece) in (1..).zip(slowly.chunks_mut(STEP)) {
+        reader.read_exact(piece).unwrap();
         // What a busy machine holds up is made up for.
         let due = start + step * Duration::from_millis(50);
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }
-    (&visitor).read_exact(&mut crawled[got..]).unwrap();
-    assert_ended(&visitor);
-    let mut sent = vec![0; SIZE];
+    reader.read_exact(rest).unwrap();
+    assert_ended(reader);
+    let mut sent = vec![0; size];
     Pattern::new(1).fill(&mut sent);
     assert!(crawled == sent, "changed bytes");
+}
+
+/// The visitor has finished. A client that is silent then may have much to hand on to the local service,
+/// and looks after that itself, if it has told how long that may stand still.
+fn a_client_is_relied_on_if_it_shares_the_linger(protection: Protection) {
+    const LINGER: Duration = Duration::from_secs(1);
+    for tells in ["", " linger=600000"] {
+        let server = RunningServer::start(with!(server_options(protection);
+                linger: LINGER,
+        ));
+        let mut control = Peer::dial_control(&server);
+        control.write(format!("hello proto=2 pool=1{tells}\n"));
+        let hello = control.line();
+        assert!(hello.contains(" linger=1000 "), "{hello}");
+        let mut tunnel = Peer::dial_tunnel(&server, &control);
+        tunnel.write(format!("tunnel session={}\n", session_in(&hello)));
+        let mut visitor = server.visit();
+        visitor.shutdown(Shutdown::Write).unwrap();
+        assert!(tunnel.line().starts_with("new visitor="));
+        tunnel.assert_ended();
+        if tells.is_empty() {
+            assert_reset(&visitor, LINGER + Duration::from_secs(3));
+            continue;
+        }
+        thread::sleep(3 * LINGER);
+        tunnel.write_data("late");
+        let mut late = [0; 4];
+        visitor.read_exact(&mut late).unwrap();
+        assert_eq!(&late, b"late");
+    }
 }
 
 /// A system with a large buffer says that there is room only once a sixteenth of it is free.

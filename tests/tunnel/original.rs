@@ -211,7 +211,10 @@ fn an_original_server_sees_a_refused_local_service_at_once() {
 fn an_original_server_is_told_hello_and_nothing_more() {
     let service = Service::echo();
     let mut server = OriginalServer::start(service.addr);
-    assert_eq!(server.control.line(), "hello proto=2 pool=8\n");
+    assert_eq!(
+        server.control.line(),
+        "hello proto=2 pool=8 linger=600000\n"
+    );
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(3) {
         thread::sleep(Duration::from_secs(1));
@@ -286,7 +289,7 @@ fn an_original_server_is_left_alone_without_the_option() {
     let _client = RunningClient::of(Protection::Plain, &controls, &tunnels, service.addr, 8);
     for first in ["hi\n", "new\n"] {
         let mut control = Peer::accept_control(&controls, Protection::Plain);
-        assert_eq!(control.line(), "hello proto=2 pool=8\n");
+        assert_eq!(control.line(), "hello proto=2 pool=8 linger=600000\n");
         control.write(first);
         assert_eq!(control.line(), "", "{first:?}");
     }
@@ -302,7 +305,10 @@ fn only_hi_and_new_are_an_original_servers_first_line() {
         "new visitor=192.0.2.1:1\n",
     ] {
         let mut server = OriginalServer::beginning_with(service.addr, first);
-        assert_eq!(server.control.line(), "hello proto=2 pool=8\n");
+        assert_eq!(
+            server.control.line(),
+            "hello proto=2 pool=8 linger=600000\n"
+        );
         assert_eq!(server.control.line(), "", "{first:?}");
     }
 }

@@ -116,7 +116,10 @@ fn the_server_grants_at_most_sixty_four_idle_tunnels(protection: Protection) {
     let mut client = Peer::dial_control(&server);
     client.write("hello colour=blue proto=2 pool=1000\n");
     let line = client.line();
-    assert!(line.starts_with("hello proto=2 pool=64 session="), "{line}");
+    assert!(
+        line.starts_with("hello proto=2 pool=64 linger=600000 session="),
+        "{line}"
+    );
     // The rest tells where the server's ports are, and where it sees the client.
     let [public, tunnel] = [server.public, server.tunnel].map(|address| address.port());
     let client = client.socket.local_addr().unwrap();

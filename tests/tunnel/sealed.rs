@@ -160,7 +160,7 @@ fn the_first_frame_is_at_most_a_line_and_every_frame_of_a_known_kind() {
     client.socket.write_all(&frame).unwrap();
     let answer = client.line();
     assert!(
-        answer.starts_with("hello proto=2 pool=0 session="),
+        answer.starts_with("hello proto=2 pool=0 linger=600000 session="),
         "{answer}"
     );
 }
@@ -256,7 +256,7 @@ fn a_client_with_a_key_takes_no_server_for_the_original() {
     let (controls, tunnels) = (listener(), listener());
     let _client = RunningClient::of(Protection::Sealed, &controls, &tunnels, service.addr, 8);
     let mut control = Peer::accept_control(&controls, Protection::Sealed);
-    assert_eq!(control.line(), "hello proto=2 pool=8\n");
+    assert_eq!(control.line(), "hello proto=2 pool=8 linger=600000\n");
     control.write("hi\nnew\n");
     assert_eq!(control.read_until_closed(), b"");
     tunnels.set_nonblocking(true).unwrap();

@@ -85,7 +85,7 @@ fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) 
     thread::sleep(Duration::from_millis(1200));
     let listener = TcpListener::bind(address).unwrap();
     let mut peer = Peer::accept_control(&listener, protection);
-    assert_eq!(peer.line(), "hello proto=2 pool=8\n");
+    assert_eq!(peer.line(), "hello proto=2 pool=8 linger=600000\n");
 }
 
 fn a_second_client_is_refused_and_the_first_is_undisturbed(protection: Protection) {
@@ -223,7 +223,7 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
             key: protection.key(),
     ));
     let mut silent = Peer::accept_control(&listener, protection);
-    assert_eq!(silent.line(), "hello proto=2 pool=8\n");
+    assert_eq!(silent.line(), "hello proto=2 pool=8 linger=600000\n");
     let start = Instant::now();
     silent.write("hello proto=2 session=00112233445566778899aabbccddeeff pool=0\n");
     silent.assert_aborted(DEADLINE);
@@ -233,7 +233,7 @@ fn a_silent_server_is_left_and_dialled_again(protection: Protection) {
         start.elapsed()
     );
     let mut again = Peer::accept_control(&listener, protection);
-    assert_eq!(again.line(), "hello proto=2 pool=8\n");
+    assert_eq!(again.line(), "hello proto=2 pool=8 linger=600000\n");
 }
 
 fn the_dials_of_a_client_come_further_and_further_apart(protection: Protection) {
@@ -258,7 +258,7 @@ fn dials_come_further_apart(protection: Protection, answer: &str) {
     for _ in 0..6 {
         let mut peer = Peer::accept_control(&listener, protection);
         times.push(Instant::now());
-        assert_eq!(peer.line(), "hello proto=2 pool=8\n");
+        assert_eq!(peer.line(), "hello proto=2 pool=8 linger=600000\n");
         peer.write(answer);
     }
     // The pause is 0.2 s, doubled each time, and at least half of that: 3.1 to 6.2 s in all. Without that

@@ -242,7 +242,7 @@ fn asked(
             proxy_protocol: [(tunnel_proxy::Service::default(), version)].into(),
     ));
     let mut control = Peer::accept_control(&controls, protection);
-    assert_eq!(control.line(), "hello proto=2 pool=1 to=1\n");
+    assert_eq!(control.line(), "hello proto=2 pool=1 linger=600000 to=1\n");
     control.write("hello proto=2 pool=1 session=00112233445566778899aabbccddeeff\n");
     let mut tunnel = Peer::accept_tunnel(&tunnels, &control);
     tunnel.line();

@@ -377,7 +377,10 @@ impl HandMadeServer {
         let tunnels = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = RunningClient::of(protection, &controls, &tunnels, local, pool);
         let mut control = Peer::accept_control(&controls, protection);
-        assert_eq!(control.line(), format!("hello proto=2 pool={pool}\n"));
+        assert_eq!(
+            control.line(),
+            format!("hello proto=2 pool={pool} linger=600000\n")
+        );
         control.write(format!("hello proto=2 session={SESSION} pool={pool}\n"));
         Self {
             controls,
