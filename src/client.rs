@@ -129,6 +129,7 @@ impl Shared {
             match line {
                 Ok(Line::New(_)) => self.one_more(&session),
                 Ok(Line::Bye { reason }) => break Ended::Bye(reason),
+                Ok(Line::Finished { visitor }) => self.pairs.finished_elsewhere(visitor),
                 Ok(_) => {}
                 Err(error) => break Ended::from(error),
             }
@@ -211,7 +212,7 @@ impl Shared {
                 peer: Peer::LocalService,
                 conn: Conn::new(Arc::new(local)),
             },
-            session.proto.linger(self.options.linger),
+            session.linger(self.options.linger),
         );
         let (client, session, held_too) = (self.clone(), session.clone(), held.clone());
         let work = move || {

@@ -188,8 +188,9 @@ impl Shared {
             owned.write_lines(writer, &to_write, failed);
         };
         let failed = |visitor, reason: &_| self.journal.client_failed(visitor, reason);
+        let finished = |visitor| self.pairs.finished_elsewhere(visitor);
         let ended = match self.workers.start("control_writer", write) {
-            Ok(()) => session.read_lines(&mut lines, failed),
+            Ok(()) => session.read_lines(&mut lines, failed, finished),
             Err(error) => Ended::NoThread(error),
         };
         self.end_session(&session, &ended);
@@ -331,7 +332,7 @@ impl Shared {
         self: &Arc<Self>,
         accept: Accept,
         tunnel: Tunnel,
-        client: &Session,
+        client: &Arc<Session>,
         place: Option<Slot>,
     ) {
         let service = self.service_of(&accept).clone();
@@ -360,7 +361,7 @@ impl Shared {
                 peer: Peer::Client,
                 conn,
             },
-            client.proto.linger(self.options.linger),
+            client.linger(self.options.linger),
         );
         let copy = move |server: &Arc<Self>, direction: Direction| {
             let again = direction.copy().map(|conn| Tunnel {

@@ -58,12 +58,16 @@ fn question(near: SocketAddr, far: SocketAddr) -> [u8; ASKED + 48] {
             }
         }
     }
+    if let SocketAddr::V6(near) = near {
+        // The interface of an address that only its link knows.
+        put(ASKED + 36, &near.scope_id().to_ne_bytes());
+    }
     // Whatever the number that the kernel itself gave the connection.
     put(ASKED + 40, &u64::MAX.to_ne_bytes());
     question
 }
 
-/// The system answers before the question is sent: no call waits.
+/// The system has answered when the question is sent.
 fn ask(question: &[u8]) -> Result<[u8; 256]> {
     let (family, kind) = (AddressFamily::NETLINK, SocketType::DGRAM);
     let protocol = Some(netlink::SOCK_DIAG);

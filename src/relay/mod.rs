@@ -31,7 +31,7 @@ use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
 use direction::Ending;
-pub use pair::Linger;
+pub use pair::{Elsewhere, Linger};
 use pair::{Failure, Joined, Pair, Progress, Side, Way, loaded};
 use rates::Rates;
 
@@ -245,6 +245,15 @@ impl Pairs {
         if let Some(rates) = &self.rates {
             let moved = pairs.iter().map(|it| (it.joined.key, it.joined.moved()));
             rates.lock().sample(Instant::now(), moved);
+        }
+    }
+
+    /// The other program says that one end of this visitor has finished, and that it has passed on all.
+    pub fn finished_elsewhere(&self, visitor: SocketAddr) {
+        for pair in self.all() {
+            if pair.visitor.address == Some(visitor) {
+                pair.finished_elsewhere();
+            }
         }
     }
 
@@ -492,7 +501,7 @@ mod tests {
 
     const LINGER: Linger = Linger {
         limit: Duration::from_secs(600),
-        is_shared: false,
+        shared_with: None,
     };
 
     fn new_pairs() -> Arc<Pairs> {

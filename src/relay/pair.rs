@@ -1,7 +1,7 @@
 //! Two joined connections, and how they end: what both of their directions share.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -67,12 +67,28 @@ impl Half {
 }
 
 /// How long a pair may stand still once one of its ends has finished.
-#[derive(Clone, Copy)]
 pub struct Linger {
     pub limit: Duration,
-    /// The other program keeps to the same limit. Each then looks after its own end, as it cannot see the
-    /// other one: a reader there may still have megabytes to take.
-    pub is_shared: bool,
+    /// The other program, if it keeps to the same limit. Each then looks after its own end, as it cannot
+    /// see the other one: a reader there may still have megabytes to take.
+    pub shared_with: Option<Arc<dyn Elsewhere>>,
+}
+
+/// The other program.
+pub trait Elsewhere: Send + Sync {
+    /// Tells it that one end of a visitor has finished, and that all is passed on. The end itself may lie
+    /// unread there behind what nobody takes, and then nobody would look after that.
+    fn tell_finished(&self, visitor: SocketAddr);
+}
+
+impl Linger {
+    /// This program lets a visit stand still for `own`, and the other one for `theirs`, if it has told.
+    pub fn new(own: Duration, theirs: Option<Duration>, other: Arc<dyn Elsewhere>) -> Self {
+        Self {
+            limit: theirs.map_or(own, |theirs| theirs.min(own)),
+            shared_with: theirs.map(|_| other),
+        }
+    }
 }
 
 /// Two joined sockets, closed when the last thread lets go of them.
@@ -102,7 +118,10 @@ pub struct Joined {
 
 #[derive(Default)]
 pub struct Progress {
-    pub half_closed: Option<HalfClosed>,
+    /// The direction that has ended well first, its end passed on; the other one is the last.
+    half_closed: Option<Way>,
+    /// How long the last direction stands still, here or at the other program.
+    still: Option<Still>,
     /// What went wrong first. The pair is about to be aborted.
     pub failed: Option<Aborted>,
     /// The last look at the pair has found that it is.
@@ -117,14 +136,34 @@ pub struct Progress {
     pub half: Option<Half>,
 }
 
-/// One direction has ended well, and its end was passed on; the other one is the last.
-pub struct HalfClosed {
-    way: Way,
-    /// How many bytes the last one had moved when it was last looked at, and since when.
+/// What the sweep remembers of a pair of which one direction has ended.
+struct Still {
+    ended: Way,
+    began: Instant,
+    /// How many bytes had moved at the last look, and since when.
     moved: u64,
     since: Instant,
-    /// How many of those that were written to this program's own end had not arrived there then.
+    /// How many of those that were written to this program's own end had not arrived there when the system
+    /// was last asked, and when that was.
     not_arrived: Option<u32>,
+    asked: Instant,
+    /// The other program was told.
+    told: bool,
+}
+
+impl Still {
+    fn behind(ended: Way) -> Self {
+        let now = Instant::now();
+        Self {
+            ended,
+            began: now,
+            moved: 0,
+            since: now,
+            not_arrived: None,
+            asked: now,
+            told: false,
+        }
+    }
 }
 
 impl Pair {
@@ -177,12 +216,8 @@ impl Pair {
         let mut progress = self.progress.lock();
         let first = progress.half_closed.is_none() && progress.failed.is_none();
         if first {
-            progress.half_closed = Some(HalfClosed {
-                way,
-                moved: 0,
-                since: Instant::now(),
-                not_arrived: None,
-            });
+            progress.half_closed = Some(way);
+            progress.still = Some(Still::behind(way));
         }
         first
     }
@@ -202,15 +237,15 @@ impl Pair {
             }
             return;
         }
-        let Some(half_closed) = &mut progress.half_closed else {
+        let Some(still) = &mut progress.still else {
             return;
         };
-        if self.has_moved(half_closed) {
-            half_closed.since = Instant::now();
+        if self.has_moved(still) {
+            still.since = Instant::now();
         }
         let limit = self.linger.limit;
-        if half_closed.since.elapsed() >= limit.saturating_add(self.write_limit.min(SWEEP)) {
-            let (finished, _) = self.sides(half_closed.way);
+        if still.since.elapsed() >= limit.saturating_add(self.write_limit.min(SWEEP)) {
+            let (finished, _) = self.sides(still.ended);
             let why = Aborted::StoodStill(limit, finished.peer);
             drop(progress);
             self.abort(why);
@@ -218,20 +253,27 @@ impl Pair {
     }
 
     /// Has a byte moved since the last look, or is it the other program that looks after that?
-    fn has_moved(&self, half_closed: &mut HalfClosed) -> bool {
-        let (finished, other) = self.sides(half_closed.way);
-        let last = 1 - half_closed.way as usize;
-        // The other program may have much to hand on to a slow reader before it takes more. One that does
-        // not share the limit may have forgotten whom it reads from.
-        let is_elsewhere = self.waits_for_program[last].load(Ordering::Relaxed)
-            && (self.linger.is_shared || !other.peer.is_program());
+    fn has_moved(&self, still: &mut Still) -> bool {
+        let (finished, other) = self.sides(still.ended);
+        let waits = self.waits_for_program[1 - still.ended as usize].load(Ordering::Relaxed);
+        let reads = waits && other.peer.is_program();
+        // The other program takes what is written as fast as its own end does, and looks after that end.
+        // That it also looks after the end that it reads from is known if it shares the limit.
+        let is_elsewhere = waits && (!reads || self.linger.shared_with.is_some());
+        if reads && !still.told && still.began.elapsed() >= self.write_limit {
+            still.told = true;
+            if let (Some(other), Some(visitor)) = (&self.linger.shared_with, self.visitor.address())
+            {
+                other.tell_finished(visitor);
+            }
+        }
         let moved = self.joined.moved().iter().sum();
-        if half_closed.moved != moved || is_elsewhere {
-            half_closed.moved = moved;
-            half_closed.not_arrived = None;
+        if still.moved != moved || is_elsewhere {
+            still.moved = moved;
+            still.not_arrived = None;
             return true;
         }
-        if half_closed.since.elapsed() < self.write_limit || half_closed.not_arrived == Some(0) {
+        if still.asked.elapsed() < self.write_limit || still.not_arrived == Some(0) {
             return false;
         }
         // A slow reader may still take what was written long ago.
@@ -239,8 +281,19 @@ impl Pair {
             true => other,
             false => finished,
         };
-        let before = std::mem::replace(&mut half_closed.not_arrived, own_end.not_arrived());
-        before.is_some() && before != half_closed.not_arrived
+        let before = still.not_arrived.replace(own_end.not_arrived());
+        still.asked = Instant::now();
+        before.is_some() && before != still.not_arrived
+    }
+
+    /// The other program has passed on all that comes from its end. This one may not have read that yet.
+    pub fn finished_elsewhere(&self) {
+        let ended = match self.visitor_side.peer.is_program() {
+            true => Way::Up,
+            false => Way::Down,
+        };
+        let still = &mut self.progress.lock().still;
+        still.get_or_insert_with(|| Still::behind(ended));
     }
 
     pub fn why_doomed(&self, progress: &Progress) -> Option<Aborted> {
@@ -249,7 +302,7 @@ impl Pair {
         }
         let sides = match &progress.half_closed {
             // The last direction notices what becomes of the other side.
-            Some(half_closed) => [self.sides(half_closed.way).0; 2],
+            Some(ended) => [self.sides(*ended).0; 2],
             None => [&self.visitor_side, &self.service_side],
         };
         let reset = sides.into_iter().find(|side| side.was_reset());
@@ -342,13 +395,13 @@ impl Side {
         self.socket.peer_addr().is_err()
     }
 
-    /// How many of the bytes that were written to this side have not arrived yet. None if the system does
-    /// not tell.
-    fn not_arrived(&self) -> Option<u32> {
+    /// How many of the bytes that were written to this side have not arrived yet. None are known of where
+    /// the system does not tell.
+    fn not_arrived(&self) -> u32 {
         #[cfg(target_os = "linux")]
-        return sock_diag::not_arrived(&self.socket);
+        return sock_diag::not_arrived(&self.socket).unwrap_or(0);
         #[cfg(not(target_os = "linux"))]
-        return None;
+        return 0;
     }
 
     pub fn reading_failed(&self, error: io::Error) -> Aborted {

@@ -6,7 +6,6 @@ use std::io::ErrorKind::{InvalidData, UnexpectedEof};
 use std::time::Duration;
 
 use crate::os::net::timed_out;
-use crate::relay::Linger;
 use crate::wire::line::{Reason, SILENCE, SessionId};
 
 pub mod of_client;
@@ -39,20 +38,12 @@ impl Proto {
         }
     }
 
-    /// How long a visit may stand still once one end has finished, if this side lets it for `own`.
-    pub fn linger(self, own: Duration) -> Linger {
+    /// How long the other side lets a visit stand still once one end has finished. None if it does not
+    /// tell.
+    pub fn their_linger(self) -> Option<Duration> {
         match self {
-            Self::Tp2 {
-                linger: Some(theirs),
-                ..
-            } => Linger {
-                limit: own.min(theirs),
-                is_shared: true,
-            },
-            _ => Linger {
-                limit: own,
-                is_shared: false,
-            },
+            Self::Original => None,
+            Self::Tp2 { linger, .. } => linger,
         }
     }
 

@@ -11,8 +11,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::door::{Answered, NoSession, Offers, no_server};
 use crate::os::limits::Slot;
-use crate::os::net;
-use crate::relay::{Expected, Pairs, Visitor};
+use crate::relay::{Elsewhere, Expected, Linger, Pairs, Visitor};
 use crate::service::Service;
 use crate::session::{Ended, Proto};
 use crate::wire::conn::{Conn, Reader, Writer};
@@ -188,11 +187,22 @@ impl Session {
 
     /// Tells a server that understands it why a visitor's tunnel was aborted.
     pub fn tell_failed(&self, visitor: &Visitor, reason: Failure) {
-        if let (Some(visitor), Some(to_server)) = (visitor.address(), &self.state.lock().to_server)
+        if let Some(visitor) = visitor.address() {
+            self.tell(Line::Failed { visitor, reason });
+        }
+    }
+
+    fn tell(&self, line: Line) {
+        if let Some(to_server) = &self.state.lock().to_server
             && to_server.len() < MOST_LINES
         {
-            let _ = to_server.send(Line::Failed { visitor, reason });
+            let _ = to_server.send(line);
         }
+    }
+
+    /// How long its visits may stand still once one end has finished, if this client lets them for `own`.
+    pub fn linger(self: &Arc<Self>, own: Duration) -> Linger {
+        Linger::new(own, self.proto.their_linger(), self.clone())
     }
 
     /// Ends the control link. No tunnel is dialled any more; visitors that are joined go on.
@@ -214,13 +224,14 @@ impl Session {
         self.none_spare.wait_while_for(&mut state, some, limit);
         state.cut = true;
         for idle in state.idle.drain(..) {
-            // Not a shutdown: if the server hands it to a visitor in this very moment, the visitor
-            // must not take that for an empty answer.
-            net::abort(&idle);
+            // Not an abort: the last bytes of a visitor may still be on their way to the server. Whom the
+            // server hands it to in this very moment does not take that for an empty answer, as the
+            // frame of an end is missing.
+            let _ = idle.shutdown(Shutdown::Both);
         }
     }
 
-    /// An idle tunnel is aborted when the session ends, unless it is [taken](Self::take_idle) before.
+    /// An idle tunnel is closed when the session ends, unless it is [taken](Self::take_idle) before.
     /// False if the session has ended and its idle tunnels are cut already.
     fn add_idle(&self, socket: &Arc<TcpStream>) -> bool {
         let mut state = self.state.lock();
@@ -230,13 +241,19 @@ impl Session {
         !state.cut
     }
 
-    /// An error if the session's end has aborted it.
+    /// An error if the session's end has closed it.
     fn take_idle(&self, socket: &Arc<TcpStream>) -> Result<(), NoVisitor> {
         let mut state = self.state.lock();
         let place = state.idle.iter().position(|it| Arc::ptr_eq(it, socket));
         let place = place.ok_or(NoVisitor::SessionEnded)?;
         state.idle.swap_remove(place);
         Ok(())
+    }
+}
+
+impl Elsewhere for Session {
+    fn tell_finished(&self, visitor: SocketAddr) {
+        self.tell(Line::Finished { visitor });
     }
 }
 
@@ -388,4 +405,44 @@ pub struct LocalError {
     pub reason: Failure,
     /// What this client logs.
     pub why: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    /// The client has nothing left to do with the visitor, and the system has the visitor's last bytes.
+    #[test]
+    fn what_an_idle_tunnel_has_still_to_send_outlives_the_session() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let [control, tunnel] = [(); 2].map(|()| {
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (Arc::new(near), listener.accept().unwrap().0)
+        });
+        let Conn { reader, writer } = Conn::new(control.0.clone());
+        let answered = Answered {
+            lines: Lines::new(reader),
+            writer,
+            first: Line::Hi,
+            proto: Proto::Original,
+            welcome: None,
+            offers: Offers::new(),
+            bond: None,
+        };
+        let (session, _to_write) = Session::new(&answered, control.0, None).ok().unwrap();
+        let (near, mut far) = tunnel;
+        near.set_nonblocking(true).unwrap();
+        far.set_read_timeout(Some(SILENCE)).unwrap();
+        let mut written = 0;
+        while let Ok(count) = (&*near).write(&[7; 1 << 16]) {
+            written += count;
+        }
+        assert!(session.add_idle(&near));
+        session.cut_idle_after(Duration::ZERO);
+        let mut read = Vec::new();
+        far.read_to_end(&mut read).unwrap();
+        assert_eq!(read.len(), written);
+    }
 }

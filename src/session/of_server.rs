@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use crate::door::Link;
 use crate::os::limits::{Slot, Slots};
 use crate::os::net;
+use crate::relay::{Elsewhere, Linger};
 use crate::session::{Ended, Proto};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
@@ -166,6 +167,11 @@ impl Session {
         }
     }
 
+    /// How long its visits may stand still once one end has finished, if this server lets them for `own`.
+    pub fn linger(self: &Arc<Self>, own: Duration) -> Linger {
+        Linger::new(own, self.proto.their_linger(), self.clone())
+    }
+
     /// Ends the control link, once all lines are written that were handed over before.
     pub fn end(&self) {
         self.to_client.lock().take();
@@ -191,12 +197,13 @@ impl Session {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    /// Reads the client's lines until there are no more, and returns why. Calls
-    /// `failed` for each visitor that the client could not serve.
+    /// Reads the client's lines until there are no more, and returns why. Calls `failed` for each visitor
+    /// that the client could not serve, and `finished` for each whose local service has finished.
     pub fn read_lines(
         &self,
         lines: &mut Lines<Reader>,
         failed: impl Fn(SocketAddr, &Failure),
+        finished: impl Fn(SocketAddr),
     ) -> Ended {
         loop {
             match lines.next_line_alive() {
@@ -208,10 +215,17 @@ impl Session {
                     return Ended::LateHello;
                 }
                 Ok(Line::Failed { visitor, reason }) => failed(visitor, &reason),
+                Ok(Line::Finished { visitor }) => finished(visitor),
                 Ok(_) => {}
                 Err(error) => return error.into(),
             }
         }
+    }
+}
+
+impl Elsewhere for Session {
+    fn tell_finished(&self, visitor: SocketAddr) {
+        self.send(Line::Finished { visitor });
     }
 }
 

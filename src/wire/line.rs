@@ -16,7 +16,7 @@ use crate::service::Service;
 /// The version of the protocol that this crate speaks.
 pub const PROTO: u32 = 2;
 
-/// The longest line in bytes, its LF included. Every line of the protocol needs less than half.
+/// The longest line in bytes, its LF included. Every line of the protocol needs less.
 pub const MAX_LINE: usize = 256;
 
 /// The most idle tunnels that a server grants a client: each costs both sides a descriptor.
@@ -246,6 +246,12 @@ pub enum Line {
         /// Why the visitor did not get to the local service.
         reason: Failure,
     },
+    /// `finished visitor=ip:port`: on this side one end of the visit has finished, and all that it has sent
+    /// is passed on.
+    Finished {
+        /// Where the visitor comes from.
+        visitor: SocketAddr,
+    },
     /// `idle` from the client on a tunnel: nothing of the last visitor is left there.
     Idle,
     /// `tunnel session=…`: the first line of a tunnel.
@@ -355,6 +361,9 @@ impl Line {
                 visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
                 reason: argument(arguments, "reason")?.unwrap_or(Failure::Error),
             },
+            "finished" => Line::Finished {
+                visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
+            },
             "tunnel" => Line::Tunnel {
                 session: argument(arguments, "session")?.ok_or(LineError::Argument("session"))?,
             },
@@ -402,6 +411,7 @@ impl fmt::Display for Line {
                 }
             }
             Line::Hi => writeln!(f, "hi"),
+            Line::Finished { visitor } => writeln!(f, "finished visitor={visitor}"),
             Line::Idle => writeln!(f, "idle"),
             Line::Offer { service, port } => {
                 f.write_str("offer")?;
@@ -517,6 +527,10 @@ mod tests {
                 "hello proto=2 pool=8\n".to_owned(),
             ),
             (Line::Idle, "idle\n".to_owned()),
+            (
+                Line::Finished { visitor },
+                "finished visitor=[2001:db8::1]:50000\n".to_owned(),
+            ),
             (
                 Line::Hello {
                     proto: 2,

@@ -37,6 +37,7 @@ plain_and_sealed! {
     a_half_closed_stream_that_crawls_lives_on,
     what_crawls_behind_the_services_end_lives_on,
     what_crawls_behind_the_visitors_end_lives_on,
+    an_end_behind_what_nobody_takes_is_no_excuse,
     a_client_is_relied_on_if_it_shares_the_linger,
     a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     #[cfg(unix)]
@@ -313,6 +314,41 @@ fn what_crawls_behind_the_visitors_end_lives_on(protection: Protection) {
     visitor.shutdown(Shutdown::Write).unwrap();
     read_hello(&visitor);
     assert_ended(&visitor);
+}
+
+/// More than the far program takes while its own end takes nothing, so that it does not come to the end
+/// behind that.
+const TAKEN_IN_PART: usize = 6 * 1024 * 1024;
+
+fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
+    let stops_reading = |socket: &TcpStream| {
+        let room = socket2::SockRef::from(socket).set_recv_buffer_size(64 * 1024);
+        room.unwrap();
+    };
+    let (sender, served) = mpsc::channel();
+    let service = Service::start(move |socket| {
+        let mut way = [0];
+        (&socket).read_exact(&mut way).unwrap();
+        if &way == b"d" {
+            send_pattern(&socket, 1, TAKEN_IN_PART);
+            socket.shutdown(Shutdown::Write).unwrap();
+        }
+        stops_reading(&socket);
+        sender.send(socket).unwrap();
+    });
+    let (server, _client, _turn) = with_linger(protection, service.addr);
+    let mut visitors = [server.visit(), connect_with_little_room(server.public)];
+    visitors[0].write_all(b"u").unwrap();
+    send_pattern(&visitors[0], 1, TAKEN_IN_PART);
+    visitors[0].shutdown(Shutdown::Write).unwrap();
+    visitors[1].write_all(b"d").unwrap();
+    let served = [0; 2].map(|_| served.recv_timeout(DEADLINE).unwrap());
+    let (finished, ends) = (Instant::now(), visitors.iter().chain(&served));
+    for end in ends {
+        eventually("both ends are reset", || end.peer_addr().is_err());
+    }
+    let within = CRAWLS_PAST * 2 + Duration::from_secs(5);
+    assert!(finished.elapsed() < within, "{:?}", finished.elapsed());
 }
 
 const CRAWLS_PAST: Duration = Duration::from_secs(2);
