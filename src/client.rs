@@ -129,7 +129,9 @@ impl Shared {
             match line {
                 Ok(Line::New(_)) => self.one_more(&session),
                 Ok(Line::Bye { reason }) => break Ended::Bye(reason),
-                Ok(Line::Finished { visitor }) => self.pairs.finished_elsewhere(visitor),
+                Ok(Line::Finished { visitor }) => {
+                    self.pairs.finished_elsewhere(&*session, visitor);
+                }
                 Ok(_) => {}
                 Err(error) => break Ended::from(error),
             }

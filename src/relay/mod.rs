@@ -41,7 +41,7 @@ use rates::Rates;
 const ROOMY: [usize; BULK] = [16, 8];
 
 /// Pairs are looked at this often, so that a reset is passed on within a second or so, and `linger`
-/// is held to two.
+/// is held to two seconds where no byte has moved.
 pub const SWEEP: Duration = Duration::from_millis(500);
 
 /// A write that waits for its reader comes back this often at the least, to tell what has left. A
@@ -97,6 +97,7 @@ struct PairsState {
 /// the pair lets go of it.
 struct Listed {
     pair: Weak<Pair>,
+    visitor: Option<SocketAddr>,
     service: Service,
     moved: Arc<[AtomicU64; 2]>,
 }
@@ -173,6 +174,7 @@ impl Pairs {
         state.total_of(&service).0 += 1;
         let listed = Listed {
             pair: Arc::downgrade(&pair),
+            visitor: pair.visitor.address,
             service,
             moved,
         };
@@ -248,12 +250,15 @@ impl Pairs {
         }
     }
 
-    /// The other program says that one end of this visitor has finished, and that it has passed on all.
-    pub fn finished_elsewhere(&self, visitor: SocketAddr) {
-        for pair in self.all() {
-            if pair.visitor.address == Some(visitor) {
-                pair.finished_elsewhere();
-            }
+    /// The other program of a session says that one end of this visitor has [finished](Elsewhere).
+    pub fn finished_elsewhere(&self, session: &dyn Elsewhere, visitor: SocketAddr) {
+        let state = self.state.lock();
+        let listed = state.joined.values();
+        let listed = listed.filter(|it| it.visitor == Some(visitor));
+        let pairs: Vec<_> = listed.filter_map(|it| it.pair.upgrade()).collect();
+        drop(state);
+        for pair in pairs {
+            pair.finished_elsewhere(session);
         }
     }
 

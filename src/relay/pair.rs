@@ -2,8 +2,8 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -71,22 +71,23 @@ pub struct Linger {
     pub limit: Duration,
     /// The other program, if it keeps to the same limit. Each then looks after its own end, as it cannot
     /// see the other one: a reader there may still have megabytes to take.
-    pub shared_with: Option<Arc<dyn Elsewhere>>,
+    pub shared_with: Option<Weak<dyn Elsewhere>>,
 }
 
-/// The other program.
+/// A session, through which the other program is told of a visitor of both.
 pub trait Elsewhere: Send + Sync {
-    /// Tells it that one end of a visitor has finished, and that all is passed on. The end itself may lie
-    /// unread there behind what nobody takes, and then nobody would look after that.
+    /// Says that one end of the visitor has finished here, and that all it sent is passed on: its end may
+    /// lie unread at the other program, behind bytes that nobody takes there. Says so again when the
+    /// visitor's end here has taken more of what was written to it: something still moves.
     fn tell_finished(&self, visitor: SocketAddr);
 }
 
 impl Linger {
     /// This program lets a visit stand still for `own`, and the other one for `theirs`, if it has told.
-    pub fn new(own: Duration, theirs: Option<Duration>, other: Arc<dyn Elsewhere>) -> Self {
+    pub fn new(own: Duration, theirs: Option<Duration>, session: Weak<dyn Elsewhere>) -> Self {
         Self {
-            limit: theirs.map_or(own, |theirs| theirs.min(own)),
-            shared_with: theirs.map(|_| other),
+            limit: theirs.map_or(own, |theirs| theirs.max(SWEEP).min(own)),
+            shared_with: theirs.map(|_| session),
         }
     }
 }
@@ -120,7 +121,7 @@ pub struct Joined {
 pub struct Progress {
     /// The direction that has ended well first, its end passed on; the other one is the last.
     half_closed: Option<Way>,
-    /// How long the last direction stands still, here or at the other program.
+    /// Set while the sweep watches whether anything moves.
     still: Option<Still>,
     /// What went wrong first. The pair is about to be aborted.
     pub failed: Option<Aborted>,
@@ -136,10 +137,9 @@ pub struct Progress {
     pub half: Option<Half>,
 }
 
-/// What the sweep remembers of a pair of which one direction has ended.
+/// What the sweep remembers of a pair of which one direction has ended, here or at the other program.
 struct Still {
     ended: Way,
-    began: Instant,
     /// How many bytes had moved at the last look, and since when.
     moved: u64,
     since: Instant,
@@ -147,7 +147,7 @@ struct Still {
     /// was last asked, and when that was.
     not_arrived: Option<u32>,
     asked: Instant,
-    /// The other program was told.
+    /// The other program was told that this program's end has finished.
     told: bool,
 }
 
@@ -156,7 +156,6 @@ impl Still {
         let now = Instant::now();
         Self {
             ended,
-            began: now,
             moved: 0,
             since: now,
             not_arrived: None,
@@ -175,7 +174,7 @@ impl Pair {
         }
     }
 
-    /// Writes, where this direction goes to.
+    /// Does a write of this direction, and notes meanwhile whom the direction waits for.
     pub fn write<T>(&self, way: Way, write: impl FnOnce() -> T) -> T {
         let (from, to) = self.sides(way);
         let waits_for_program = &self.waits_for_program[way as usize];
@@ -237,10 +236,11 @@ impl Pair {
             }
             return;
         }
+        let is_half_closed = progress.half_closed.is_some();
         let Some(still) = &mut progress.still else {
             return;
         };
-        if self.has_moved(still) {
+        if self.has_moved(still, is_half_closed) {
             still.since = Instant::now();
         }
         let limit = self.linger.limit;
@@ -253,47 +253,62 @@ impl Pair {
     }
 
     /// Has a byte moved since the last look, or is it the other program that looks after that?
-    fn has_moved(&self, still: &mut Still) -> bool {
+    fn has_moved(&self, still: &mut Still, is_half_closed: bool) -> bool {
+        let waits = |way: usize| self.waits_for_program[way].load(Ordering::Relaxed);
+        let (ended, last) = (still.ended as usize, 1 - still.ended as usize);
         let (finished, other) = self.sides(still.ended);
-        let waits = self.waits_for_program[1 - still.ended as usize].load(Ordering::Relaxed);
-        let reads = waits && other.peer.is_program();
-        // The other program takes what is written as fast as its own end does, and looks after that end.
-        // That it also looks after the end that it reads from is known if it shares the limit.
-        let is_elsewhere = waits && (!reads || self.linger.shared_with.is_some());
-        if reads && !still.told && still.began.elapsed() >= self.write_limit {
-            still.told = true;
-            if let (Some(other), Some(visitor)) = (&self.linger.shared_with, self.visitor.address())
-            {
-                other.tell_finished(visitor);
-            }
-        }
         let moved = self.joined.moved().iter().sum();
-        if still.moved != moved || is_elsewhere {
+        if still.moved != moved {
             still.moved = moved;
             still.not_arrived = None;
             return true;
         }
-        if still.asked.elapsed() < self.write_limit || still.not_arrived == Some(0) {
-            return false;
+        // A direction that reads from the other program has no end before it that it cannot come to.
+        if !is_half_closed && waits(ended) {
+            return true;
         }
+        // The other program takes what is written to it as fast as its own end does.
+        if waits(last) && !other.peer.is_program() {
+            return true;
+        }
+        let session = self.linger.shared_with.as_ref();
+        let defers_to = session.filter(|_| waits(last));
+        if still.asked.elapsed() < self.write_limit {
+            return defers_to.is_some();
+        }
+        still.asked = Instant::now();
         // A slow reader may still take what was written long ago.
         let own_end = match finished.peer.is_program() {
             true => other,
             false => finished,
         };
-        let before = still.not_arrived.replace(own_end.not_arrived());
-        still.asked = Instant::now();
-        before.is_some() && before != still.not_arrived
+        let before = still.not_arrived;
+        if before != Some(0) {
+            still.not_arrived = own_end.not_arrived().or(before);
+        }
+        let has_arrived = before.is_some() && before != still.not_arrived;
+        let Some(session) = defers_to else {
+            return has_arrived;
+        };
+        if let (Some(session), Some(visitor)) = (session.upgrade(), self.visitor.address())
+            && (has_arrived || !std::mem::replace(&mut still.told, true))
+        {
+            session.tell_finished(visitor);
+        }
+        true
     }
 
-    /// The other program has passed on all that comes from its end. This one may not have read that yet.
-    pub fn finished_elsewhere(&self) {
-        let ended = match self.visitor_side.peer.is_program() {
-            true => Way::Up,
-            false => Way::Down,
-        };
-        let still = &mut self.progress.lock().still;
-        still.get_or_insert_with(|| Still::behind(ended));
+    /// See [`Elsewhere`].
+    pub fn finished_elsewhere(&self, session: &dyn Elsewhere) {
+        let own = self.linger.shared_with.as_ref();
+        if own.is_some_and(|own| std::ptr::addr_eq(own.as_ptr(), session)) {
+            let ended = match self.visitor_side.peer.is_program() {
+                true => Way::Up,
+                false => Way::Down,
+            };
+            let still = &mut self.progress.lock().still;
+            still.get_or_insert_with(|| Still::behind(ended)).since = Instant::now();
+        }
     }
 
     pub fn why_doomed(&self, progress: &Progress) -> Option<Aborted> {
@@ -395,13 +410,13 @@ impl Side {
         self.socket.peer_addr().is_err()
     }
 
-    /// How many of the bytes that were written to this side have not arrived yet. None are known of where
-    /// the system does not tell.
-    fn not_arrived(&self) -> u32 {
+    /// How many of the bytes that were written to this side have not arrived yet. None if the system does
+    /// not tell.
+    fn not_arrived(&self) -> Option<u32> {
         #[cfg(target_os = "linux")]
-        return sock_diag::not_arrived(&self.socket).unwrap_or(0);
+        return sock_diag::not_arrived(&self.socket);
         #[cfg(not(target_os = "linux"))]
-        return 0;
+        return None;
     }
 
     pub fn reading_failed(&self, error: io::Error) -> Aborted {

@@ -202,7 +202,8 @@ impl Session {
 
     /// How long its visits may stand still once one end has finished, if this client lets them for `own`.
     pub fn linger(self: &Arc<Self>, own: Duration) -> Linger {
-        Linger::new(own, self.proto.their_linger(), self.clone())
+        let session = Arc::downgrade(self);
+        Linger::new(own, self.proto.their_linger(), session)
     }
 
     /// Ends the control link. No tunnel is dialled any more; visitors that are joined go on.

@@ -169,7 +169,8 @@ impl Session {
 
     /// How long its visits may stand still once one end has finished, if this server lets them for `own`.
     pub fn linger(self: &Arc<Self>, own: Duration) -> Linger {
-        Linger::new(own, self.proto.their_linger(), self.clone())
+        let session = Arc::downgrade(self);
+        Linger::new(own, self.proto.their_linger(), session)
     }
 
     /// Ends the control link, once all lines are written that were handed over before.

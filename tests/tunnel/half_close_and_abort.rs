@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,10 @@ plain_and_sealed! {
     a_half_closed_stream_that_crawls_lives_on,
     what_crawls_behind_the_services_end_lives_on,
     what_crawls_behind_the_visitors_end_lives_on,
+    what_crawls_to_a_visitor_beside_a_silent_service_lives_on,
+    what_crawls_to_a_service_beside_a_silent_visitor_lives_on,
     an_end_behind_what_nobody_takes_is_no_excuse,
+    a_visit_that_is_open_lives_on_whatever_the_client_says,
     a_client_is_relied_on_if_it_shares_the_linger,
     a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     #[cfg(unix)]
@@ -283,6 +286,7 @@ fn a_half_closed_stream_that_crawls_lives_on(protection: Protection) {
     let visitor = connect_with_little_room(server.public);
     visitor.shutdown(Shutdown::Write).unwrap();
     crawl(&visitor, SIZE);
+    assert_ended(&visitor);
 }
 
 /// What kernels take at once, however slowly it is read.
@@ -297,15 +301,17 @@ fn what_crawls_behind_the_services_end_lives_on(protection: Protection) {
         assert_ended(&socket);
     });
     let (server, _client, _turn) = with_linger(protection, service.addr);
-    crawl(&connect_with_little_room(server.public), TAKEN_AT_ONCE);
+    let visitor = connect_with_little_room(server.public);
+    crawl(&visitor, TAKEN_AT_ONCE);
+    assert_ended(&visitor);
 }
 
 /// The same with an upload: the server sees neither end move.
 fn what_crawls_behind_the_visitors_end_lives_on(protection: Protection) {
     let service = Service::start(|mut socket| {
-        let room = socket2::SockRef::from(&socket).set_recv_buffer_size(64 * 1024);
-        room.unwrap();
+        leave_little_room(&socket);
         crawl(&socket, TAKEN_AT_ONCE);
+        assert_ended(&socket);
         socket.write_all(b"hello").unwrap();
     });
     let (server, _client, _turn) = with_linger(protection, service.addr);
@@ -321,10 +327,6 @@ fn what_crawls_behind_the_visitors_end_lives_on(protection: Protection) {
 const TAKEN_IN_PART: usize = 6 * 1024 * 1024;
 
 fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
-    let stops_reading = |socket: &TcpStream| {
-        let room = socket2::SockRef::from(socket).set_recv_buffer_size(64 * 1024);
-        room.unwrap();
-    };
     let (sender, served) = mpsc::channel();
     let service = Service::start(move |socket| {
         let mut way = [0];
@@ -333,7 +335,7 @@ fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
             send_pattern(&socket, 1, TAKEN_IN_PART);
             socket.shutdown(Shutdown::Write).unwrap();
         }
-        stops_reading(&socket);
+        leave_little_room(&socket);
         sender.send(socket).unwrap();
     });
     let (server, _client, _turn) = with_linger(protection, service.addr);
@@ -351,6 +353,40 @@ fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
     assert!(finished.elapsed() < within, "{:?}", finished.elapsed());
 }
 
+/// Nothing but what the server's system has still moves.
+fn what_crawls_to_a_visitor_beside_a_silent_service_lives_on(protection: Protection) {
+    let (done, is_done) = mpsc::channel();
+    let is_done = Mutex::new(is_done);
+    let service = Service::start(move |socket| {
+        assert_ended(&socket);
+        send_pattern(&socket, 1, TAKEN_AT_ONCE);
+        is_done.lock().unwrap().recv_timeout(DEADLINE).unwrap();
+    });
+    let (server, _client, _turn) = with_linger(protection, service.addr);
+    let visitor = connect_with_little_room(server.public);
+    visitor.shutdown(Shutdown::Write).unwrap();
+    crawl(&visitor, TAKEN_AT_ONCE);
+    done.send(()).unwrap();
+    assert_ended(&visitor);
+}
+
+/// Nothing but what the client's system has still moves.
+fn what_crawls_to_a_service_beside_a_silent_visitor_lives_on(protection: Protection) {
+    let (done, is_done) = mpsc::channel();
+    let service = Service::start(move |socket| {
+        socket.shutdown(Shutdown::Write).unwrap();
+        leave_little_room(&socket);
+        crawl(&socket, TAKEN_AT_ONCE);
+        done.send(()).unwrap();
+        assert_ended(&socket);
+    });
+    let (server, _client, _turn) = with_linger(protection, service.addr);
+    let visitor = server.visit();
+    send_pattern(&visitor, 1, TAKEN_AT_ONCE);
+    is_done.recv_timeout(DEADLINE).unwrap();
+    assert_ended(&visitor);
+}
+
 const CRAWLS_PAST: Duration = Duration::from_secs(2);
 
 /// A server and a client, each with a `--linger` below what it takes to crawl.
@@ -365,7 +401,7 @@ fn with_linger(protection: Protection, local: SocketAddr) -> (RunningServer, Run
     (server, client, turn)
 }
 
-/// Reads a stream to its end, slowly for four times `--linger`.
+/// Reads a stream, slowly for four times `--linger`.
 fn crawl(mut reader: &TcpStream, size: usize) {
     const STEP: usize = 8 * 1024;
     let (start, mut crawled) = (Instant::now(), vec![0; size]);
@@ -377,7 +413,6 @@ fn crawl(mut reader: &TcpStream, size: usize) {
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     reader.read_exact(rest).unwrap();
-    assert_ended(reader);
     let mut sent = vec![0; size];
     Pattern::new(1).fill(&mut sent);
     assert!(crawled == sent, "changed bytes");
@@ -411,6 +446,35 @@ fn a_client_is_relied_on_if_it_shares_the_linger(protection: Protection) {
         visitor.read_exact(&mut late).unwrap();
         assert_eq!(&late, b"late");
     }
+}
+
+/// The visit may be another one from the same address, long gone.
+fn a_visit_that_is_open_lives_on_whatever_the_client_says(protection: Protection) {
+    const LINGER: Duration = Duration::from_secs(1);
+    let server = RunningServer::start(with!(server_options(protection);
+            linger: LINGER,
+    ));
+    let mut control = Peer::dial_control(&server);
+    control.write("hello proto=2 pool=1 linger=1000\n");
+    let session = session_in(&control.line());
+    let mut tunnel = Peer::dial_tunnel(&server, &control);
+    tunnel.write(format!("tunnel session={session}\n"));
+    let mut visitor = server.visit();
+    assert!(tunnel.line().starts_with("new visitor="));
+    control.write(format!(
+        "finished visitor={}\n",
+        visitor.local_addr().unwrap()
+    ));
+    thread::sleep(3 * LINGER);
+    tunnel.write_data("late");
+    let mut late = [0; 4];
+    visitor.read_exact(&mut late).unwrap();
+    assert_eq!(&late, b"late");
+}
+
+fn leave_little_room(socket: &TcpStream) {
+    let room = socket2::SockRef::from(socket).set_recv_buffer_size(64 * 1024);
+    room.unwrap();
 }
 
 /// A system with a large buffer says that there is room only once a sixteenth of it is free.
