@@ -401,11 +401,11 @@ fn with_linger(protection: Protection, local: SocketAddr) -> (RunningServer, Run
     (server, client, turn)
 }
 
-/// Reads a stream, slowly for four times `--linger`.
+/// Reads a stream, slowly for more than twice `--linger`.
 fn crawl(mut reader: &TcpStream, size: usize) {
     const STEP: usize = 8 * 1024;
     let (start, mut crawled) = (Instant::now(), vec![0; size]);
-    let (slowly, rest) = crawled.split_at_mut(160 * STEP);
+    let (slowly, rest) = crawled.split_at_mut(100 * STEP);
     for (step, piece) in (1..).zip(slowly.chunks_mut(STEP)) {
         reader.read_exact(piece).unwrap();
         // What a busy machine holds up is made up for.
