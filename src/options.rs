@@ -70,8 +70,9 @@ pub struct ServerOptions {
     /// The most visitors at a time; further ones wait in the kernel's backlog. The server lowers it
     /// if the process has not two descriptors for each.
     pub max_conns: usize,
-    /// How long a direction may stand still once the other one has ended. Both are then aborted, at
-    /// most 2 s later.
+    /// How long a direction may stand still once the other one has ended, if the other program does not
+    /// ask for less. Both are then aborted at most 2 s later. Where it was the system that still moved
+    /// bytes, that may be an eighth of this time later, at most 10 s.
     pub linger: Duration,
     /// The keys, any of which the client may have: two while one takes the place of the other.
     /// Without one, nothing is sealed, and nobody has to prove anything.
@@ -168,8 +169,9 @@ pub struct ClientOptions {
     /// How many idle tunnels to keep ready for each server; it grants at most 64. With 0, the client dials a
     /// tunnel when a visitor comes.
     pub pool: usize,
-    /// How long a direction may stand still once the other one has ended. Both are then aborted, at
-    /// most 2 s later.
+    /// How long a direction may stand still once the other one has ended, if the other program does not
+    /// ask for less. Both are then aborted at most 2 s later. Where it was the system that still moved
+    /// bytes, that may be an eighth of this time later, at most 10 s.
     pub linger: Duration,
     /// A key of the servers'. Without one, nothing is sealed, and no server must have one either.
     pub key: Option<Key>,
