@@ -129,8 +129,8 @@ impl Shared {
             match line {
                 Ok(Line::New(_)) => self.one_more(&session),
                 Ok(Line::Bye { reason }) => break Ended::Bye(reason),
-                Ok(Line::Finished { visitor }) => {
-                    self.pairs.finished_elsewhere(&*session, visitor);
+                Ok(Line::Finished { visitor, service }) => {
+                    self.pairs.finished_elsewhere(&*session, visitor, &service);
                 }
                 Ok(_) => {}
                 Err(error) => break Ended::from(error),

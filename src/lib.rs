@@ -111,10 +111,10 @@
 //! 6. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
 //!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
 //!    `exhausted`, `loop`, `no-service` or `error`.
-//! 7. A side that has passed on all that its end of a visit has sent, and that end, soon writes `finished
-//!    visitor=<ip:port>` if it waits for the other end. The other side then counts `linger` even if it has
-//!    not read that end yet, as bytes that nobody takes may lie before it. Each further such line says that
-//!    the end which has finished has taken more of what was sent to it, and the count begins anew.
+//! 7. Once a side has passed on the whole stream of its end of a visit, it soon writes `finished
+//!    visitor=<ip:port>`, with `service=web` as below, and again now and then when something has moved on
+//!    its side since. At each such line the other side begins to count `linger`, even if it has not read
+//!    that stream's end yet: bytes that nobody takes may lie before it.
 //! 8. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
 //!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!

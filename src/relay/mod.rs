@@ -27,6 +27,7 @@ use crate::service::Service;
 use crate::status::snapshot::{self, JoinTimes};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
+use crate::wire::line::Line;
 use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
@@ -41,7 +42,7 @@ use rates::Rates;
 const ROOMY: [usize; BULK] = [16, 8];
 
 /// Pairs are looked at this often, so that a reset is passed on within a second or so, and `linger`
-/// is held to two seconds where no byte has moved.
+/// is overrun by two at most where no byte has moved.
 pub const SWEEP: Duration = Duration::from_millis(500);
 
 /// A write that waits for its reader comes back this often at the least, to tell what has left. A
@@ -251,10 +252,15 @@ impl Pairs {
     }
 
     /// The other program of a session says that one end of this visitor has [finished](Elsewhere).
-    pub fn finished_elsewhere(&self, session: &dyn Elsewhere, visitor: SocketAddr) {
+    pub fn finished_elsewhere(
+        &self,
+        session: &dyn Elsewhere,
+        visitor: SocketAddr,
+        service: &Service,
+    ) {
         let state = self.state.lock();
         let listed = state.joined.values();
-        let listed = listed.filter(|it| it.visitor == Some(visitor));
+        let listed = listed.filter(|it| it.visitor == Some(visitor) && it.service == *service);
         let pairs: Vec<_> = listed.filter_map(|it| it.pair.upgrade()).collect();
         drop(state);
         for pair in pairs {
@@ -374,6 +380,14 @@ impl Visitor {
     /// The same visitor, if it is known to have come to this public address.
     pub fn that_came_to(self, to: Option<SocketAddr>) -> Self {
         Self { to, ..self }
+    }
+
+    /// What the other program is told once one end of the visitor has finished.
+    pub fn finished(&self) -> Option<Line> {
+        Some(Line::Finished {
+            visitor: self.address?,
+            service: self.service.clone(),
+        })
     }
 
     /// What the visitor comes for.

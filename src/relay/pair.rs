@@ -1,7 +1,7 @@
 //! Two joined connections, and how they end: what both of their directions share.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -76,10 +76,10 @@ pub struct Linger {
 
 /// A session, through which the other program is told of a visitor of both.
 pub trait Elsewhere: Send + Sync {
-    /// Says that one end of the visitor has finished here, and that all it sent is passed on: its end may
-    /// lie unread at the other program, behind bytes that nobody takes there. Says so again when the
-    /// visitor's end here has taken more of what was written to it: something still moves.
-    fn tell_finished(&self, visitor: SocketAddr);
+    /// Says that one end of the visitor has finished here, and that its whole stream is passed on: the end
+    /// may lie unread at the other program, behind bytes that nobody takes there. Says so again when
+    /// something has moved here since.
+    fn tell_finished(&self, visitor: &Visitor);
 }
 
 impl Linger {
@@ -147,8 +147,8 @@ struct Still {
     /// was last asked, and when that was.
     not_arrived: Option<u32>,
     asked: Instant,
-    /// The other program was told that this program's end has finished.
-    told: bool,
+    /// The other program is still to be told that this program's end has finished, or has moved since.
+    has_news: bool,
 }
 
 impl Still {
@@ -160,8 +160,18 @@ impl Still {
             since: now,
             not_arrived: None,
             asked: now,
-            told: false,
+            has_news: true,
         }
+    }
+
+    /// Has this program's own end taken more since the system was last asked? It may be slow, and have been
+    /// written to long ago.
+    fn ask(&mut self, own_end: &Side) -> bool {
+        let before = self.not_arrived;
+        if before != Some(0) {
+            self.not_arrived = own_end.not_arrived().or(before);
+        }
+        before.is_some() && before != self.not_arrived
     }
 }
 
@@ -257,45 +267,35 @@ impl Pair {
         let waits = |way: usize| self.waits_for_program[way].load(Ordering::Relaxed);
         let (ended, last) = (still.ended as usize, 1 - still.ended as usize);
         let (finished, other) = self.sides(still.ended);
+        let session = self.linger.shared_with.as_ref();
+        // The other program's end has finished.
+        let far_finished = finished.peer.is_program();
+        // A write to the other program takes as long as that one's own end does, and a read from it as long
+        // as that end is silent. A direction that has ended as far as only the other program knows, and
+        // still reads, is about to come to its end.
+        let is_elsewhere =
+            waits(last) && (far_finished || session.is_some()) || waits(ended) && !is_half_closed;
         let moved = self.joined.moved().iter().sum();
-        if still.moved != moved {
+        let mut has_moved = still.moved != moved;
+        if has_moved {
             still.moved = moved;
             still.not_arrived = None;
-            return true;
         }
-        // A direction that reads from the other program has no end before it that it cannot come to.
-        if !is_half_closed && waits(ended) {
-            return true;
+        let is_due = still.asked.elapsed() >= self.write_limit;
+        if is_due || still.since.elapsed() >= self.linger.limit {
+            still.asked = Instant::now();
+            let own_end = if far_finished { other } else { finished };
+            has_moved |= still.ask(own_end);
         }
-        // The other program takes what is written to it as fast as its own end does.
-        if waits(last) && !other.peer.is_program() {
-            return true;
-        }
-        let session = self.linger.shared_with.as_ref();
-        let defers_to = session.filter(|_| waits(last));
-        if still.asked.elapsed() < self.write_limit {
-            return defers_to.is_some();
-        }
-        still.asked = Instant::now();
-        // A slow reader may still take what was written long ago.
-        let own_end = match finished.peer.is_program() {
-            true => other,
-            false => finished,
-        };
-        let before = still.not_arrived;
-        if before != Some(0) {
-            still.not_arrived = own_end.not_arrived().or(before);
-        }
-        let has_arrived = before.is_some() && before != still.not_arrived;
-        let Some(session) = defers_to else {
-            return has_arrived;
-        };
-        if let (Some(session), Some(visitor)) = (session.upgrade(), self.visitor.address())
-            && (has_arrived || !std::mem::replace(&mut still.told, true))
+        still.has_news |= has_moved;
+        if is_due
+            && !far_finished
+            && let Some(session) = session.and_then(Weak::upgrade)
+            && std::mem::take(&mut still.has_news)
         {
-            session.tell_finished(visitor);
+            session.tell_finished(&self.visitor);
         }
-        true
+        has_moved || is_elsewhere
     }
 
     /// See [`Elsewhere`].

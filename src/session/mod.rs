@@ -11,6 +11,10 @@ use crate::wire::line::{Reason, SILENCE, SessionId};
 pub mod of_client;
 pub mod of_server;
 
+/// So many lines may wait to be written to the other side. One that reads more slowly than visitors fail or
+/// finish is not told of all of them.
+const MOST_LINES: usize = 4096;
+
 /// What the two sides of a session speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proto {

@@ -13,7 +13,7 @@ use crate::door::{Answered, NoSession, Offers, no_server};
 use crate::os::limits::Slot;
 use crate::relay::{Elsewhere, Expected, Linger, Pairs, Visitor};
 use crate::service::Service;
-use crate::session::{Ended, Proto};
+use crate::session::{Ended, MOST_LINES, Proto};
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, send, write_lines};
 use crate::wire::handshake::Bond;
@@ -23,10 +23,6 @@ use crate::wire::line::{Arrival, Failure, Line, Reason, SILENCE};
 const STOPPING: Line = Line::Bye {
     reason: Reason::Draining,
 };
-
-/// So many lines may wait to be written to the server. One that reads more slowly than visitors fail is
-/// not told of all of them.
-const MOST_LINES: usize = 4096;
 
 /// So many lines that say nothing of a visitor may come through an idle tunnel, one behind the other.
 const MOST_IGNORED: usize = 64;
@@ -253,8 +249,10 @@ impl Session {
 }
 
 impl Elsewhere for Session {
-    fn tell_finished(&self, visitor: SocketAddr) {
-        self.tell(Line::Finished { visitor });
+    fn tell_finished(&self, visitor: &Visitor) {
+        if let Some(line) = visitor.finished() {
+            self.tell(line);
+        }
     }
 }
 

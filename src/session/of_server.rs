@@ -11,8 +11,9 @@ use parking_lot::Mutex;
 use crate::door::Link;
 use crate::os::limits::{Slot, Slots};
 use crate::os::net;
-use crate::relay::{Elsewhere, Linger};
-use crate::session::{Ended, Proto};
+use crate::relay::{Elsewhere, Linger, Visitor};
+use crate::service::Service;
+use crate::session::{Ended, MOST_LINES, Proto};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
@@ -204,7 +205,7 @@ impl Session {
         &self,
         lines: &mut Lines<Reader>,
         failed: impl Fn(SocketAddr, &Failure),
-        finished: impl Fn(SocketAddr),
+        finished: impl Fn(SocketAddr, &Service),
     ) -> Ended {
         loop {
             match lines.next_line_alive() {
@@ -216,7 +217,7 @@ impl Session {
                     return Ended::LateHello;
                 }
                 Ok(Line::Failed { visitor, reason }) => failed(visitor, &reason),
-                Ok(Line::Finished { visitor }) => finished(visitor),
+                Ok(Line::Finished { visitor, service }) => finished(visitor, &service),
                 Ok(_) => {}
                 Err(error) => return error.into(),
             }
@@ -225,8 +226,12 @@ impl Session {
 }
 
 impl Elsewhere for Session {
-    fn tell_finished(&self, visitor: SocketAddr) {
-        self.send(Line::Finished { visitor });
+    fn tell_finished(&self, visitor: &Visitor) {
+        if let (Some(line), Some(to_client)) = (visitor.finished(), &*self.to_client.lock())
+            && to_client.len() < MOST_LINES
+        {
+            let _ = to_client.send(line);
+        }
     }
 }
 

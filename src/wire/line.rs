@@ -246,11 +246,13 @@ pub enum Line {
         /// Why the visitor did not get to the local service.
         reason: Failure,
     },
-    /// `finished visitor=ip:port`: on this side one end of the visit has finished, and all that it has sent
-    /// is passed on.
+    /// `finished visitor=ip:port service=web`: on this side one end of the visit has finished, and its whole
+    /// stream is passed on. Again when something has moved on this side since.
     Finished {
         /// Where the visitor comes from.
         visitor: SocketAddr,
+        /// What the visitor has come for.
+        service: Service,
     },
     /// `idle` from the client on a tunnel: nothing of the last visitor is left there.
     Idle,
@@ -363,6 +365,7 @@ impl Line {
             },
             "finished" => Line::Finished {
                 visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
+                service: argument(arguments, "service")?.unwrap_or_default(),
             },
             "tunnel" => Line::Tunnel {
                 session: argument(arguments, "session")?.ok_or(LineError::Argument("session"))?,
@@ -411,7 +414,13 @@ impl fmt::Display for Line {
                 }
             }
             Line::Hi => writeln!(f, "hi"),
-            Line::Finished { visitor } => writeln!(f, "finished visitor={visitor}"),
+            Line::Finished { visitor, service } => {
+                write!(f, "finished visitor={visitor}")?;
+                if service.has_name() {
+                    write!(f, " service={service}")?;
+                }
+                writeln!(f)
+            }
             Line::Idle => writeln!(f, "idle"),
             Line::Offer { service, port } => {
                 f.write_str("offer")?;
@@ -528,8 +537,11 @@ mod tests {
             ),
             (Line::Idle, "idle\n".to_owned()),
             (
-                Line::Finished { visitor },
-                "finished visitor=[2001:db8::1]:50000\n".to_owned(),
+                Line::Finished {
+                    visitor,
+                    service: service("web"),
+                },
+                "finished visitor=[2001:db8::1]:50000 service=web\n".to_owned(),
             ),
             (
                 Line::Hello {

@@ -353,36 +353,36 @@ fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
     assert!(finished.elapsed() < within, "{:?}", finished.elapsed());
 }
 
-/// Nothing but what the server's system has still moves.
+/// The client has long passed on all.
 fn what_crawls_to_a_visitor_beside_a_silent_service_lives_on(protection: Protection) {
     let (done, is_done) = mpsc::channel();
     let is_done = Mutex::new(is_done);
     let service = Service::start(move |socket| {
         assert_ended(&socket);
-        send_pattern(&socket, 1, TAKEN_AT_ONCE);
+        send_pattern(&socket, 1, TAKEN_IN_PART);
         is_done.lock().unwrap().recv_timeout(DEADLINE).unwrap();
     });
     let (server, _client, _turn) = with_linger(protection, service.addr);
     let visitor = connect_with_little_room(server.public);
     visitor.shutdown(Shutdown::Write).unwrap();
-    crawl(&visitor, TAKEN_AT_ONCE);
+    crawl(&visitor, TAKEN_IN_PART);
     done.send(()).unwrap();
     assert_ended(&visitor);
 }
 
-/// Nothing but what the client's system has still moves.
+/// The server has long passed on all.
 fn what_crawls_to_a_service_beside_a_silent_visitor_lives_on(protection: Protection) {
     let (done, is_done) = mpsc::channel();
     let service = Service::start(move |socket| {
         socket.shutdown(Shutdown::Write).unwrap();
         leave_little_room(&socket);
-        crawl(&socket, TAKEN_AT_ONCE);
+        crawl(&socket, TAKEN_IN_PART);
         done.send(()).unwrap();
         assert_ended(&socket);
     });
     let (server, _client, _turn) = with_linger(protection, service.addr);
     let visitor = server.visit();
-    send_pattern(&visitor, 1, TAKEN_AT_ONCE);
+    send_pattern(&visitor, 1, TAKEN_IN_PART);
     is_done.recv_timeout(DEADLINE).unwrap();
     assert_ended(&visitor);
 }
