@@ -129,9 +129,7 @@ impl Shared {
             match line {
                 Ok(Line::New(_)) => self.one_more(&session),
                 Ok(Line::Bye { reason }) => break Ended::Bye(reason),
-                Ok(Line::Finished { visitor, service }) => {
-                    self.pairs.finished_elsewhere(&*session, visitor, &service);
-                }
+                Ok(Line::Finished(visit)) => self.pairs.finished_elsewhere(&*session, &visit),
                 Ok(_) => {}
                 Err(error) => break Ended::from(error),
             }

@@ -71,8 +71,8 @@ pub struct ServerOptions {
     /// if the process has not two descriptors for each.
     pub max_conns: usize,
     /// How long a direction may stand still once the other one has ended, if the other program does not
-    /// ask for less. Both are then aborted at most 2 s later. Where it was the system that still moved
-    /// bytes, that may be an eighth of this time later, at most 10 s.
+    /// ask for less. Both are then aborted, at most 2 s and a quarter of this time (at most 20 s) later:
+    /// so long it may take to see that nothing moves, and to tell the other program so.
     pub linger: Duration,
     /// The keys, any of which the client may have: two while one takes the place of the other.
     /// Without one, nothing is sealed, and nobody has to prove anything.
@@ -170,8 +170,8 @@ pub struct ClientOptions {
     /// tunnel when a visitor comes.
     pub pool: usize,
     /// How long a direction may stand still once the other one has ended, if the other program does not
-    /// ask for less. Both are then aborted at most 2 s later. Where it was the system that still moved
-    /// bytes, that may be an eighth of this time later, at most 10 s.
+    /// ask for less. Both are then aborted, at most 2 s and a quarter of this time (at most 20 s) later:
+    /// so long it may take to see that nothing moves, and to tell the other program so.
     pub linger: Duration,
     /// A key of the servers'. Without one, nothing is sealed, and no server must have one either.
     pub key: Option<Key>,

@@ -188,9 +188,7 @@ impl Shared {
             owned.write_lines(writer, &to_write, failed);
         };
         let failed = |visitor, reason: &_| self.journal.client_failed(visitor, reason);
-        let finished = |visitor, service: &_| {
-            self.pairs.finished_elsewhere(&*session, visitor, service);
-        };
+        let finished = |visit: &_| self.pairs.finished_elsewhere(&*session, visit);
         let ended = match self.workers.start("control_writer", write) {
             Ok(()) => session.read_lines(&mut lines, failed, finished),
             Err(error) => Ended::NoThread(error),

@@ -27,7 +27,7 @@ use crate::service::Service;
 use crate::status::snapshot::{self, JoinTimes};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
-use crate::wire::line::Line;
+use crate::wire::line::{Finished, Line};
 use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
@@ -41,8 +41,7 @@ use rates::Rates;
 /// in their buffers stays there for as long as they like. With a key, all of these hold 9 MiB.
 const ROOMY: [usize; BULK] = [16, 8];
 
-/// Pairs are looked at this often, so that a reset is passed on within a second or so, and `linger`
-/// is overrun by two at most where no byte has moved.
+/// Pairs are looked at this often, so that a reset is passed on within a second or so.
 pub const SWEEP: Duration = Duration::from_millis(500);
 
 /// A write that waits for its reader comes back this often at the least, to tell what has left. A
@@ -252,19 +251,19 @@ impl Pairs {
     }
 
     /// The other program of a session says that one end of this visitor has [finished](Elsewhere).
-    pub fn finished_elsewhere(
-        &self,
-        session: &dyn Elsewhere,
-        visitor: SocketAddr,
-        service: &Service,
-    ) {
+    pub fn finished_elsewhere(&self, session: &dyn Elsewhere, finished: &Finished) {
+        let Finished {
+            visitor,
+            service,
+            moved,
+        } = finished;
         let state = self.state.lock();
         let listed = state.joined.values();
-        let listed = listed.filter(|it| it.visitor == Some(visitor) && it.service == *service);
+        let listed = listed.filter(|it| it.visitor == Some(*visitor) && it.service == *service);
         let pairs: Vec<_> = listed.filter_map(|it| it.pair.upgrade()).collect();
         drop(state);
         for pair in pairs {
-            pair.finished_elsewhere(session);
+            pair.finished_elsewhere(session, *moved);
         }
     }
 
@@ -383,11 +382,12 @@ impl Visitor {
     }
 
     /// What the other program is told once one end of the visitor has finished.
-    pub fn finished(&self) -> Option<Line> {
-        Some(Line::Finished {
+    pub fn finished(&self, moved: bool) -> Option<Line> {
+        Some(Line::Finished(Finished {
             visitor: self.address?,
             service: self.service.clone(),
-        })
+            moved,
+        }))
     }
 
     /// What the visitor comes for.

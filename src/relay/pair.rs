@@ -76,10 +76,10 @@ pub struct Linger {
 
 /// A session, through which the other program is told of a visitor of both.
 pub trait Elsewhere: Send + Sync {
-    /// Says that one end of the visitor has finished here, and that its whole stream is passed on: the end
-    /// may lie unread at the other program, behind bytes that nobody takes there. Says so again when
-    /// something has moved here since.
-    fn tell_finished(&self, visitor: &Visitor);
+    /// Says that one end of the visitor has finished, and that its whole stream is passed on: the end may
+    /// lie unread at the other program, behind bytes that nobody takes there. And whether something has
+    /// `moved` here lately.
+    fn tell_finished(&self, visitor: &Visitor, moved: bool);
 }
 
 impl Linger {
@@ -147,8 +147,9 @@ struct Still {
     /// was last asked, and when that was.
     not_arrived: Option<u32>,
     asked: Instant,
-    /// The other program is still to be told that this program's end has finished, or has moved since.
+    /// Something has moved since the other program was told last.
     has_news: bool,
+    told: Option<Instant>,
 }
 
 impl Still {
@@ -160,7 +161,8 @@ impl Still {
             since: now,
             not_arrived: None,
             asked: now,
-            has_news: true,
+            has_news: false,
+            told: None,
         }
     }
 
@@ -254,7 +256,8 @@ impl Pair {
             still.since = Instant::now();
         }
         let limit = self.linger.limit;
-        if still.since.elapsed() >= limit.saturating_add(self.write_limit.min(SWEEP)) {
+        // What moves is seen that much later at the worst.
+        if still.since.elapsed() >= limit.saturating_add(self.write_limit) {
             let (finished, _) = self.sides(still.ended);
             let why = Aborted::StoodStill(limit, finished.peer);
             drop(progress);
@@ -288,18 +291,21 @@ impl Pair {
             has_moved |= still.ask(own_end);
         }
         still.has_news |= has_moved;
+        // A program that has not joined the visitor yet, or has too many lines to read, forgets the line.
+        let told_before = still.told.map(|told| told.elapsed());
+        let repeats = !far_finished && told_before.is_none_or(|it| it >= self.linger.limit);
         if is_due
-            && !far_finished
+            && (still.has_news || repeats)
             && let Some(session) = session.and_then(Weak::upgrade)
-            && std::mem::take(&mut still.has_news)
         {
-            session.tell_finished(&self.visitor);
+            session.tell_finished(&self.visitor, std::mem::take(&mut still.has_news));
+            still.told = Some(Instant::now());
         }
         has_moved || is_elsewhere
     }
 
     /// See [`Elsewhere`].
-    pub fn finished_elsewhere(&self, session: &dyn Elsewhere) {
+    pub fn finished_elsewhere(&self, session: &dyn Elsewhere, moved: bool) {
         let own = self.linger.shared_with.as_ref();
         if own.is_some_and(|own| std::ptr::addr_eq(own.as_ptr(), session)) {
             let ended = match self.visitor_side.peer.is_program() {
@@ -307,7 +313,10 @@ impl Pair {
                 false => Way::Down,
             };
             let still = &mut self.progress.lock().still;
-            still.get_or_insert_with(|| Still::behind(ended)).since = Instant::now();
+            let still = still.get_or_insert_with(|| Still::behind(ended));
+            if moved {
+                still.since = Instant::now();
+            }
         }
     }
 

@@ -249,8 +249,8 @@ impl Session {
 }
 
 impl Elsewhere for Session {
-    fn tell_finished(&self, visitor: &Visitor) {
-        if let Some(line) = visitor.finished() {
+    fn tell_finished(&self, visitor: &Visitor, moved: bool) {
+        if let Some(line) = visitor.finished(moved) {
             self.tell(line);
         }
     }

@@ -12,12 +12,11 @@ use crate::door::Link;
 use crate::os::limits::{Slot, Slots};
 use crate::os::net;
 use crate::relay::{Elsewhere, Linger, Visitor};
-use crate::service::Service;
 use crate::session::{Ended, MOST_LINES, Proto};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Failure, Line, Reason};
+use crate::wire::line::{Failure, Finished, Line, Reason};
 
 /// A client that could not reach a local service: others come first until some time.
 #[derive(Default)]
@@ -76,7 +75,8 @@ pub struct Session {
     max_conns: usize,
     socket: Arc<TcpStream>,
     /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
-    /// adds a few lines at the most, and a writer that is stuck ends with its link. None once the
+    /// adds a few lines at the most, beside those that may be left out, and a writer that is stuck ends
+    /// with its link. None once the
     /// session has ended: that ends the writer, and with it the link.
     to_client: Mutex<Option<Sender<Line>>>,
 }
@@ -205,7 +205,7 @@ impl Session {
         &self,
         lines: &mut Lines<Reader>,
         failed: impl Fn(SocketAddr, &Failure),
-        finished: impl Fn(SocketAddr, &Service),
+        finished: impl Fn(&Finished),
     ) -> Ended {
         loop {
             match lines.next_line_alive() {
@@ -217,7 +217,7 @@ impl Session {
                     return Ended::LateHello;
                 }
                 Ok(Line::Failed { visitor, reason }) => failed(visitor, &reason),
-                Ok(Line::Finished { visitor, service }) => finished(visitor, &service),
+                Ok(Line::Finished(visit)) => finished(&visit),
                 Ok(_) => {}
                 Err(error) => return error.into(),
             }
@@ -226,8 +226,8 @@ impl Session {
 }
 
 impl Elsewhere for Session {
-    fn tell_finished(&self, visitor: &Visitor) {
-        if let (Some(line), Some(to_client)) = (visitor.finished(), &*self.to_client.lock())
+    fn tell_finished(&self, visitor: &Visitor, moved: bool) {
+        if let (Some(line), Some(to_client)) = (visitor.finished(moved), &*self.to_client.lock())
             && to_client.len() < MOST_LINES
         {
             let _ = to_client.send(line);

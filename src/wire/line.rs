@@ -246,14 +246,8 @@ pub enum Line {
         /// Why the visitor did not get to the local service.
         reason: Failure,
     },
-    /// `finished visitor=ip:port service=web`: on this side one end of the visit has finished, and its whole
-    /// stream is passed on. Again when something has moved on this side since.
-    Finished {
-        /// Where the visitor comes from.
-        visitor: SocketAddr,
-        /// What the visitor has come for.
-        service: Service,
-    },
+    /// `finished visitor=ip:port`: on this side one end of the visit has finished.
+    Finished(Finished),
     /// `idle` from the client on a tunnel: nothing of the last visitor is left there.
     Idle,
     /// `tunnel session=…`: the first line of a tunnel.
@@ -277,6 +271,18 @@ pub struct Arrival {
     /// `answer=1`: the visitor's bytes do not follow before the client has answered on the tunnel, with
     /// [`Ready`](Line::Ready) or [`Failed`](Line::Failed).
     pub answer: bool,
+}
+
+/// A visit of which one end has finished, its whole stream passed on: `finished visitor=ip:port service=web
+/// moved=1`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// Where the visitor comes from.
+    pub visitor: SocketAddr,
+    /// What the visitor has come for.
+    pub service: Service,
+    /// Something has moved on this side since the last such line.
+    pub moved: bool,
 }
 
 /// What a server's hello tells a client: ` session=… tunnel=8008 public=8007 client=ip:port`.
@@ -363,10 +369,11 @@ impl Line {
                 visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
                 reason: argument(arguments, "reason")?.unwrap_or(Failure::Error),
             },
-            "finished" => Line::Finished {
+            "finished" => Line::Finished(Finished {
                 visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
                 service: argument(arguments, "service")?.unwrap_or_default(),
-            },
+                moved: argument::<u8>(arguments, "moved")? == Some(1),
+            }),
             "tunnel" => Line::Tunnel {
                 session: argument(arguments, "session")?.ok_or(LineError::Argument("session"))?,
             },
@@ -414,10 +421,13 @@ impl fmt::Display for Line {
                 }
             }
             Line::Hi => writeln!(f, "hi"),
-            Line::Finished { visitor, service } => {
-                write!(f, "finished visitor={visitor}")?;
-                if service.has_name() {
-                    write!(f, " service={service}")?;
+            Line::Finished(finished) => {
+                write!(f, "finished visitor={}", finished.visitor)?;
+                if finished.service.has_name() {
+                    write!(f, " service={}", finished.service)?;
+                }
+                if finished.moved {
+                    f.write_str(" moved=1")?;
                 }
                 writeln!(f)
             }
@@ -537,11 +547,12 @@ mod tests {
             ),
             (Line::Idle, "idle\n".to_owned()),
             (
-                Line::Finished {
+                Line::Finished(Finished {
                     visitor,
                     service: service("web"),
-                },
-                "finished visitor=[2001:db8::1]:50000 service=web\n".to_owned(),
+                    moved: true,
+                }),
+                "finished visitor=[2001:db8::1]:50000 service=web moved=1\n".to_owned(),
             ),
             (
                 Line::Hello {
