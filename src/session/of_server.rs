@@ -76,8 +76,7 @@ pub struct Session {
     socket: Arc<TcpStream>,
     /// What is to be written to the client. Unbounded, so that a send never waits: each visitor
     /// adds a few lines at the most, beside those that may be left out, and a writer that is stuck ends
-    /// with its link. None once the
-    /// session has ended: that ends the writer, and with it the link.
+    /// with its link. None once the session has ended: that ends the writer, and with it the link.
     to_client: Mutex<Option<Sender<Line>>>,
 }
 

@@ -200,8 +200,8 @@ impl FromStr for SessionId {
 /// A line that a side understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// `hello proto=2 pool=8 linger=600000` from the client; the server's has a [`Welcome`] besides. `offers=2` says
-    /// that so many [offers](Line::Offer) follow.
+    /// `hello proto=2 pool=8 linger=600000` from the client; the server's has a [`Welcome`] besides.
+    /// `offers=2` says that so many [offers](Line::Offer) follow.
     Hello {
         /// The highest version of the protocol that the side speaks.
         proto: u32,

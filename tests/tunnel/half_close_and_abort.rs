@@ -387,6 +387,7 @@ fn what_crawls_to_a_service_beside_a_silent_visitor_lives_on(protection: Protect
     assert_ended(&visitor);
 }
 
+/// The `--linger` that a stream which crawls outlives.
 const CRAWLS_PAST: Duration = Duration::from_secs(2);
 
 /// A server and a client, each with a `--linger` below what it takes to crawl.
@@ -421,55 +422,47 @@ fn crawl(mut reader: &TcpStream, size: usize) {
 /// The visitor has finished. A client that is silent then may have much to hand on to the local service,
 /// and looks after that itself, if it has told how long that may stand still.
 fn a_client_is_relied_on_if_it_shares_the_linger(protection: Protection) {
-    const LINGER: Duration = Duration::from_secs(1);
     for tells in ["", " linger=600000"] {
-        let server = RunningServer::start(with!(server_options(protection);
-                linger: LINGER,
-        ));
-        let mut control = Peer::dial_control(&server);
-        control.write(format!("hello proto=2 pool=1{tells}\n"));
-        let hello = control.line();
-        assert!(hello.contains(" linger=1000 "), "{hello}");
-        let mut tunnel = Peer::dial_tunnel(&server, &control);
-        tunnel.write(format!("tunnel session={}\n", session_in(&hello)));
-        let mut visitor = server.visit();
+        let (_server, _control, mut tunnel, visitor) = visit_to_a_peer(protection, tells);
         visitor.shutdown(Shutdown::Write).unwrap();
-        assert!(tunnel.line().starts_with("new visitor="));
         tunnel.assert_ended();
         if tells.is_empty() {
-            assert_reset(&visitor, LINGER + Duration::from_secs(3));
+            assert_reset(&visitor, PEERS_LINGER + Duration::from_secs(3));
             continue;
         }
-        thread::sleep(3 * LINGER);
-        tunnel.write_data("late");
-        let mut late = [0; 4];
-        visitor.read_exact(&mut late).unwrap();
-        assert_eq!(&late, b"late");
+        thread::sleep(3 * PEERS_LINGER);
+        tunnel.write_data("hello");
+        read_hello(&visitor);
     }
 }
 
 /// The visit may be another one from the same address, long gone.
 fn a_visit_that_is_open_lives_on_whatever_the_client_says(protection: Protection) {
-    const LINGER: Duration = Duration::from_secs(1);
+    let (_server, mut control, mut tunnel, visitor) = visit_to_a_peer(protection, " linger=600000");
+    let from = visitor.local_addr().unwrap();
+    control.write(format!("finished visitor={from}\n"));
+    thread::sleep(3 * PEERS_LINGER);
+    tunnel.write_data("hello");
+    read_hello(&visitor);
+}
+
+const PEERS_LINGER: Duration = Duration::from_secs(1);
+
+/// A server with this `--linger`, the control link and the tunnel of a client made by hand, whose hello
+/// `tells` something besides, and a visitor of both.
+fn visit_to_a_peer(protection: Protection, tells: &str) -> (RunningServer, Peer, Peer, TcpStream) {
     let server = RunningServer::start(with!(server_options(protection);
-            linger: LINGER,
+            linger: PEERS_LINGER,
     ));
     let mut control = Peer::dial_control(&server);
-    control.write("hello proto=2 pool=1 linger=1000\n");
-    let session = session_in(&control.line());
+    control.write(format!("hello proto=2 pool=1{tells}\n"));
+    let hello = control.line();
+    assert!(hello.contains(" linger=1000 "), "{hello}");
     let mut tunnel = Peer::dial_tunnel(&server, &control);
-    tunnel.write(format!("tunnel session={session}\n"));
-    let mut visitor = server.visit();
+    tunnel.write(format!("tunnel session={}\n", session_in(&hello)));
+    let visitor = server.visit();
     assert!(tunnel.line().starts_with("new visitor="));
-    control.write(format!(
-        "finished visitor={}\n",
-        visitor.local_addr().unwrap()
-    ));
-    thread::sleep(3 * LINGER);
-    tunnel.write_data("late");
-    let mut late = [0; 4];
-    visitor.read_exact(&mut late).unwrap();
-    assert_eq!(&late, b"late");
+    (server, control, tunnel, visitor)
 }
 
 fn leave_little_room(socket: &TcpStream) {
