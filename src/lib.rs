@@ -111,11 +111,11 @@
 //! 6. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
 //!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
 //!    `exhausted`, `loop`, `no-service` or `error`.
-//! 7. Once a side has passed on the whole stream of its end of a visit, it soon writes `finished
-//!    visitor=<ip:port>`, with `service=web` as below, and again after each `linger`. With such a line the
-//!    other side begins to count `linger`, even if it has not read that stream's end yet: bytes that nobody
-//!    takes may lie before it. Both sides write the same line with `moved=1` now and then, when something
-//!    has moved on their side: then the count begins anew.
+//! 7. Once a side has passed on the whole stream of its end of a visit, it soon writes `finished visit=7`,
+//!    with the visit's number, and again after each `linger`. With such a line the other side begins to
+//!    count `linger`, even if it has not read that stream's end yet: bytes that nobody takes may lie before
+//!    it. Both sides write the same line with `moved=1` now and then, when something has moved on their
+//!    side: then the count begins anew.
 //! 8. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
 //!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
@@ -132,10 +132,10 @@
 //!
 //! 1. The client dials the tunnel port and says `tunnel session=<id>`, within 5 s. A tunnel of
 //!    another session, or of none, is closed.
-//! 2. The tunnel is idle until the server writes `new visitor=<ip:port>`, with `service=web` if the
-//!    visitor comes for a service that has a name, and with `to=<ip:port>`, the public address that the
-//!    visitor came to, if the client's hello had `to=1`. Frames of that visitor's stream follow in both
-//!    directions.
+//! 2. The tunnel is idle until the server writes `new visitor=<ip:port> visit=7`, where no two visits to
+//!    a server have the same number, with `service=web` if the visitor comes for a service that has a
+//!    name, and with `to=<ip:port>`, the public address that the visitor came to, if the client's hello had
+//!    `to=1`. Frames of that visitor's stream follow in both directions.
 //! 3. Only now does the client dial the local service, so a service that speaks first speaks to
 //!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor. A server that
 //!    has another client for this visitor says `answer=1` in step 2. Then the client first says `ready`,

@@ -12,6 +12,7 @@ mod waiting;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -58,6 +59,8 @@ struct Shared {
     workers: Workers,
     /// As many as there may be visitors at a time.
     slots: Arc<Slots>,
+    /// The number of the visit that comes next.
+    next_visit: AtomicU64,
     door: Door,
     pairs: Arc<Pairs>,
     stop: Arc<Stop>,
@@ -203,7 +206,8 @@ impl Shared {
         let listener = &self.public[service].listener;
         let place = || self.slots.take(|| self.journal.full());
         while let Some((socket, visitor, slot)) = self.accept(listener, place) {
-            let accept = Accept::new(socket, visitor, service, slot);
+            let visit = self.next_visit.fetch_add(1, Ordering::Relaxed);
+            let accept = Accept::new(socket, visitor, visit, service, slot);
             if let Some(accept) = self.admit(accept) {
                 self.add_conn_match_accept(accept);
             }
@@ -339,6 +343,7 @@ impl Shared {
         let Accept {
             socket,
             visitor,
+            visit,
             came,
             slot,
             counted,
@@ -350,8 +355,9 @@ impl Shared {
             session,
             ..
         } = tunnel;
+        let visitor = Visitor::new(Some(visitor), service).in_visit(Some(visit));
         let (up, down) = self.pairs.join(
-            Visitor::new(Some(visitor), service).in_places([Some(slot), place], counted),
+            visitor.in_places([Some(slot), place], counted),
             came,
             End {
                 peer: Peer::Visitor,

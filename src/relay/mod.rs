@@ -97,7 +97,7 @@ struct PairsState {
 /// the pair lets go of it.
 struct Listed {
     pair: Weak<Pair>,
-    visitor: Option<SocketAddr>,
+    visit: Option<u64>,
     service: Service,
     moved: Arc<[AtomicU64; 2]>,
 }
@@ -174,7 +174,7 @@ impl Pairs {
         state.total_of(&service).0 += 1;
         let listed = Listed {
             pair: Arc::downgrade(&pair),
-            visitor: pair.visitor.address,
+            visit: pair.visitor.visit,
             service,
             moved,
         };
@@ -250,20 +250,16 @@ impl Pairs {
         }
     }
 
-    /// The other program of a session says that one end of this visitor has [finished](Elsewhere).
+    /// The other program of a session says that one end of this visit has [finished](Elsewhere).
     pub fn finished_elsewhere(&self, session: &dyn Elsewhere, finished: &Finished) {
-        let Finished {
-            visitor,
-            service,
-            moved,
-        } = finished;
         let state = self.state.lock();
         let listed = state.joined.values();
-        let listed = listed.filter(|it| it.visitor == Some(*visitor) && it.service == *service);
+        // A client may have visits with the same number from several servers.
+        let listed = listed.filter(|it| it.visit == Some(finished.visit));
         let pairs: Vec<_> = listed.filter_map(|it| it.pair.upgrade()).collect();
         drop(state);
         for pair in pairs {
-            pair.finished_elsewhere(session, *moved);
+            pair.finished_elsewhere(session, finished.moved);
         }
     }
 
@@ -348,6 +344,8 @@ impl Drop for Expected {
 /// Who is served by a pair.
 pub struct Visitor {
     address: Option<SocketAddr>,
+    /// What both programs call this visit, if they can speak of it.
+    visit: Option<u64>,
     to: Option<SocketAddr>,
     service: Service,
     _slots: [Option<Slot>; 2],
@@ -359,6 +357,7 @@ impl Visitor {
     pub fn new(address: Option<SocketAddr>, service: Service) -> Self {
         Self {
             address,
+            visit: None,
             to: None,
             service,
             _slots: [None, None],
@@ -381,13 +380,15 @@ impl Visitor {
         Self { to, ..self }
     }
 
+    /// The same visitor, in the visit that both programs call by this number.
+    pub fn in_visit(self, visit: Option<u64>) -> Self {
+        Self { visit, ..self }
+    }
+
     /// What the other program is told once one end of the visitor has finished.
     pub fn finished(&self, moved: bool) -> Option<Line> {
-        Some(Line::Finished(Finished {
-            visitor: self.address?,
-            service: self.service.clone(),
-            moved,
-        }))
+        let visit = self.visit?;
+        Some(Line::Finished(Finished { visit, moved }))
     }
 
     /// What the visitor comes for.

@@ -64,6 +64,8 @@ pub struct Accept {
     pub counted: Option<Counted>,
     pub socket: Arc<TcpStream>,
     pub visitor: SocketAddr,
+    /// The number of the visit, which no other one of this server has.
+    pub visit: u64,
     /// When it was accepted.
     pub came: Instant,
     /// What the visitor's connection was made to, if that is not this end of the socket.
@@ -78,10 +80,17 @@ pub struct Accept {
 
 impl Accept {
     /// A visitor who has just come.
-    pub fn new(socket: TcpStream, visitor: SocketAddr, service: usize, slot: Slot) -> Self {
+    pub fn new(
+        socket: TcpStream,
+        visitor: SocketAddr,
+        visit: u64,
+        service: usize,
+        slot: Slot,
+    ) -> Self {
         Self {
             socket: Arc::new(socket),
             visitor,
+            visit,
             came: Instant::now(),
             to: None,
             service,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,7 @@ impl Shared {
         let (conn_list_map_update, updates) = bounded(1);
         let shared = Self {
             slots: Slots::new(options.max_conns),
+            next_visit: AtomicU64::new(1),
             door: Door::new(&options, tunnel.is_none()),
             entry: Entry::new(&options),
             pairs: Pairs::new(stop.clone(), is_shown, journal.tells_of_visits()),

@@ -43,6 +43,7 @@ impl Shared {
     pub(super) fn arrival(&self, accept: &Accept, client: &Session) -> Arrival {
         Arrival {
             visitor: accept.visitor,
+            visit: Some(accept.visit),
             // To ask the system costs a call.
             to: if client.wants_to { accept.to() } else { None },
             service: self.service_of(accept).clone(),

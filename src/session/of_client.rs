@@ -304,6 +304,7 @@ impl Spare {
         }
         let Arrival {
             visitor,
+            visit,
             to,
             service,
             answer,
@@ -312,7 +313,7 @@ impl Spare {
         if !answer {
             conn.reader.begin_stream();
         }
-        let visitor = Visitor::new(Some(visitor), service);
+        let visitor = Visitor::new(Some(visitor), service).in_visit(visit);
         Ok((visitor.that_came_to(to), answer))
     }
 }

@@ -220,6 +220,7 @@ mod tests {
             assert_eq!(lines.next_line().unwrap(), Line::Unknown);
             let new = Line::New(Some(Arrival {
                 visitor: "127.0.0.1:9".parse().unwrap(),
+                visit: None,
                 to: None,
                 service: Service::default(),
                 answer: false,

@@ -246,7 +246,7 @@ pub enum Line {
         /// Why the visitor did not get to the local service.
         reason: Failure,
     },
-    /// `finished visitor=ip:port`: on this side one end of the visit has finished.
+    /// `finished visit=7`: on this side one end of the visit has finished.
     Finished(Finished),
     /// `idle` from the client on a tunnel: nothing of the last visitor is left there.
     Idle,
@@ -259,11 +259,14 @@ pub enum Line {
     Unknown,
 }
 
-/// The visitor that a tunnel is given: `new visitor=ip:port to=ip:port service=web`.
+/// The visitor that a tunnel is given: `new visitor=ip:port visit=7 to=ip:port service=web`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arrival {
     /// Where the visitor comes from.
     pub visitor: SocketAddr,
+    /// What both sides call this visit: the server gives no two visits the same number. None if the server
+    /// does not tell.
+    pub visit: Option<u64>,
     /// The public address that the visitor came to. Only for a client whose hello has asked for it.
     pub to: Option<SocketAddr>,
     /// What the visitor comes for.
@@ -273,14 +276,11 @@ pub struct Arrival {
     pub answer: bool,
 }
 
-/// A visit of which one end has finished, its whole stream passed on: `finished visitor=ip:port service=web
-/// moved=1`.
+/// A visit of which one end has finished, its whole stream passed on: `finished visit=7 moved=1`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finished {
-    /// Where the visitor comes from.
-    pub visitor: SocketAddr,
-    /// What the visitor has come for.
-    pub service: Service,
+    /// The visit's [number](Arrival::visit).
+    pub visit: u64,
     /// Something has moved on this side since the last such line.
     pub moved: bool,
 }
@@ -357,6 +357,7 @@ impl Line {
                 None => None,
                 Some(visitor) => Some(Arrival {
                     visitor,
+                    visit: argument(arguments, "visit")?,
                     to: argument(arguments, "to")?,
                     service: argument(arguments, "service")?.unwrap_or_default(),
                     answer: argument::<u8>(arguments, "answer")? == Some(1),
@@ -370,8 +371,7 @@ impl Line {
                 reason: argument(arguments, "reason")?.unwrap_or(Failure::Error),
             },
             "finished" => Line::Finished(Finished {
-                visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
-                service: argument(arguments, "service")?.unwrap_or_default(),
+                visit: argument(arguments, "visit")?.ok_or(LineError::Argument("visit"))?,
                 moved: argument::<u8>(arguments, "moved")? == Some(1),
             }),
             "tunnel" => Line::Tunnel {
@@ -422,14 +422,11 @@ impl fmt::Display for Line {
             }
             Line::Hi => writeln!(f, "hi"),
             Line::Finished(finished) => {
-                write!(f, "finished visitor={}", finished.visitor)?;
-                if finished.service.has_name() {
-                    write!(f, " service={}", finished.service)?;
+                write!(f, "finished visit={}", finished.visit)?;
+                match finished.moved {
+                    true => writeln!(f, " moved=1"),
+                    false => writeln!(f),
                 }
-                if finished.moved {
-                    f.write_str(" moved=1")?;
-                }
-                writeln!(f)
             }
             Line::Idle => writeln!(f, "idle"),
             Line::Offer { service, port } => {
@@ -446,11 +443,15 @@ impl fmt::Display for Line {
             Line::New(Some(arrival)) => {
                 let Arrival {
                     visitor,
+                    visit,
                     to,
                     service,
                     answer,
                 } = arrival;
                 write!(f, "new visitor={visitor}")?;
+                if let Some(visit) = visit {
+                    write!(f, " visit={visit}")?;
+                }
                 if let Some(to) = to {
                     write!(f, " to={to}")?;
                 }
@@ -524,6 +525,7 @@ mod tests {
     fn new(visitor: SocketAddr, name: &str) -> Line {
         Line::New(Some(Arrival {
             visitor,
+            visit: Some(7).filter(|_| name == "asks"),
             to: Some(visitor).filter(|_| name == "asks"),
             service: service(name),
             answer: name == "asks",
@@ -548,11 +550,10 @@ mod tests {
             (Line::Idle, "idle\n".to_owned()),
             (
                 Line::Finished(Finished {
-                    visitor,
-                    service: service("web"),
+                    visit: 7,
                     moved: true,
                 }),
-                "finished visitor=[2001:db8::1]:50000 service=web moved=1\n".to_owned(),
+                "finished visit=7 moved=1\n".to_owned(),
             ),
             (
                 Line::Hello {
@@ -611,7 +612,7 @@ mod tests {
             (Line::Ready, "ready\n".to_owned()),
             (
                 new(visitor, "asks"),
-                format!("new visitor={visitor} to={visitor} service=asks answer=1\n"),
+                format!("new visitor={visitor} visit=7 to={visitor} service=asks answer=1\n"),
             ),
             (
                 new(visitor, "web"),
@@ -690,6 +691,7 @@ mod tests {
             ("new visitor=here", "visitor"),
             ("new visitor=127.0.0.1:9 service=", "service"),
             ("new visitor=127.0.0.1:9 answer=x", "answer"),
+            ("new visitor=127.0.0.1:9 visit=-1", "visit"),
             (
                 "hello proto=2 session=00112233445566778899aabbccddeeff tunnel=x",
                 "tunnel",

@@ -7,13 +7,15 @@ use std::sync::{Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tunnel_proxy::Cidr;
+
 use crate::support::peer::{Peer, session_in};
 use crate::support::programs::Program;
 use crate::support::{
     DEADLINE, Pattern, Protection, Record, RunningClient, RunningServer, Service, Tunnel, Turn,
     assert_echo, assert_ended, assert_reset, client_options, closed_port, eventually,
-    expect_pattern, plain_and_sealed, reset_on_close, send_pattern, server_options, share_turn,
-    try_connect, with,
+    expect_pattern, once_settled, plain_and_sealed, reset_on_close, send_pattern, server_options,
+    share_turn, try_connect, with,
 };
 
 plain_and_sealed! {
@@ -41,6 +43,7 @@ plain_and_sealed! {
     what_crawls_to_a_service_beside_a_silent_visitor_lives_on,
     an_end_behind_what_nobody_takes_is_no_excuse,
     a_visit_that_is_open_lives_on_whatever_the_client_says,
+    the_end_of_a_visit_is_none_of_another_from_the_same_address,
     a_client_is_relied_on_if_it_shares_the_linger,
     a_half_closed_stream_that_nobody_reads_is_aborted_at_linger,
     #[cfg(unix)]
@@ -423,7 +426,8 @@ fn crawl(mut reader: &TcpStream, size: usize) {
 /// and looks after that itself, if it has told how long that may stand still.
 fn a_client_is_relied_on_if_it_shares_the_linger(protection: Protection) {
     for tells in ["", " linger=600000"] {
-        let (_server, _control, mut tunnel, visitor) = visit_to_a_peer(protection, tells);
+        let mut peer = HandMadeClient::start(protection, tells, &[]);
+        let (mut tunnel, visitor, _) = peer.visit(None);
         visitor.shutdown(Shutdown::Write).unwrap();
         tunnel.assert_ended();
         if tells.is_empty() {
@@ -436,33 +440,82 @@ fn a_client_is_relied_on_if_it_shares_the_linger(protection: Protection) {
     }
 }
 
-/// The visit may be another one from the same address, long gone.
 fn a_visit_that_is_open_lives_on_whatever_the_client_says(protection: Protection) {
-    let (_server, mut control, mut tunnel, visitor) = visit_to_a_peer(protection, " linger=600000");
-    let from = visitor.local_addr().unwrap();
-    control.write(format!("finished visitor={from}\n"));
+    let mut peer = HandMadeClient::start(protection, " linger=600000", &[]);
+    let (mut tunnel, visitor, number) = peer.visit(None);
+    peer.control.write(format!("finished visit={number}\n"));
     thread::sleep(3 * PEERS_LINGER);
     tunnel.write_data("hello");
     read_hello(&visitor);
 }
 
+/// A proxy may open several connections for one visitor.
+fn the_end_of_a_visit_is_none_of_another_from_the_same_address(protection: Protection) {
+    let proxies = ["127.0.0.1".parse().unwrap()];
+    let mut peer = HandMadeClient::start(protection, " linger=600000", &proxies);
+    let from = Some("192.0.2.1:5".parse().unwrap());
+    let (_finished, _visitor, number) = peer.visit(from);
+    let (mut open, visitor, _) = peer.visit(from);
+    let (written, size) = (AtomicUsize::new(0), 16 * 1024 * 1024);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = vec![0; size];
+            Pattern::new(1).fill(&mut bytes);
+            for piece in bytes.chunks(32 * 1024) {
+                open.write_data(piece);
+                written.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let moment = Duration::from_millis(500);
+        let full = || written.load(Ordering::Relaxed);
+        once_settled("a visitor who reads nothing has full buffers", moment, full);
+        peer.control.write(format!("finished visit={number}\n"));
+        thread::sleep(3 * PEERS_LINGER);
+        expect_pattern(&visitor, 1, size);
+    });
+}
+
 const PEERS_LINGER: Duration = Duration::from_secs(1);
 
-/// A server with this `--linger`, the control link and the tunnel of a client made by hand, whose hello
-/// `tells` something besides, and a visitor of both.
-fn visit_to_a_peer(protection: Protection, tells: &str) -> (RunningServer, Peer, Peer, TcpStream) {
-    let server = RunningServer::start(with!(server_options(protection);
-            linger: PEERS_LINGER,
-    ));
-    let mut control = Peer::dial_control(&server);
-    control.write(format!("hello proto=2 pool=1{tells}\n"));
-    let hello = control.line();
-    assert!(hello.contains(" linger=1000 "), "{hello}");
-    let mut tunnel = Peer::dial_tunnel(&server, &control);
-    tunnel.write(format!("tunnel session={}\n", session_in(&hello)));
-    let visitor = server.visit();
-    assert!(tunnel.line().starts_with("new visitor="));
-    (server, control, tunnel, visitor)
+/// A server with this `--linger`, and the control link of a client made by hand.
+struct HandMadeClient {
+    server: RunningServer,
+    control: Peer,
+    session: String,
+}
+
+impl HandMadeClient {
+    /// The client's hello `tells` something besides. Visitors come through these proxies, if there are any.
+    fn start(protection: Protection, tells: &str, proxies: &[Cidr]) -> Self {
+        let server = RunningServer::start(with!(server_options(protection);
+                linger: PEERS_LINGER,
+                accept_proxy: proxies.to_vec(),
+        ));
+        let mut control = Peer::dial_control(&server);
+        control.write(format!("hello proto=2 pool=1{tells}\n"));
+        let hello = control.line();
+        assert!(hello.contains(" linger=1000 "), "{hello}");
+        Self {
+            server,
+            control,
+            session: session_in(&hello),
+        }
+    }
+
+    /// Returns a tunnel, its visitor, and the number of the visit. A proxy says that the visitor comes from
+    /// elsewhere.
+    fn visit(&mut self, from: Option<SocketAddr>) -> (Peer, TcpStream, u64) {
+        let mut tunnel = Peer::dial_tunnel(&self.server, &self.control);
+        tunnel.write(format!("tunnel session={}\n", self.session));
+        let mut visitor = self.server.visit();
+        if let Some(from) = from {
+            let header = format!("PROXY TCP4 {} 192.0.2.2 {} 80\r\n", from.ip(), from.port());
+            visitor.write_all(header.as_bytes()).unwrap();
+        }
+        let from = from.unwrap_or_else(|| visitor.local_addr().unwrap());
+        let number = tunnel.assert_given_from(from, "");
+        (tunnel, visitor, number)
+    }
 }
 
 fn leave_little_room(socket: &TcpStream) {

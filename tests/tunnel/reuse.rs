@@ -28,8 +28,7 @@ fn one_tunnel_serves_one_visitor_after_another(protection: Protection) {
     tunnel.write(format!("tunnel session={session}\n"));
     for number in 0..VISITORS {
         let mut visitor = server.visit();
-        let from = visitor.local_addr().unwrap();
-        assert_eq!(tunnel.line(), format!("new visitor={from}\n"));
+        tunnel.assert_given(&visitor, "");
         let (up, down) = (format!("up {number}"), format!("down {number}"));
         visitor.write_all(up.as_bytes()).unwrap();
         tunnel.write_data(&down);
@@ -65,7 +64,7 @@ fn a_tunnel_is_given_away_when_its_client_is_idle(protection: Protection) {
     assert_eq!(client.line_after_hi(), "new\n");
     let mut tunnel = Peer::dial_tunnel(&server, &client);
     tunnel.write(format!("tunnel session={session}\n"));
-    assert!(tunnel.line().starts_with("new visitor="));
+    tunnel.assert_given(&first, "");
     tunnel.end();
     assert_ended(&first);
     first.shutdown(Shutdown::Write).unwrap();
@@ -79,8 +78,7 @@ fn a_tunnel_is_given_away_when_its_client_is_idle(protection: Protection) {
     assert_eq!(error.kind(), ErrorKind::WouldBlock);
     tunnel.socket.set_read_timeout(Some(DEADLINE)).unwrap();
     tunnel.write("idle\n");
-    let from = next.local_addr().unwrap();
-    assert_eq!(tunnel.line(), format!("new visitor={from}\n"));
+    tunnel.assert_given(&next, "");
 }
 
 /// The service ends first, and takes what the visitor still sends.

@@ -302,8 +302,8 @@ fn a_tunnel_belongs_to_one_session_only() {
     assert_eq!(talkative.read_until_closed(), b"");
     let mut tunnel = Peer::dial_tunnel(&server, &control);
     tunnel.write(format!("tunnel session={session}\n"));
-    let _visitor = server.visit();
-    assert!(tunnel.line().starts_with("new visitor="));
+    let visitor = server.visit();
+    tunnel.assert_given(&visitor, "");
 }
 
 /// Who makes a frame longer gets no byte through; the next frame shows it.
@@ -315,7 +315,7 @@ fn a_changed_length_is_noticed_with_the_next_bytes() {
     let mut tunnel = Peer::dial_tunnel(&server, &control);
     tunnel.write(format!("tunnel session={session}\n"));
     let mut visitor = server.visit();
-    assert!(tunnel.line().starts_with("new visitor="));
+    tunnel.assert_given(&visitor, "");
     let mut longer = tunnel.frame(DATA, b"changed");
     longer[1] += 1;
     tunnel.socket.write_all(&longer).unwrap();

@@ -214,13 +214,12 @@ fn a_client_asks_for_the_address_only_if_it_needs_it(protection: Protection) {
         let mut tunnel = Peer::dial_tunnel(&server, &client);
         tunnel.write(format!("tunnel session={session}\n"));
         let visitor = server.visit();
-        let from = visitor.local_addr().unwrap();
         let to = if to {
             format!(" to={}", server.public)
         } else {
             String::new()
         };
-        assert_eq!(tunnel.line(), format!("new visitor={from}{to}\n"));
+        tunnel.assert_given(&visitor, &to);
         client.end();
         client.read_until_closed();
     }

@@ -225,6 +225,21 @@ impl Peer {
         }
     }
 
+    /// Asserts that this tunnel is given to a visitor, with `more` behind what is said of every visitor.
+    /// Returns the number of the visit.
+    pub fn assert_given(&mut self, visitor: &TcpStream, more: &str) -> u64 {
+        self.assert_given_from(visitor.local_addr().unwrap(), more)
+    }
+
+    /// The same for a visitor that is said to come from this address.
+    pub fn assert_given_from(&mut self, visitor: SocketAddr, more: &str) -> u64 {
+        let line = self.line();
+        let words = line.strip_prefix(&format!("new visitor={visitor} visit="));
+        let number = words.and_then(|it| it.strip_suffix(&format!("{more}\n")));
+        let number = number.and_then(|it| it.parse().ok());
+        number.unwrap_or_else(|| panic!("{line:?} is not for {visitor}{more}"))
+    }
+
     /// The next line that is not a heartbeat.
     pub fn line_after_hi(&mut self) -> String {
         loop {
