@@ -130,7 +130,7 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
     let service = Service::echo();
     let both = Both::start(protection, service.addr, [&[], &[]]);
     let (attack, over) = (AtomicBool::new(false), AtomicBool::new(false));
-    let mut ratios = Vec::new();
+    let (mut quiet, mut attacked) = (Vec::new(), Vec::new());
     thread::scope(|scope| {
         let _over = SetOnDrop(&over);
         for address in both.addresses {
@@ -140,21 +140,25 @@ fn strangers_at_all_ports_take_little_from_visitors(protection: Protection) {
         }
         let start = Instant::now();
         while start.elapsed() < TURNS {
-            let quiet = percentile_99(visits(&both));
+            quiet.push(percentile_99(visits(&both)));
             attack.store(true, Ordering::SeqCst);
-            let attacked = percentile_99(visits(&both));
+            attacked.push(percentile_99(visits(&both)));
             attack.store(false, Ordering::SeqCst);
-            ratios.push(attacked.as_secs_f64() / quiet.as_secs_f64());
         }
     });
     drop(turn);
-    ratios.sort_by(f64::total_cmp);
-    eprintln!("{ratios:.2?} times the quiet 99th percentile");
-    // Each turn has a ratio of its own: a moment in which the machine was busy with other things spoils
-    // one turn, and neither the median nor three quarters of all.
-    let [median, most] = [2, 4].map(|part| ratios[ratios.len() - 1 - ratios.len() / part]);
-    assert!(median < 2.5, "{median:.2} times the quiet 99th percentile");
-    assert!(most < 3.0, "{most:.2} times in a quarter of the turns");
+    for times in [&mut quiet, &mut attacked] {
+        times.sort();
+    }
+    eprintln!("99th percentiles, quiet: {quiet:.1?}, attacked: {attacked:.1?}");
+    // A moment in which the machine is busy with other things spoils one turn, quiet or not, and hardly the
+    // median or the slowest quarter of all. It would decide the ratio of its own turn.
+    for part in [2, 4] {
+        let [quiet, attacked] = [&quiet, &attacked]
+            .map(|times| times[times.len() - 1 - times.len() / part].as_secs_f64());
+        let times = attacked / quiet;
+        assert!(times < 2.5, "{times:.2} times the quiet 99th percentile");
+    }
     both.assert_recovered(echo);
 }
 
