@@ -136,7 +136,8 @@ fn a_server_that_is_killed_costs_only_visits_in_flight(protection: Protection) {
         within.count() as f64 / (to - from).as_secs_f64()
     };
     let before = rate(killed - time / 4, killed);
-    let after = rate(killed + time / 3, killed + time / 2);
+    // All that is left: a busy machine lets nobody have a turn for most of a second now and then.
+    let after = rate(killed + time / 3, killed + time * 2 / 3);
     assert!(
         after > before / 3.0,
         "{before:.0}/s before, {after:.0}/s after"
