@@ -41,11 +41,11 @@ const REST: Duration = Duration::from_secs(25);
 
 fn soak_everything(protection: Protection) {
     let (seconds, seed) = seconds_and_seed();
-    let turn = share_turn();
     let soaks = SERVICES.map(|_| Arc::new(Soak::new(seed, protection)));
     let services: Vec<_> = SERVICES.iter().zip(&soaks).map(serve).collect();
     let mut house = House::start(protection, &services);
     let at_rest = house.holdings_at_rest();
+    let turn = share_turn();
     let end = Instant::now() + Duration::from_secs(seconds);
     let pages = AtomicUsize::new(0);
     thread::scope(|scope| {

@@ -102,34 +102,52 @@ pub struct Turn {
     is_shared: bool,
 }
 
-/// How many tests share a turn; -1 while one has it alone.
-static TURN: Mutex<isize> = Mutex::new(0);
+/// Who has a turn.
+struct Turns {
+    is_alone: bool,
+    sharing: usize,
+    waiting_to_share: usize,
+}
+
+static TURNS: Mutex<Turns> = Mutex::new(Turns {
+    is_alone: false,
+    sharing: 0,
+    waiting_to_share: 0,
+});
 static TURN_ENDED: Condvar = Condvar::new();
 
 /// Waits for the turn of a test that measures rates, or what a crowd takes. Such tests run one at a
 /// time: two of them would share the processors, and the memory that the kernel allows all sockets
 /// together, and measure each other.
 pub fn take_turn() -> Turn {
-    let mut turn = TURN.lock();
-    TURN_ENDED.wait_while(&mut turn, |turn| *turn != 0);
-    *turn = -1;
+    let mut turns = TURNS.lock();
+    TURN_ENDED.wait_while(&mut turns, |it| {
+        it.is_alone || it.sharing + it.waiting_to_share > 0
+    });
+    turns.is_alone = true;
     Turn { is_shared: false }
 }
 
 /// Waits until no test has a turn alone, and lets none have one until dropped: for a test whose load would
 /// spoil what others measure, or that counts on the buffers that the kernel gives a connection, which
-/// are small beside a crowd. Several such tests run at a time, and do not wait behind one that waits for a
-/// turn alone: otherwise they would come in turns, too.
+/// are small beside a crowd. Several such tests run at a time. They go first: those that would wait behind
+/// one that takes its turn alone would miss the others, and run later by themselves.
 pub fn share_turn() -> Turn {
-    let mut turn = TURN.lock();
-    TURN_ENDED.wait_while(&mut turn, |turn| *turn < 0);
-    *turn += 1;
+    let mut turns = TURNS.lock();
+    turns.waiting_to_share += 1;
+    TURN_ENDED.wait_while(&mut turns, |it| it.is_alone);
+    turns.waiting_to_share -= 1;
+    turns.sharing += 1;
     Turn { is_shared: true }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        *TURN.lock() += if self.is_shared { -1 } else { 1 };
+        let mut turns = TURNS.lock();
+        match self.is_shared {
+            true => turns.sharing -= 1,
+            false => turns.is_alone = false,
+        }
         TURN_ENDED.notify_all();
     }
 }
