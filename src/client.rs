@@ -129,7 +129,9 @@ impl Shared {
             match line {
                 Ok(Line::New(_)) => self.one_more(&session),
                 Ok(Line::Bye { reason }) => break Ended::Bye(reason),
-                Ok(Line::Finished(visit)) => self.pairs.finished_elsewhere(&*session, &visit),
+                Ok(Line::Finished { visit, moved }) => {
+                    self.pairs.finished_elsewhere(&*session, visit, moved);
+                }
                 Ok(_) => {}
                 Err(error) => break Ended::from(error),
             }

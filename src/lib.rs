@@ -112,10 +112,10 @@
 //!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
 //!    `exhausted`, `loop`, `no-service` or `error`.
 //! 7. Once a side has passed on the whole stream of its end of a visit, it soon writes `finished visit=7`,
-//!    with the visit's number, and again after each `linger`. With such a line the other side begins to
-//!    count `linger`, even if it has not read that stream's end yet: bytes that nobody takes may lie before
-//!    it. Both sides write the same line with `moved=1` now and then, when something has moved on their
-//!    side: then the count begins anew.
+//!    with the visit's number, and repeats the line ever more rarely. With such a line the other side begins
+//!    to count `linger`, even if it has not read that stream's end yet: bytes that nobody takes may lie before
+//!    it. Both sides write the same line with `moved=1` when something has moved on their side: then the
+//!    count begins anew.
 //! 8. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
 //!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!

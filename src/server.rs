@@ -12,7 +12,7 @@ mod waiting;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -191,7 +191,7 @@ impl Shared {
             owned.write_lines(writer, &to_write, failed);
         };
         let failed = |visitor, reason: &_| self.journal.client_failed(visitor, reason);
-        let finished = |visit: &_| self.pairs.finished_elsewhere(&*session, visit);
+        let finished = |visit, moved| self.pairs.finished_elsewhere(&*session, visit, moved);
         let ended = match self.workers.start("control_writer", write) {
             Ok(()) => session.read_lines(&mut lines, failed, finished),
             Err(error) => Ended::NoThread(error),
@@ -206,8 +206,7 @@ impl Shared {
         let listener = &self.public[service].listener;
         let place = || self.slots.take(|| self.journal.full());
         while let Some((socket, visitor, slot)) = self.accept(listener, place) {
-            let visit = self.next_visit.fetch_add(1, Ordering::Relaxed);
-            let accept = Accept::new(socket, visitor, visit, service, slot);
+            let accept = Accept::new(socket, visitor, service, slot);
             if let Some(accept) = self.admit(accept) {
                 self.add_conn_match_accept(accept);
             }
@@ -343,7 +342,6 @@ impl Shared {
         let Accept {
             socket,
             visitor,
-            visit,
             came,
             slot,
             counted,
@@ -353,9 +351,10 @@ impl Shared {
             conn,
             from,
             session,
+            visit,
             ..
         } = tunnel;
-        let visitor = Visitor::new(Some(visitor), service).in_visit(Some(visit));
+        let visitor = Visitor::new(Some(visitor), service).in_visit(visit);
         let (up, down) = self.pairs.join(
             visitor.in_places([Some(slot), place], counted),
             came,
@@ -374,6 +373,7 @@ impl Shared {
                 conn,
                 from,
                 session,
+                visit: None,
                 has_served: true,
             });
             if let Some(tunnel) = again.and_then(Tunnel::wait_until_idle) {

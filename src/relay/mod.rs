@@ -27,7 +27,6 @@ use crate::service::Service;
 use crate::status::snapshot::{self, JoinTimes};
 use crate::stop::{Phase, Stop};
 use crate::wire::conn::{Conn, Reader, Writer};
-use crate::wire::line::{Finished, Line};
 use crate::wire::proxy_header::Addresses;
 use direction::BULK;
 pub use direction::Direction;
@@ -250,16 +249,17 @@ impl Pairs {
         }
     }
 
-    /// The other program of a session says that one end of this visit has [finished](Elsewhere).
-    pub fn finished_elsewhere(&self, session: &dyn Elsewhere, finished: &Finished) {
+    /// The other program of a session says that one end of this visit has finished, and whether something
+    /// has moved there lately.
+    pub fn finished_elsewhere(&self, session: &dyn Elsewhere, visit: u64, moved: bool) {
         let state = self.state.lock();
         let listed = state.joined.values();
         // A client may have visits with the same number from several servers.
-        let listed = listed.filter(|it| it.visit == Some(finished.visit));
+        let listed = listed.filter(|it| it.visit == Some(visit));
         let pairs: Vec<_> = listed.filter_map(|it| it.pair.upgrade()).collect();
         drop(state);
         for pair in pairs {
-            pair.finished_elsewhere(session, finished.moved);
+            pair.finished_elsewhere(session, moved);
         }
     }
 
@@ -383,12 +383,6 @@ impl Visitor {
     /// The same visitor, in the visit that both programs call by this number.
     pub fn in_visit(self, visit: Option<u64>) -> Self {
         Self { visit, ..self }
-    }
-
-    /// What the other program is told once one end of the visitor has finished.
-    pub fn finished(&self, moved: bool) -> Option<Line> {
-        let visit = self.visit?;
-        Some(Line::Finished(Finished { visit, moved }))
     }
 
     /// What the visitor comes for.

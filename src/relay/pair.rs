@@ -14,6 +14,7 @@ use crate::os::sock_diag;
 use crate::relay::{Aborted, Pairs, Peer, SWEEP, Visit, Visitor};
 use crate::service::Service;
 use crate::wire::conn::{Conn, Reader, Writer};
+use crate::wire::line::Line;
 
 /// What a direction that has failed has written before gets this long to leave, before the reset.
 const LAST_BYTES: Duration = Duration::from_secs(1);
@@ -74,12 +75,11 @@ pub struct Linger {
     pub shared_with: Option<Weak<dyn Elsewhere>>,
 }
 
-/// A session, through which the other program is told of a visitor of both.
+/// A session, through which the other program is told of visits that both carry.
 pub trait Elsewhere: Send + Sync {
-    /// Says that one end of the visitor has finished, and that its whole stream is passed on: the end may
-    /// lie unread at the other program, behind bytes that nobody takes there. And whether something has
-    /// `moved` here lately.
-    fn tell_finished(&self, visitor: &Visitor, moved: bool);
+    /// Hands a line to the thread that writes to the other program. False if the session has ended, or too
+    /// many lines wait.
+    fn tell(&self, line: Line) -> bool;
 }
 
 impl Linger {
@@ -97,7 +97,8 @@ pub struct Pair {
     pub visitor_side: Side,
     pub service_side: Side,
     pub linger: Linger,
-    /// How old the newest count of what was written may be.
+    /// How old the newest count of what was written may be, what the system says of the rest, and what the
+    /// other program was told of both.
     pub write_limit: Duration,
     pub started: Instant,
     /// Up and down: the direction reads from the other program just now, or writes to it.
@@ -140,16 +141,21 @@ pub struct Progress {
 /// What the sweep remembers of a pair of which one direction has ended, here or at the other program.
 struct Still {
     ended: Way,
-    /// How many bytes had moved at the last look, and since when.
+    /// How many bytes had moved here at the last look.
     moved: u64,
+    /// When something has moved last, here or at the other program, or that one has last been relied on.
     since: Instant,
     /// How many of those that were written to this program's own end had not arrived there when the system
     /// was last asked, and when that was.
     not_arrived: Option<u32>,
     asked: Instant,
+    /// How often the system was asked.
+    times: u32,
     /// Something has moved since the other program was told last.
     has_news: bool,
-    told: Option<Instant>,
+    /// Whether the other program could ever be told that one end has finished. None before the first
+    /// attempt.
+    told: Option<bool>,
 }
 
 impl Still {
@@ -161,6 +167,7 @@ impl Still {
             since: now,
             not_arrived: None,
             asked: now,
+            times: 0,
             has_news: false,
             told: None,
         }
@@ -267,44 +274,52 @@ impl Pair {
 
     /// Has a byte moved since the last look, or is it the other program that looks after that?
     fn has_moved(&self, still: &mut Still, is_half_closed: bool) -> bool {
-        let waits = |way: usize| self.waits_for_program[way].load(Ordering::Relaxed);
-        let (ended, last) = (still.ended as usize, 1 - still.ended as usize);
         let (finished, other) = self.sides(still.ended);
-        let session = self.linger.shared_with.as_ref();
         // The other program's end has finished.
         let far_finished = finished.peer.is_program();
-        // A write to the other program takes as long as that one's own end does, and a read from it as long
-        // as that end is silent. A direction that has ended as far as only the other program knows, and
-        // still reads, is about to come to its end.
-        let is_elsewhere =
-            waits(last) && (far_finished || session.is_some()) || waits(ended) && !is_half_closed;
         let moved = self.joined.moved().iter().sum();
         let mut has_moved = still.moved != moved;
         if has_moved {
             still.moved = moved;
             still.not_arrived = None;
         }
-        let is_due = still.asked.elapsed() >= self.write_limit;
-        if is_due || still.since.elapsed() >= self.linger.limit {
+        // At each look in the end: the other program is told in time of what moves in time.
+        let asks =
+            still.asked.elapsed() >= self.write_limit || still.since.elapsed() >= self.linger.limit;
+        if asks {
             still.asked = Instant::now();
-            let own_end = if far_finished { other } else { finished };
-            has_moved |= still.ask(own_end);
+            still.times = still.times.saturating_add(1);
+            has_moved |= still.ask(if far_finished { other } else { finished });
         }
         still.has_news |= has_moved;
-        // A program that has not joined the visitor yet, or has too many lines to read, forgets the line.
-        let told_before = still.told.map(|told| told.elapsed());
-        let repeats = !far_finished && told_before.is_none_or(|it| it >= self.linger.limit);
-        if is_due
-            && (still.has_news || repeats)
-            && let Some(session) = session.and_then(Weak::upgrade)
-        {
-            session.tell_finished(&self.visitor, std::mem::take(&mut still.has_news));
-            still.told = Some(Instant::now());
+        // A program that has not joined the visitor yet forgets the line: it is repeated, ever more rarely.
+        let repeats = !far_finished && still.times.is_power_of_two();
+        if asks && (still.has_news || repeats) {
+            self.tell(still);
         }
+        let waits = |way: usize| self.waits_for_program[way].load(Ordering::Relaxed);
+        let (ended, last) = (still.ended as usize, 1 - still.ended as usize);
+        let is_shared = self.linger.shared_with.is_some() && still.told != Some(false);
+        // A write to the other program takes as long as that one's own end does, and a read from it as long
+        // as that end is silent. A direction that has ended as far as only the other program knows, and
+        // still reads, is about to come to its end.
+        let is_elsewhere =
+            waits(last) && (far_finished || is_shared) || waits(ended) && !is_half_closed;
         has_moved || is_elsewhere
     }
 
-    /// See [`Elsewhere`].
+    /// Tells the other program that one end has finished, and whether something has moved here lately.
+    fn tell(&self, still: &mut Still) {
+        let (visit, moved) = (self.visitor.visit, still.has_news);
+        let session = self.linger.shared_with.as_ref().and_then(Weak::upgrade);
+        let line = visit.map(|visit| Line::Finished { visit, moved });
+        let is_told = session.zip(line).is_some_and(|(it, line)| it.tell(line));
+        still.has_news &= !is_told;
+        still.told = Some(is_told || still.told == Some(true));
+    }
+
+    /// The other program of this session says that one end of the pair has finished, and whether something
+    /// has moved there lately.
     pub fn finished_elsewhere(&self, session: &dyn Elsewhere, moved: bool) {
         let own = self.linger.shared_with.as_ref();
         if own.is_some_and(|own| std::ptr::addr_eq(own.as_ptr(), session)) {

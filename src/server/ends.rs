@@ -64,8 +64,6 @@ pub struct Accept {
     pub counted: Option<Counted>,
     pub socket: Arc<TcpStream>,
     pub visitor: SocketAddr,
-    /// The number of the visit, which no other one of this server has.
-    pub visit: u64,
     /// When it was accepted.
     pub came: Instant,
     /// What the visitor's connection was made to, if that is not this end of the socket.
@@ -80,17 +78,10 @@ pub struct Accept {
 
 impl Accept {
     /// A visitor who has just come.
-    pub fn new(
-        socket: TcpStream,
-        visitor: SocketAddr,
-        visit: u64,
-        service: usize,
-        slot: Slot,
-    ) -> Self {
+    pub fn new(socket: TcpStream, visitor: SocketAddr, service: usize, slot: Slot) -> Self {
         Self {
             socket: Arc::new(socket),
             visitor,
-            visit,
             came: Instant::now(),
             to: None,
             service,
@@ -143,6 +134,8 @@ pub struct Tunnel {
     /// The session that the tunnel has named. None from an original client, which understands no line
     /// and whose tunnels serve one visitor each.
     pub session: Option<SessionId>,
+    /// What the client was told to call the visit that this tunnel carries.
+    pub visit: Option<u64>,
     /// A visitor has come and gone.
     pub has_served: bool,
 }
@@ -154,6 +147,7 @@ impl Tunnel {
             conn,
             from,
             session,
+            visit: None,
             has_served: false,
         }
     }
@@ -213,6 +207,7 @@ impl Tunnel {
             return Some(self);
         }
         let is_quiet = self.conn.reader.is_empty() && net::is_quiet(&socket);
+        self.visit = arrival.visit;
         let asks = arrival.answer;
         let new = Line::New(Some(arrival));
         if is_quiet && self.conn.writer.write_now(&new).is_ok() {

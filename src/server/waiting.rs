@@ -3,6 +3,7 @@
 
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::conn_match::Added;
@@ -43,7 +44,9 @@ impl Shared {
     pub(super) fn arrival(&self, accept: &Accept, client: &Session) -> Arrival {
         Arrival {
             visitor: accept.visitor,
-            visit: Some(accept.visit),
+            // A visitor who is given to another tunnel begins another visit: the first client may not have
+            // noticed yet that the first one is over.
+            visit: Some(self.next_visit.fetch_add(1, Ordering::Relaxed)),
             // To ask the system costs a call.
             to: if client.wants_to { accept.to() } else { None },
             service: self.service_of(accept).clone(),

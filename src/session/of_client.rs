@@ -188,14 +188,6 @@ impl Session {
         }
     }
 
-    fn tell(&self, line: Line) {
-        if let Some(to_server) = &self.state.lock().to_server
-            && to_server.len() < MOST_LINES
-        {
-            let _ = to_server.send(line);
-        }
-    }
-
     /// How long its visits may stand still once one end has finished, if this client lets them for `own`.
     pub fn linger(self: &Arc<Self>, own: Duration) -> Linger {
         let session = Arc::downgrade(self);
@@ -249,10 +241,10 @@ impl Session {
 }
 
 impl Elsewhere for Session {
-    fn tell_finished(&self, visitor: &Visitor, moved: bool) {
-        if let Some(line) = visitor.finished(moved) {
-            self.tell(line);
-        }
+    fn tell(&self, line: Line) -> bool {
+        let state = self.state.lock();
+        let sends = |it: &Sender<_>| it.len() < MOST_LINES && it.send(line).is_ok();
+        state.to_server.as_ref().is_some_and(sends)
     }
 }
 

@@ -11,12 +11,12 @@ use parking_lot::Mutex;
 use crate::door::Link;
 use crate::os::limits::{Slot, Slots};
 use crate::os::net;
-use crate::relay::{Elsewhere, Linger, Visitor};
+use crate::relay::{Elsewhere, Linger};
 use crate::session::{Ended, MOST_LINES, Proto};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
-use crate::wire::line::{Failure, Finished, Line, Reason};
+use crate::wire::line::{Failure, Line, Reason};
 
 /// A client that could not reach a local service: others come first until some time.
 #[derive(Default)]
@@ -199,12 +199,13 @@ impl Session {
     }
 
     /// Reads the client's lines until there are no more, and returns why. Calls `failed` for each visitor
-    /// that the client could not serve, and `finished` for each whose local service has finished.
+    /// that the client could not serve, and `finished` with the number of each visit of which one end has
+    /// finished there, and whether something has moved.
     pub fn read_lines(
         &self,
         lines: &mut Lines<Reader>,
         failed: impl Fn(SocketAddr, &Failure),
-        finished: impl Fn(&Finished),
+        finished: impl Fn(u64, bool),
     ) -> Ended {
         loop {
             match lines.next_line_alive() {
@@ -216,7 +217,7 @@ impl Session {
                     return Ended::LateHello;
                 }
                 Ok(Line::Failed { visitor, reason }) => failed(visitor, &reason),
-                Ok(Line::Finished(visit)) => finished(&visit),
+                Ok(Line::Finished { visit, moved }) => finished(visit, moved),
                 Ok(_) => {}
                 Err(error) => return error.into(),
             }
@@ -225,12 +226,10 @@ impl Session {
 }
 
 impl Elsewhere for Session {
-    fn tell_finished(&self, visitor: &Visitor, moved: bool) {
-        if let (Some(line), Some(to_client)) = (visitor.finished(moved), &*self.to_client.lock())
-            && to_client.len() < MOST_LINES
-        {
-            let _ = to_client.send(line);
-        }
+    fn tell(&self, line: Line) -> bool {
+        let to_client = self.to_client.lock();
+        let sends = |it: &Sender<_>| it.len() < MOST_LINES && it.send(line).is_ok();
+        to_client.as_ref().is_some_and(sends)
     }
 }
 

@@ -246,8 +246,14 @@ pub enum Line {
         /// Why the visitor did not get to the local service.
         reason: Failure,
     },
-    /// `finished visit=7`: on this side one end of the visit has finished.
-    Finished(Finished),
+    /// `finished visit=7 moved=1`: one end of the visit has finished, its whole stream passed on. The end may
+    /// lie unread at the other side, behind bytes that nobody takes there.
+    Finished {
+        /// The visit's [number](Arrival::visit).
+        visit: u64,
+        /// Something has moved on this side since the last such line.
+        moved: bool,
+    },
     /// `idle` from the client on a tunnel: nothing of the last visitor is left there.
     Idle,
     /// `tunnel session=…`: the first line of a tunnel.
@@ -264,8 +270,7 @@ pub enum Line {
 pub struct Arrival {
     /// Where the visitor comes from.
     pub visitor: SocketAddr,
-    /// What both sides call this visit: the server gives no two visits the same number. None if the server
-    /// does not tell.
+    /// What both sides call this visit: the server says no number twice. None if it says none.
     pub visit: Option<u64>,
     /// The public address that the visitor came to. Only for a client whose hello has asked for it.
     pub to: Option<SocketAddr>,
@@ -274,15 +279,6 @@ pub struct Arrival {
     /// `answer=1`: the visitor's bytes do not follow before the client has answered on the tunnel, with
     /// [`Ready`](Line::Ready) or [`Failed`](Line::Failed).
     pub answer: bool,
-}
-
-/// A visit of which one end has finished, its whole stream passed on: `finished visit=7 moved=1`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finished {
-    /// The visit's [number](Arrival::visit).
-    pub visit: u64,
-    /// Something has moved on this side since the last such line.
-    pub moved: bool,
 }
 
 /// What a server's hello tells a client: ` session=… tunnel=8008 public=8007 client=ip:port`.
@@ -370,10 +366,10 @@ impl Line {
                 visitor: argument(arguments, "visitor")?.ok_or(LineError::Argument("visitor"))?,
                 reason: argument(arguments, "reason")?.unwrap_or(Failure::Error),
             },
-            "finished" => Line::Finished(Finished {
+            "finished" => Line::Finished {
                 visit: argument(arguments, "visit")?.ok_or(LineError::Argument("visit"))?,
                 moved: argument::<u8>(arguments, "moved")? == Some(1),
-            }),
+            },
             "tunnel" => Line::Tunnel {
                 session: argument(arguments, "session")?.ok_or(LineError::Argument("session"))?,
             },
@@ -421,9 +417,9 @@ impl fmt::Display for Line {
                 }
             }
             Line::Hi => writeln!(f, "hi"),
-            Line::Finished(finished) => {
-                write!(f, "finished visit={}", finished.visit)?;
-                match finished.moved {
+            Line::Finished { visit, moved } => {
+                write!(f, "finished visit={visit}")?;
+                match moved {
                     true => writeln!(f, " moved=1"),
                     false => writeln!(f),
                 }
@@ -549,10 +545,10 @@ mod tests {
             ),
             (Line::Idle, "idle\n".to_owned()),
             (
-                Line::Finished(Finished {
+                Line::Finished {
                     visit: 7,
                     moved: true,
-                }),
+                },
                 "finished visit=7 moved=1\n".to_owned(),
             ),
             (

@@ -42,6 +42,7 @@ plain_and_sealed! {
     what_crawls_to_a_visitor_beside_a_silent_service_lives_on,
     what_crawls_to_a_service_beside_a_silent_visitor_lives_on,
     an_end_behind_what_nobody_takes_is_no_excuse,
+    an_end_after_that_of_the_session_is_no_excuse,
     a_visit_that_is_open_lives_on_whatever_the_client_says,
     the_end_of_a_visit_is_none_of_another_from_the_same_address,
     a_client_is_relied_on_if_it_shares_the_linger,
@@ -330,9 +331,25 @@ fn what_crawls_behind_the_visitors_end_lives_on(protection: Protection) {
 const TAKEN_IN_PART: usize = 6 * 1024 * 1024;
 
 fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
+    nobody_takes(protection, |_, _| ());
+}
+
+/// Neither program can tell the other one that an end has finished.
+fn an_end_after_that_of_the_session_is_no_excuse(protection: Protection) {
+    nobody_takes(protection, |server, client| {
+        server.handle().stop(Duration::from_secs(3600));
+        let is_over = || !client.handle().wait_for_session(Duration::ZERO);
+        eventually("the session ends", is_over);
+    });
+}
+
+/// A visitor who sends and finishes, and one whose service does. Nobody reads, after this has happened to
+/// the two programs.
+fn nobody_takes(protection: Protection, happens: impl Fn(&RunningServer, &RunningClient)) {
     let (sender, served) = mpsc::channel();
     let service = Service::start(move |socket| {
         let mut way = [0];
+        (&socket).write_all(b"hello").unwrap();
         (&socket).read_exact(&mut way).unwrap();
         if &way == b"d" {
             send_pattern(&socket, 1, TAKEN_IN_PART);
@@ -341,8 +358,10 @@ fn an_end_behind_what_nobody_takes_is_no_excuse(protection: Protection) {
         leave_little_room(&socket);
         sender.send(socket).unwrap();
     });
-    let (server, _client, _turn) = with_linger(protection, service.addr);
+    let (server, client, _turn) = with_linger(protection, service.addr);
     let mut visitors = [server.visit(), connect_with_little_room(server.public)];
+    visitors.iter().for_each(read_hello);
+    happens(&server, &client);
     visitors[0].write_all(b"u").unwrap();
     send_pattern(&visitors[0], 1, TAKEN_IN_PART);
     visitors[0].shutdown(Shutdown::Write).unwrap();
