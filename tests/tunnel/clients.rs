@@ -30,6 +30,7 @@ plain_and_sealed! {
     a_client_that_does_not_answer_keeps_one_visitor_waiting_and_no_other,
     a_client_that_has_failed_is_tried_by_one_visitor_after_its_pause,
     a_server_that_stops_waits_for_an_answer,
+    a_visitor_who_is_given_again_begins_another_visit,
 }
 
 /// A service that says this name to each visitor who has said something.
@@ -301,6 +302,19 @@ fn a_server_that_stops_waits_for_an_answer(protection: Protection) {
     assert_echo(&waits, "given to the other");
     drop(waits);
     server.wait_for_end();
+}
+
+/// The first tunnel dies before its client has answered. That client may take its end of it for a visit that
+/// goes on, and speak of it.
+fn a_visitor_who_is_given_again_begins_another_visit(protection: Protection) {
+    let (server, _control, [mut first, mut last], _other) = with_a_client_by_hand(protection);
+    let visitor = server.visit();
+    let number = last.assert_given(&visitor, " answer=1");
+    // Then the other client has no fewer visitors.
+    let beside = server.visit();
+    assert_echo(&beside, "given to the other");
+    drop(last);
+    assert_ne!(first.assert_given(&visitor, " answer=1"), number);
 }
 
 /// With the original's one client, nobody is asked: the client learns nothing but the visitor.
