@@ -94,11 +94,12 @@
 //! 2. The server answers `hello proto=2 pool=8 linger=600000 session=<32 hex digits> tunnel=8008
 //!    public=8007 client=<ip:port>`: the idle tunnels that it grants, at most 64, its own `linger`, the
 //!    session's id, its two other ports, and where it sees the client come from. The shorter `linger`
-//!    holds for both sides, and each looks after its own end. Or it says `bye reason=…`: `busy` if there are as
-//!    many clients as it takes, `wants-key` or `no-key` if only one side has a key, `wrong-key`,
-//!    `version` if the client speaks another version than `proto=2`, `draining` if the server is about
-//!    to stop, `error` if the server could not begin a session, and logs why. `control-port`,
-//!    `tunnel-port` or `public-port` is the port that the client has come to by mistake.
+//!    holds for both sides, and each looks after its own end. Or it says `bye reason=…`: `busy` if
+//!    there are as many clients as it takes, `wants-key` or `no-key` if only one side has a key,
+//!    `wrong-key`, `version` if the client speaks another version than `proto=2`, `draining` if the
+//!    server is about to stop, `error` if the server could not begin a session, and logs why.
+//!    `control-port`, `tunnel-port` or `public-port` is the port that the client has come to by
+//!    mistake.
 //! 3. A side with services that have names says `offers=N` in its hello, and names each of them behind
 //!    it: `offer service=web` from the client, `offer service=web port=8080` from the server, without
 //!    `service=` for the one that has no name. Without `offers`, that is the only one. Up to 64 other
@@ -111,11 +112,11 @@
 //! 6. The client writes `failed visitor=<ip:port> reason=…` when it aborts a tunnel because it
 //!    could not reach the local service: `refused`, `timed-out`, `unknown-host`, `unreachable`,
 //!    `exhausted`, `loop`, `no-service` or `error`.
-//! 7. Once a side has passed on the whole stream of its end of a visit, it soon writes `finished visit=7`,
-//!    with the visit's number, and repeats the line ever more rarely. With such a line the other side begins
-//!    to count `linger`, even if it has not read that stream's end yet: bytes that nobody takes may lie before
-//!    it. Both sides write the same line with `moved=1` when something has moved on their side: then the
-//!    count begins anew.
+//! 7. Once a side has passed on the whole stream of its end of a visit, it soon writes `finished
+//!    visit=7`, with the visit's number, and repeats the line ever more rarely. With such a line the
+//!    other side begins to count `linger`, even if it has not read that stream's end yet: bytes that
+//!    nobody takes may lie before it. Both sides write the same line with `moved=1` when something has
+//!    moved on their side: then the count begins anew.
 //! 8. A side says `bye reason=…` before it ends the link on purpose. A server that stops says so when
 //!    no visitor waits for a tunnel any more; the client then waits for it to close the idle ones.
 //!
@@ -132,29 +133,31 @@
 //!
 //! 1. The client dials the tunnel port and says `tunnel session=<id>`, within 5 s. A tunnel of
 //!    another session, or of none, is closed.
-//! 2. The tunnel is idle until the server writes `new visitor=<ip:port> visit=7`, where no two visits to
-//!    a server have the same number, with `service=web` if the visitor comes for a service that has a
-//!    name, and with `to=<ip:port>`, the public address that the visitor came to, if the client's hello had
-//!    `to=1`. Frames of that visitor's stream follow in both directions.
-//! 3. Only now does the client dial the local service, so a service that speaks first speaks to
-//!    its visitor. If that fails, the client aborts the tunnel, and the server the visitor. A server that
-//!    has another client for this visitor says `answer=1` in step 2. Then the client first says `ready`,
-//!    and the frames follow; or it says `failed` with a visitor and a reason, and the tunnel is idle
-//!    again.
+//! 2. The tunnel is idle until the server writes `new visitor=<ip:port> visit=7`, where no two visits
+//!    to a server have the same number, with `service=web` if the visitor comes for a service that has
+//!    a name, and with `to=<ip:port>`, the public address that the visitor came to, if the client's
+//!    hello had `to=1`. Frames of that visitor's stream follow in both directions.
+//! 3. Only now does the client dial the local service, so a service that speaks first speaks to its
+//!    visitor. If that fails, the client aborts the tunnel, and the server the visitor. A server that
+//!    has another client for this visitor says `answer=1` in step 2. Then the client first says
+//!    `ready`, and the frames follow; or it says `failed` with a visitor and a reason, and the tunnel
+//!    is idle again.
 //! 4. Each side writes an end when the stream that it writes has ended. A client that has written one
 //!    and read one, and has passed on all that came, says `idle`: only then may the server give the
-//!    tunnel to the next visitor. Anything else than two ends aborts the tunnel with RST. So does a frame that must not come now: no byte of one visitor can reach another.
+//!    tunnel to the next visitor. Anything else than two ends aborts the tunnel with RST. So does a
+//!    frame that must not come now: no byte of one visitor can reach another.
 //! 5. A direction without a key that has shown itself to be bulk says raw, so that the kernel can move
 //!    the rest. Such a tunnel ends with its visitor.
-//! 6. When the session has ended, the server closes idle tunnels, and others once their visitor has gone.
+//! 6. When the session has ended, the server closes idle tunnels, and others once their visitor has
+//!    gone.
 //!
 //! The client keeps the granted number of tunnels: it dials more when half of them are in use, or some
 //! are lost. The server hands out the one that has become idle last. Those beyond the granted number
 //! stay as long as they are needed, and one that was idle for 10 s is closed. So a steady load dials
 //! nothing.
 //!
-//! Control links and tunnels may share one port. Without a key, a frame's first byte is 0 and a line's is
-//! not. With one, the prologue below tells them apart.
+//! Control links and tunnels may share one port. Without a key, a frame's first byte is 0 and a line's
+//! is not. With one, the prologue below tells them apart.
 //!
 //! With a key, every control link and every tunnel is sealed from its first byte:
 //!
@@ -182,8 +185,8 @@
 //!
 //! # Limits
 //!
-//! The tunnel carries TCP only. Everything that a stranger can cause is bounded: [limits](docs::limits) lists visitors, strangers, buffers, log
-//! lines and ports.
+//! The tunnel carries TCP only. Everything that a stranger can cause is bounded: [limits](docs::limits)
+//! lists visitors, strangers, buffers, log lines and ports.
 //!
 //! On Linux, bulk without a key is spliced, and a splice into a connection that was reset raises
 //! SIGPIPE. Rust programs ignore that signal, and a program that uses this library must leave it so.
