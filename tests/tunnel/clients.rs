@@ -310,6 +310,9 @@ fn a_visitor_who_is_given_again_begins_another_visit(protection: Protection) {
     let (server, _control, [mut first, mut last], _other) = with_a_client_by_hand(protection);
     let visitor = server.visit();
     let number = last.assert_given(&visitor, " answer=1");
+    eventually("the server waits for the answer", || {
+        server.handle().status().unwrap().waiting == 1
+    });
     // Then the other client has no fewer visitors.
     let beside = server.visit();
     assert_echo(&beside, "given to the other");
