@@ -135,7 +135,8 @@ impl<'a> Chaos<'a> {
     fn start(soak: &'a Soak, host: &str, service: SocketAddr, long: bool) -> Self {
         let launch = Launch::new(soak.protection);
         let [public, tunnel, control] = ports_of(host);
-        let local = FaultyRelay::start_on(SocketAddr::new(public.ip(), 0), service);
+        let [local_addr, ..] = ports_of(host);
+        let local = FaultyRelay::start_on(local_addr, service);
         let server = launch.on([public, tunnel, control]).server(&[]);
         server.addresses();
         let [to_tunnel, to_control] = [tunnel, control].map(FaultyRelay::start);
@@ -147,7 +148,7 @@ impl<'a> Chaos<'a> {
             both: Both::at_rest(server, client, [public, tunnel, control]),
             control: to_control,
             tunnel: to_tunnel,
-            local_addr: local.addr,
+            local_addr,
             local: Some(local),
             service,
             long,
