@@ -97,8 +97,8 @@ pub struct Pair {
     pub visitor_side: Side,
     pub service_side: Side,
     pub linger: Linger,
-    /// How old the newest count of what was written may be, what the system says of the rest, and what the
-    /// other program was told of both.
+    /// A write that waits comes back this often at the least, to count what was written. The system is
+    /// asked of the rest, and the other program told, as often.
     pub write_limit: Duration,
     pub started: Instant,
     /// Up and down: the direction reads from the other program just now, or writes to it.

@@ -5,8 +5,10 @@ use std::io;
 use std::io::ErrorKind::{InvalidData, UnexpectedEof};
 use std::time::Duration;
 
+use crossbeam_channel::Sender;
+
 use crate::os::net::timed_out;
-use crate::wire::line::{Reason, SILENCE, SessionId};
+use crate::wire::line::{Line, Reason, SILENCE, SessionId};
 
 pub mod of_client;
 pub mod of_server;
@@ -14,6 +16,12 @@ pub mod of_server;
 /// So many lines may wait to be written to the other side. One that reads more slowly than visitors fail or
 /// finish is not told of all of them.
 const MOST_LINES: usize = 4096;
+
+/// Hands a line that may be left out to the thread that writes, if the session has not ended. False if the
+/// line is left out.
+fn tell(to_write: Option<&Sender<Line>>, line: Line) -> bool {
+    to_write.is_some_and(|it| it.len() < MOST_LINES && it.send(line).is_ok())
+}
 
 /// What the two sides of a session speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

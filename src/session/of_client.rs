@@ -13,7 +13,7 @@ use crate::door::{Answered, NoSession, Offers, no_server};
 use crate::os::limits::Slot;
 use crate::relay::{Elsewhere, Expected, Linger, Pairs, Visitor};
 use crate::service::Service;
-use crate::session::{Ended, MOST_LINES, Proto};
+use crate::session::{Ended, Proto, tell};
 use crate::wire::conn::{Conn, Reader, Writer};
 use crate::wire::control::{Lines, send, write_lines};
 use crate::wire::handshake::Bond;
@@ -242,9 +242,7 @@ impl Session {
 
 impl Elsewhere for Session {
     fn tell(&self, line: Line) -> bool {
-        let state = self.state.lock();
-        let sends = |it: &Sender<_>| it.len() < MOST_LINES && it.send(line).is_ok();
-        state.to_server.as_ref().is_some_and(sends)
+        tell(self.state.lock().to_server.as_ref(), line)
     }
 }
 

@@ -12,7 +12,7 @@ use crate::door::Link;
 use crate::os::limits::{Slot, Slots};
 use crate::os::net;
 use crate::relay::{Elsewhere, Linger};
-use crate::session::{Ended, MOST_LINES, Proto};
+use crate::session::{Ended, Proto, tell};
 use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
@@ -227,9 +227,7 @@ impl Session {
 
 impl Elsewhere for Session {
     fn tell(&self, line: Line) -> bool {
-        let to_client = self.to_client.lock();
-        let sends = |it: &Sender<_>| it.len() < MOST_LINES && it.send(line).is_ok();
-        to_client.as_ref().is_some_and(sends)
+        tell(self.to_client.lock().as_ref(), line)
     }
 }
 
