@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::peer::Peer;
+use crate::support::programs::ports_of;
 use crate::support::{
     DEADLINE, Protection, RunningClient, RunningServer, Service, Tunnel, assert_echo, assert_ended,
     client_options, closed_port, connect, plain_and_sealed, server_options, unnamed, with,
@@ -69,21 +70,19 @@ fn a_client_that_comes_in_time_serves_the_visitors_that_wait(protection: Protect
 
 fn a_client_dials_for_ever_even_if_the_first_dial_fails(protection: Protection) {
     let service = Service::echo();
-    // An address that no other test uses: nobody else gets the port meanwhile.
-    let host = match protection {
+    let [control, ..] = ports_of(match protection {
         Protection::Plain => "127.0.77.3",
         Protection::Sealed => "127.0.77.4",
-    };
+    });
     let later = RunningServer::start(with!(server_options(protection);
-            control: Address::new(host, 0),
+            control: control.into(),
     ));
-    let address = later.control;
     let options = client_options(&later, service.addr);
     drop(later);
     let _client = RunningClient::start(options);
     // Several dials of the client find nobody meanwhile.
     thread::sleep(Duration::from_millis(1200));
-    let listener = TcpListener::bind(address).unwrap();
+    let listener = TcpListener::bind(control).unwrap();
     let mut peer = Peer::accept_control(&listener, protection);
     assert_eq!(peer.line(), "hello proto=2 pool=8 linger=600000\n");
 }
