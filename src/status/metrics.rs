@@ -9,40 +9,33 @@ pub const TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Writes all metrics. What the system does not tell is left out.
 pub fn render(snapshot: &Snapshot) -> String {
-    let mut text = Text(String::new());
+    let mut text = Text {
+        written: String::new(),
+        name: "",
+    };
     of_the_program(&mut text, snapshot);
     of_services(&mut text, snapshot);
     of_sessions(&mut text, snapshot);
     of_refusals(&mut text, snapshot);
     of_join_times(&mut text, snapshot);
     of_the_process(&mut text, snapshot);
-    text.0
+    text.written
 }
 
 fn of_the_program(text: &mut Text, snapshot: &Snapshot) {
-    text.gauge("tunnel_proxy_build_info", "The program and its version.");
     let labels = [
         ("program", snapshot.program()),
         ("version", snapshot.version),
     ];
-    text.sample("tunnel_proxy_build_info", &labels, 1);
-    text.gauge("tunnel_proxy_uptime_seconds", "Time since the start.");
-    text.sample(
-        "tunnel_proxy_uptime_seconds",
-        &[],
-        snapshot.uptime.as_secs_f64(),
-    );
-    text.gauge(
-        "tunnel_proxy_ready",
-        "1 if a visitor who came now would be served.",
-    );
-    text.sample(
-        "tunnel_proxy_ready",
-        &[],
-        u8::from(snapshot.not_ready.is_empty()),
-    );
-    text.gauge("tunnel_proxy_max_visitors", "The most visitors at a time.");
-    text.sample("tunnel_proxy_max_visitors", &[], snapshot.max_visitors);
+    text.gauge("tunnel_proxy_build_info", "The program and its version.")
+        .sample(&labels, 1);
+    text.gauge("tunnel_proxy_uptime_seconds", "Time since the start.")
+        .sample(&[], snapshot.uptime.as_secs_f64());
+    let help = "1 if a visitor who came now would be served.";
+    text.gauge("tunnel_proxy_ready", help)
+        .sample(&[], u8::from(snapshot.not_ready.is_empty()));
+    text.gauge("tunnel_proxy_max_visitors", "The most visitors at a time.")
+        .sample(&[], snapshot.max_visitors);
 }
 
 fn of_services<'a>(text: &mut Text, snapshot: &'a Snapshot) {
@@ -53,23 +46,14 @@ fn of_services<'a>(text: &mut Text, snapshot: &'a Snapshot) {
         "1 if the other side takes part in the service.",
     );
     for (name, service) in services() {
-        let offered = u8::from(service.offered);
-        text.sample(
-            "tunnel_proxy_service_offered",
-            &[("service", name)],
-            offered,
-        );
+        text.sample(&[("service", name)], u8::from(service.offered));
     }
     text.gauge(
         "tunnel_proxy_joined_visitors",
         "Visitors who are joined now.",
     );
     for (name, service) in services() {
-        text.sample(
-            "tunnel_proxy_joined_visitors",
-            &[("service", name)],
-            service.joined,
-        );
+        text.sample(&[("service", name)], service.joined);
     }
     let waiting = services().filter_map(|(name, it)| Some((name, it.waiting?)));
     let mut waiting = waiting.peekable();
@@ -77,19 +61,11 @@ fn of_services<'a>(text: &mut Text, snapshot: &'a Snapshot) {
         text.gauge("tunnel_proxy_waiting_visitors", "Visitors who wait now.");
     }
     for (name, waiting) in waiting {
-        text.sample(
-            "tunnel_proxy_waiting_visitors",
-            &[("service", name)],
-            waiting,
-        );
+        text.sample(&[("service", name)], waiting);
     }
     text.counter("tunnel_proxy_visits_total", "Visitors who were joined.");
     for (name, service) in services() {
-        text.sample(
-            "tunnel_proxy_visits_total",
-            &[("service", name)],
-            service.visits,
-        );
+        text.sample(&[("service", name)], service.visits);
     }
     text.counter(
         "tunnel_proxy_bytes_total",
@@ -97,15 +73,14 @@ fn of_services<'a>(text: &mut Text, snapshot: &'a Snapshot) {
     );
     for (name, service) in services() {
         for (direction, moved) in ["up", "down"].iter().zip(service.moved) {
-            let labels = [("service", name), ("direction", direction)];
-            text.sample("tunnel_proxy_bytes_total", &labels, moved);
+            text.sample(&[("service", name), ("direction", direction)], moved);
         }
     }
 }
 
 fn of_sessions(text: &mut Text, snapshot: &Snapshot) {
-    text.gauge("tunnel_proxy_sessions", "Sessions of now.");
-    text.sample("tunnel_proxy_sessions", &[], snapshot.live().count());
+    text.gauge("tunnel_proxy_sessions", "Sessions of now.")
+        .sample(&[], snapshot.live().count());
     // A server's clients come from ever new ports, and each would leave a time series behind.
     if snapshot.side == Side::Client {
         text.gauge(
@@ -114,17 +89,15 @@ fn of_sessions(text: &mut Text, snapshot: &Snapshot) {
         );
         for session in &snapshot.sessions {
             let up = u8::from(session.age.is_some());
-            text.sample("tunnel_proxy_session_up", &[("peer", &session.peer)], up);
+            text.sample(&[("peer", &session.peer)], up);
         }
     }
-    text.gauge("tunnel_proxy_idle_tunnels", "Idle tunnels of now.");
     let idle: usize = snapshot.live().map(|it| it.idle).sum();
-    text.sample("tunnel_proxy_idle_tunnels", &[], idle);
-    text.counter(
-        "tunnel_proxy_tunnels_dialled_total",
-        "Tunnels that were dialled.",
-    );
-    text.sample("tunnel_proxy_tunnels_dialled_total", &[], snapshot.dialled);
+    text.gauge("tunnel_proxy_idle_tunnels", "Idle tunnels of now.")
+        .sample(&[], idle);
+    let help = "Tunnels that were dialled.";
+    text.counter("tunnel_proxy_tunnels_dialled_total", help)
+        .sample(&[], snapshot.dialled);
 }
 
 fn of_refusals(text: &mut Text, snapshot: &Snapshot) {
@@ -133,99 +106,90 @@ fn of_refusals(text: &mut Text, snapshot: &Snapshot) {
         "Refused: visitor-* before a tunnel, local-* by the local service, others as client or tunnel.",
     );
     for (reason, count) in &snapshot.refused {
-        text.sample("tunnel_proxy_refused_total", &[("reason", reason)], count);
+        text.sample(&[("reason", reason)], count);
     }
-    text.counter(
-        "tunnel_proxy_timed_out_total",
-        "Visitors who were not joined in time.",
-    );
-    text.sample("tunnel_proxy_timed_out_total", &[], snapshot.timed_out);
-    text.counter(
-        "tunnel_proxy_log_lines_left_out_total",
-        "Log lines that a limit has left out.",
-    );
-    text.sample(
-        "tunnel_proxy_log_lines_left_out_total",
-        &[],
-        snapshot.log_left_out,
-    );
+    let help = "Visitors who were not joined in time.";
+    text.counter("tunnel_proxy_timed_out_total", help)
+        .sample(&[], snapshot.timed_out);
+    let help = "Log lines that a limit has left out.";
+    text.counter("tunnel_proxy_log_lines_left_out_total", help)
+        .sample(&[], snapshot.log_left_out);
 }
 
 fn of_join_times(text: &mut Text, snapshot: &Snapshot) {
-    text.family(
-        "tunnel_proxy_join_seconds",
-        "histogram",
-        "Time from accept to join.",
-    );
+    let help = "Time from accept to join.";
+    text.family("tunnel_proxy_join_seconds", "histogram", help);
     let mut total = 0;
     let bounds = JOIN_BOUNDS.map(|bound| bound.to_string());
     let bounds = bounds.iter().map(String::as_str).chain(["+Inf"]);
     for (bound, count) in bounds.zip(snapshot.join_times.counts) {
         total += count;
-        text.sample("tunnel_proxy_join_seconds_bucket", &[("le", bound)], total);
+        text.part("_bucket", &[("le", bound)], total);
     }
-    let sum = snapshot.join_times.sum.as_secs_f64();
-    text.sample("tunnel_proxy_join_seconds_sum", &[], sum);
-    text.sample("tunnel_proxy_join_seconds_count", &[], total);
+    text.part("_sum", &[], snapshot.join_times.sum.as_secs_f64());
+    text.part("_count", &[], total);
 }
 
 /// The names are those that every program has in Prometheus.
 fn of_the_process(text: &mut Text, snapshot: &Snapshot) {
     let process = &snapshot.process;
     if let Some(cpu) = process.cpu {
-        text.counter(
-            "process_cpu_seconds_total",
-            "Processor time, user and system.",
-        );
-        text.sample("process_cpu_seconds_total", &[], cpu.as_secs_f64());
+        let help = "Processor time, user and system.";
+        text.counter("process_cpu_seconds_total", help)
+            .sample(&[], cpu.as_secs_f64());
     }
-    for (name, help, value) in [
-        (
-            "process_resident_memory_bytes",
-            "Resident memory.",
-            process.memory,
-        ),
-        ("process_open_fds", "Open descriptors.", process.descriptors),
-        (
-            "process_max_fds",
-            "The most open descriptors.",
-            process.descriptor_limit,
-        ),
-        ("process_threads", "Threads.", process.threads),
+    let memory = ("process_resident_memory_bytes", "Resident memory.");
+    let descriptors = ("process_open_fds", "Open descriptors.");
+    let most = ("process_max_fds", "The most open descriptors.");
+    for ((name, help), value) in [
+        (memory, process.memory),
+        (descriptors, process.descriptors),
+        (most, process.descriptor_limit),
+        (("process_threads", "Threads."), process.threads),
     ] {
         if let Some(value) = value {
-            text.gauge(name, help);
-            text.sample(name, &[], value);
+            text.gauge(name, help).sample(&[], value);
         }
     }
 }
 
-/// The text so far. To write into a string cannot fail.
-struct Text(String);
+/// What is written so far, and the name that the samples which follow belong to. To write into a string
+/// cannot fail.
+struct Text {
+    written: String,
+    name: &'static str,
+}
 
 impl Text {
-    fn gauge(&mut self, name: &'static str, help: &'static str) {
-        self.family(name, "gauge", help);
+    fn gauge(&mut self, name: &'static str, help: &'static str) -> &mut Self {
+        self.family(name, "gauge", help)
     }
 
-    fn counter(&mut self, name: &'static str, help: &'static str) {
-        self.family(name, "counter", help);
+    fn counter(&mut self, name: &'static str, help: &'static str) -> &mut Self {
+        self.family(name, "counter", help)
     }
 
     /// Begins what belongs to one name.
-    fn family(&mut self, name: &'static str, kind: &'static str, help: &'static str) {
-        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    fn family(&mut self, name: &'static str, kind: &str, help: &str) -> &mut Self {
+        self.name = name;
+        let _ = write!(self.written, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+        self
     }
 
     /// A line with a value.
-    fn sample(&mut self, name: &'static str, labels: &[(&'static str, &str)], value: impl Display) {
-        self.0.push_str(name);
+    fn sample(&mut self, labels: &[(&str, &str)], value: impl Display) {
+        self.part("", labels, value);
+    }
+
+    /// A line with a part of the value. What is behind the name tells which part.
+    fn part(&mut self, part: &str, labels: &[(&str, &str)], value: impl Display) {
+        let _ = write!(self.written, "{}{part}", self.name);
         for (place, (label, value)) in labels.iter().enumerate() {
             let before = if place == 0 { '{' } else { ',' };
-            let _ = write!(self.0, "{before}{label}=\"{}\"", Escaped(value));
+            let _ = write!(self.written, "{before}{label}=\"{}\"", Escaped(value));
         }
         let end = if labels.is_empty() { "" } else { "}" };
-        let _ = writeln!(self.0, "{end} {value}");
+        let _ = writeln!(self.written, "{end} {value}");
     }
 }
 
