@@ -163,23 +163,7 @@ impl Door {
         if self.keys.is_empty() {
             return self.hear_hello(Link::new(conn, None), start);
         }
-        let control = (Purpose::Control(&self.keys), &self.link_openings);
-        let (mut due, mut elsewhere) = (vec![control], Vec::new());
-        let mut no_match = Refusal::WrongKey;
-        match self.one_port {
-            true => {
-                due.extend(self.due_tunnels(live));
-                no_match = Refusal::WrongKeyOrTunnel;
-            }
-            false => elsewhere.extend(purposes(live)),
-        }
-        let handshake = Handshake {
-            port: Port::Control,
-            due,
-            elsewhere,
-            no_match,
-        };
-        match self.handshake(&mut conn, place, handshake, start)? {
+        match self.handshake(&mut conn, place, Port::Control, live, start)? {
             (bond, 0) => self.hear_hello(Link::new(conn, Some(bond)), start),
             (_, tunnel) => {
                 let heard = hear_session(conn, Some(live[tunnel - 1].0), start);
@@ -187,13 +171,6 @@ impl Door {
                 Ok(Admitted::Tunnel(Box::new(conn), id))
             }
         }
-    }
-
-    fn due_tunnels<'a>(
-        &'a self,
-        live: &'a [Live],
-    ) -> impl Iterator<Item = (Purpose<'a>, &'a Openings)> {
-        purposes(live).map(|purpose| (purpose, &self.tunnel_openings))
     }
 
     /// What follows the handshake of a control link. Apart from it, as what this function holds has no
@@ -261,37 +238,41 @@ impl Door {
         if self.keys.is_empty() {
             return hear_session(conn, None, start);
         }
-        let handshake = Handshake {
-            port: Port::Tunnel,
-            due: self.due_tunnels(live).collect(),
-            elsewhere: vec![Purpose::Control(&self.keys)],
-            no_match: match live {
-                [] => Refusal::NoSession,
-                _ => Refusal::WrongKeyOrSession,
-            },
-        };
-        let (_, tunnel) = self.handshake(&mut conn, place, handshake, start)?;
+        let (_, tunnel) = self.handshake(&mut conn, place, Port::Tunnel, live, start)?;
         hear_session(conn, Some(live[tunnel].0), start)
     }
 
-    /// The server's half of a handshake, in time.
+    /// The server's half of a handshake, in time. Also returns the place of what has begun among all that
+    /// is due at this port: a link comes first, and tunnels follow in the order of their `live` sessions.
     fn handshake(
         &self,
         conn: &mut Conn,
         place: &Place,
-        handshake: Handshake,
+        port: Port,
+        live: &[Live],
         start: Instant,
     ) -> Result<(Bond, usize), Refusal> {
-        let Handshake {
-            port,
-            due,
-            elsewhere,
-            no_match,
-        } = handshake;
+        let (mut due, mut elsewhere) = (Vec::new(), Vec::new());
+        let link = Purpose::Control(&self.keys);
+        match port {
+            Port::Control => due.push((link, &self.link_openings)),
+            Port::Tunnel => elsewhere.push(link),
+        }
+        let tunnels = live.iter().filter_map(|(_, bond)| bond.as_ref());
+        let tunnels = tunnels.map(Purpose::Tunnel);
+        match port == Port::Tunnel || self.one_port {
+            true => due.extend(tunnels.map(|tunnel| (tunnel, &self.tunnel_openings))),
+            false => elsewhere.extend(tunnels),
+        }
         conn.reader.set_deadline(Some(start + HANDSHAKE_TIMEOUT))?;
         let refusal = match conn.respond(&due, &elsewhere, || place.extend()) {
             Ok(bond) => return Ok(bond),
-            Err(NoHandshake::WrongKey) => no_match,
+            Err(NoHandshake::WrongKey) => match port {
+                Port::Control if self.one_port => Refusal::WrongKeyOrTunnel,
+                Port::Control => Refusal::WrongKey,
+                Port::Tunnel if live.is_empty() => Refusal::NoSession,
+                Port::Tunnel => Refusal::WrongKeyOrSession,
+            },
             Err(NoHandshake::OtherPort) => Refusal::OtherPort(port),
             Err(NoHandshake::Recorded) => Refusal::Recorded,
             Err(NoHandshake::NotNoise(_)) => {
@@ -312,8 +293,9 @@ impl Door {
     }
 }
 
-/// What follows the handshake of a tunnel, apart from it as above. With a key, the tunnel is tied to
-/// a session, and must name that one.
+/// What follows the handshake of a tunnel, apart from it for the stack's sake like
+/// [that of a link](Door::hear_hello). With a key, the tunnel is tied to a session, and must name that
+/// one.
 #[inline(never)]
 fn hear_session(
     mut conn: Conn,
@@ -340,23 +322,6 @@ fn hear_session(
         Ok(Line::Tunnel { .. }) if lines.in_frames() => Err(Refusal::NotClient(None)),
         other => Err(stranger(other, &lines, Port::Tunnel).tell(&mut writer)),
     }
-}
-
-/// Which handshake is due at a port.
-struct Handshake<'a> {
-    port: Port,
-    /// Each with those that are remembered. None at the tunnel port without a session.
-    due: Vec<(Purpose<'a>, &'a Openings)>,
-    /// Which ones are due at the other port.
-    elsewhere: Vec<Purpose<'a>>,
-    /// What it means if the client's half fits neither.
-    no_match: Refusal,
-}
-
-/// What the tunnels of live sessions with a key begin with.
-fn purposes(live: &[Live]) -> impl Iterator<Item = Purpose<'_>> {
-    live.iter()
-        .filter_map(|(_, bond)| Some(Purpose::Tunnel(bond.as_ref()?)))
 }
 
 /// The service of a side that offers no others.
