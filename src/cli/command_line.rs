@@ -571,7 +571,7 @@ fn listening(default: &mut Address, given: &Given, option: &str) -> Result<(), E
     set(default, given, option, |text| listen_address(text, &host))
 }
 
-/// Reads an address to listen on, or a port alone as one of this host.
+/// Reads an address to listen on, or a port alone as one on `host`.
 fn listen_address(text: &str, host: &str) -> Result<Address, String> {
     match address(text, host) {
         Err(why) if text.starts_with(':') => Err(format!("{why}; for all addresses: [::]{text}")),
@@ -579,7 +579,7 @@ fn listen_address(text: &str, host: &str) -> Result<Address, String> {
     }
 }
 
-/// Reads an address, or a port alone as one of this host.
+/// Reads an address, or a port alone as one on `host`.
 fn address(text: &str, host: &str) -> Result<Address, String> {
     let is_port = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     match is_port {

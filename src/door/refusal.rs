@@ -22,7 +22,7 @@ pub enum Refusal {
     WrongKey,
     /// It has none of the server's keys, or is a tunnel of a session that has ended.
     WrongKeyOrTunnel,
-    /// It has another key than the live session, or belongs to an earlier session.
+    /// It has another key than the live sessions, or belongs to an earlier session.
     WrongKeyOrSession,
     /// Its handshake is one that has been here before.
     Recorded,
@@ -46,7 +46,7 @@ pub enum Refusal {
     Stopping,
     /// No client is connected that a tunnel could belong to.
     NoSession,
-    /// The tunnel belongs to another session than the live one.
+    /// The tunnel belongs to a session that is not live.
     OldSession,
     /// The connection failed, or the system refused something.
     Io(io::Error),
@@ -182,7 +182,7 @@ impl fmt::Display for Refusal {
             Self::TooLate(Step::Session) => f.write_str("it did not name its session in time"),
             Self::WrongKey => f.write_str("wrong key"),
             Self::WrongKeyOrTunnel => f.write_str("wrong key, or a tunnel of an earlier session"),
-            Self::WrongKeyOrSession => f.write_str("wrong key, or its session is not the live one"),
+            Self::WrongKeyOrSession => f.write_str("wrong key, or its session is not live"),
             Self::Recorded => f.write_str("its handshake was recorded: it has been here before"),
             Self::NoKey => f.write_str("it came without a key (--key-file)"),
             Self::HasKey => f.write_str("it has a key, and this server has none (--key-file)"),
@@ -208,7 +208,7 @@ impl fmt::Display for Refusal {
             },
             Self::Stopping => f.write_str("the server stops"),
             Self::NoSession => f.write_str("no client is connected"),
-            Self::OldSession => f.write_str("its session is not the live one"),
+            Self::OldSession => f.write_str("its session is not live"),
             Self::Io(error) => error.fmt(f),
             Self::Tunnel(why) => why.fmt(f),
         }

@@ -353,7 +353,7 @@ impl Journal {
     }
 }
 
-/// The server's client and its tunnels.
+/// The server's clients and their tunnels.
 impl Journal {
     /// A control link was refused, or a tunnel at its port.
     pub fn refused_link(&self, from: SocketAddr, refusal: &Refusal) {

@@ -197,8 +197,8 @@ pub fn has_unread(socket: &TcpStream) -> bool {
     peek_now(socket, &mut [0]) > 0
 }
 
-/// Copies what has come and nobody has read yet, and returns how many bytes that is. None on systems
-/// that cannot tell without waiting.
+/// Copies what has come and nobody has read yet, and returns how many bytes that is. None are on
+/// systems that cannot tell without waiting.
 pub fn peek_now(socket: &TcpStream, buffer: &mut [u8]) -> usize {
     #[cfg(target_os = "linux")]
     {

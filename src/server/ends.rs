@@ -1,4 +1,4 @@
-//! The two connections that the server joins.
+//! The two connections that the server joins: a visitor's, and a tunnel.
 
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;

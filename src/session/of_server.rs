@@ -1,4 +1,4 @@
-//! The session with the client that is live, on the server.
+//! A session with a client, on the server.
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -17,6 +17,12 @@ use crate::wire::conn::{Reader, Writer};
 use crate::wire::control::{Lines, write_lines};
 use crate::wire::handshake::Bond;
 use crate::wire::line::{Failure, Line, Reason};
+
+/// How long others come first after a client's first failure.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest pause is 64 s.
+const MOST_DOUBLINGS: u32 = 6;
 
 /// A client that could not reach a local service: others come first until some time.
 #[derive(Default)]
@@ -38,19 +44,6 @@ impl Failing {
             self.until = Some(Instant::now() + pause);
             self.times += 1;
         }
-    }
-}
-
-/// After the first failure.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-
-/// The longest pause is 64 s.
-const MOST_DOUBLINGS: u32 = 6;
-
-/// Two sessions are the same only if they are one.
-impl PartialEq for Session {
-    fn eq(&self, other: &Self) -> bool {
-        std::ptr::eq(self, other)
     }
 }
 
@@ -222,6 +215,13 @@ impl Session {
                 Err(error) => return error.into(),
             }
         }
+    }
+}
+
+/// Two sessions are the same only if they are one.
+impl PartialEq for Session {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
     }
 }
 

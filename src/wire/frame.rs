@@ -371,7 +371,7 @@ impl Opener {
     /// Returns what it carries: nothing once the stream has ended.
     ///
     /// # Errors
-    /// As above.
+    /// Those of [`read_batch`](Self::read_batch).
     pub fn open_one(&mut self, from: &mut impl Read) -> io::Result<VecDeque<u8>> {
         let before = self.flow;
         loop {

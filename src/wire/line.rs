@@ -89,7 +89,7 @@ macro_rules! words {
 words! {
     /// Why a side says `bye`.
     Reason {
-        /// Another client is live.
+        /// As many clients are connected as the server takes.
         Busy = "busy",
         /// The side is about to stop.
         Draining = "draining",
@@ -152,7 +152,7 @@ impl Failure {
 }
 
 /// Names the time from a control link's registration to its end: 128 random bits, 32 hex digits on
-/// the wire. A tunnel that cannot name the live session is never handed a visitor.
+/// the wire. A tunnel that cannot name a live session is never handed a visitor.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct SessionId(u128);
 

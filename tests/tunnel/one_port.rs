@@ -106,7 +106,7 @@ fn a_client_with_another_protection_is_told_so(protection: Protection) {
     server.wait_for_line("it speaks HTTP");
 }
 
-/// One whose first line is none, and one whose session is not the live one or that has no key.
+/// One whose first line is none, and one whose session is not live or that has no key.
 fn a_tunnel_that_is_refused_is_called_one(protection: Protection) {
     let (_, server, [_, control, _]) = server(protection, &host(protection, 4));
     let mut link = match protection.key() {
@@ -122,7 +122,7 @@ fn a_tunnel_that_is_refused_is_called_one(protection: Protection) {
     plain.write(format!("tunnel session={}\n", "0".repeat(session.len())));
     let line = server.wait_for_line("refused tunnel from 127.0.85.2:");
     let why = match protection {
-        Protection::Plain => "its session is not the live one",
+        Protection::Plain => "its session is not live",
         Protection::Sealed => "it came without a key (--key-file)",
     };
     assert!(line.contains(why), "{line}");
