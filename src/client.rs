@@ -206,14 +206,8 @@ impl Shared {
         let (up, down) = self.pairs.join(
             visitor,
             came,
-            End {
-                peer: Peer::Server,
-                conn,
-            },
-            End {
-                peer: Peer::LocalService,
-                conn: Conn::new(Arc::new(local)),
-            },
+            End(Peer::Server, conn),
+            End(Peer::LocalService, Conn::new(Arc::new(local))),
             session.linger(self.options.linger),
         );
         let (client, session, held_too) = (self.clone(), session.clone(), held.clone());

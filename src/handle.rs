@@ -9,20 +9,18 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::journal::Status;
+use crate::status::port::StatusPort;
 
 /// A server or a client, as a [`Handle`] sees it.
 pub trait Half: Send + Sync {
     /// See [`Handle::stop`].
     fn stop(self: Arc<Self>, drain: Duration);
 
-    /// See [`Handle::make_way`].
-    fn make_way(self: Arc<Self>);
-
     /// See [`Handle::status`].
     fn status(&self) -> Status;
 
-    /// See [`Handle::status_addr`].
-    fn status_addr(&self) -> Option<SocketAddr>;
+    /// Returns the port of the status page.
+    fn status_port(&self) -> &StatusPort;
 
     /// See [`Handle::wait_for_session`].
     fn wait_for_session(&self, limit: Duration) -> bool;
@@ -54,7 +52,8 @@ impl Handle {
     /// one's place. The visitors who are there have as long as they like.
     pub fn make_way(&self) {
         if let Some(half) = self.0.upgrade() {
-            half.make_way();
+            half.status_port().close();
+            half.stop(Duration::MAX);
         }
     }
 
@@ -66,7 +65,7 @@ impl Handle {
     /// Returns where the status page is. None if there is none, while another program has its port, on
     /// a client before it runs, and in the end.
     pub fn status_addr(&self) -> Option<SocketAddr> {
-        self.0.upgrade()?.status_addr()
+        self.0.upgrade()?.status_port().addr()
     }
 
     /// Waits until a client and a server are connected. Returns false after this time, or once the server

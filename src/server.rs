@@ -18,7 +18,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
-use crate::conn_match::{Added, ConnList, ConnMatch, Placed};
+use crate::conn_match::{Added, ConnList, Placed};
 use crate::door::{Admitted, Door, Link, Refusal};
 use crate::error::Error;
 use crate::handle::{Handle, Running};
@@ -264,12 +264,7 @@ impl Shared {
     /// Gives a tunnel of a live session to the visitor that has waited longest, and signals the matcher.
     /// Without such a visitor the tunnel is idle; if there are too many, the oldest one is closed.
     fn config_conn_list_tunnel(&self, tunnel: Tunnel) {
-        let Tunnel {
-            from,
-            session: id,
-            has_served,
-            ..
-        } = tunnel;
+        let (id, from, has_served) = (tunnel.session, tunnel.from, tunnel.has_served);
         let mut state = self.state.lock();
         let list = &mut state.conn_list_map;
         let live = list.clients().find(|live| live.proto.id() == id).cloned();
@@ -299,22 +294,14 @@ impl Shared {
         loop {
             let complete = self.state.lock().conn_list_map.take_match();
             if let Some(complete) = complete {
-                let ConnMatch {
-                    accept,
-                    accept_add_time,
-                    tunnel,
-                    client,
-                } = complete;
+                let (accept, came) = (complete.accept, complete.accept_add_time);
+                let (tunnel, client) = (complete.tunnel, complete.client);
                 let arrival = self.arrival(&accept, &client);
                 let asks = arrival.answer;
                 match tunnel.greet(&accept, arrival) {
-                    Some(tunnel) if asks => {
-                        self.join_when_ready(accept, accept_add_time, tunnel, client);
-                    }
-                    Some(tunnel) => {
-                        self.join_conn2(accept, tunnel, &client, client.place());
-                    }
-                    None => self.put_back(accept, accept_add_time),
+                    Some(tunnel) if asks => self.join_when_ready(accept, came, tunnel, client),
+                    Some(tunnel) => self.join_conn2(accept, tunnel, &client, client.place()),
+                    None => self.put_back(accept, came),
                 }
                 continue;
             }
@@ -339,42 +326,19 @@ impl Shared {
         place: Option<Slot>,
     ) {
         let service = self.service_of(&accept).clone();
-        let Accept {
-            socket,
-            visitor,
-            came,
-            slot,
-            counted,
-            ..
-        } = accept;
-        let Tunnel {
-            conn,
-            from,
-            session,
-            visit,
-            ..
-        } = tunnel;
-        let visitor = Visitor::new(Some(visitor), service).in_visit(visit);
+        let visitor = Visitor::new(Some(accept.visitor), service).in_visit(tunnel.visit);
         let (up, down) = self.pairs.join(
-            visitor.in_places([Some(slot), place], counted),
-            came,
-            End {
-                peer: Peer::Visitor,
-                conn: Conn::new(socket),
-            },
-            End {
-                peer: Peer::Client,
-                conn,
-            },
+            visitor.in_places([Some(accept.slot), place], accept.counted),
+            accept.came,
+            End(Peer::Visitor, Conn::new(accept.socket)),
+            End(Peer::Client, tunnel.conn),
             client.linger(self.options.linger),
         );
+        let (from, session) = (tunnel.from, tunnel.session);
         let copy = move |server: &Arc<Self>, direction: Direction| {
             let again = direction.copy().map(|conn| Tunnel {
-                conn,
-                from,
-                session,
-                visit: None,
                 has_served: true,
+                ..Tunnel::new(conn, from, session)
             });
             if let Some(tunnel) = again.and_then(Tunnel::wait_until_idle) {
                 server.config_conn_list_tunnel(tunnel);

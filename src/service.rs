@@ -27,31 +27,23 @@ impl Service {
     }
 
     /// Returns ` of NAME` for a log line about a visitor, or nothing if there is no name.
-    pub(crate) fn of(&self) -> impl fmt::Display {
+    pub(crate) fn of(&self) -> String {
         self.behind(" of ")
     }
 
     /// Returns the name behind these words, or nothing if there is no name.
-    pub(crate) fn behind(&self, words: &'static str) -> impl fmt::Display {
-        Behind(words, self)
-    }
-
-    /// Returns `NAME=` as an option's value has it, or nothing if there is no name.
-    pub(crate) fn option(&self) -> impl fmt::Display {
+    pub(crate) fn behind(&self, words: &str) -> String {
         match self.has_name() {
-            true => format!("{self}="),
+            true => format!("{words}{self}"),
             false => String::new(),
         }
     }
-}
 
-struct Behind<'a>(&'static str, &'a Service);
-
-impl fmt::Display for Behind<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.1.has_name() {
-            true => write!(f, "{}{}", self.0, self.1),
-            false => Ok(()),
+    /// Returns `NAME=` as an option's value has it, or nothing if there is no name.
+    pub(crate) fn option(&self) -> String {
+        match self.has_name() {
+            true => format!("{self}="),
+            false => String::new(),
         }
     }
 }

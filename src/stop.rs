@@ -104,10 +104,10 @@ impl Stop {
         self.changed.notify_all();
     }
 
-    /// Waits until `is_true`. Returns false if it was not within this time and before the session's
-    /// end.
+    /// Waits until `is_true`. Returns false if it was not within this time, or not before
+    /// [`Phase::Leaving`].
     pub fn wait_for(&self, time: Duration, is_true: impl Fn() -> bool) -> bool {
-        let deadline = Instant::now().checked_add(time);
+        let start = Instant::now();
         loop {
             // `is_true` takes a lock under which other threads ask for the phase: calling it under
             // this lock could make both wait for ever. The count shows a change that comes between.
@@ -118,17 +118,9 @@ impl Stop {
             let mut state = self.state.lock();
             let same =
                 |state: &mut State| state.notified == notified && state.phase < Phase::Leaving;
-            let late = match deadline {
-                Some(at) => self
-                    .changed
-                    .wait_while_until(&mut state, same, at)
-                    .timed_out(),
-                None => {
-                    self.changed.wait_while(&mut state, same);
-                    false
-                }
-            };
-            if late || state.phase >= Phase::Leaving {
+            let left = time.saturating_sub(start.elapsed());
+            let waited = self.changed.wait_while_for(&mut state, same, left);
+            if waited.timed_out() || state.phase >= Phase::Leaving {
                 return false;
             }
         }

@@ -318,27 +318,32 @@ mod tests {
     use super::*;
     use crate::handle::Half;
     use crate::journal::Status;
+    use crate::status::port::StatusPort;
+    use crate::stop::Stop;
     use crossbeam_channel::{Sender, bounded};
-    use std::net::SocketAddr;
 
     const DRAIN: Duration = Duration::from_secs(30);
 
     /// A server that ends when it is told to stop.
-    struct Fake(Sender<Duration>);
+    struct Fake(Sender<Duration>, StatusPort);
+
+    impl Fake {
+        fn new(told: Sender<Duration>) -> Arc<Self> {
+            Arc::new(Self(told, StatusPort::new(None, false, &Stop::new())))
+        }
+    }
 
     impl Half for Fake {
         fn stop(self: Arc<Self>, drain: Duration) {
             let _ = self.0.try_send(drain);
         }
 
-        fn make_way(self: Arc<Self>) {}
-
         fn status(&self) -> Status {
             Status::default()
         }
 
-        fn status_addr(&self) -> Option<SocketAddr> {
-            None
+        fn status_port(&self) -> &StatusPort {
+            &self.1
         }
 
         fn wait_for_session(&self, _: Duration) -> bool {
@@ -351,7 +356,7 @@ mod tests {
         let started = signals.start(
             |look: fn(Duration), ended| {
                 let (stop, stopped) = bounded(1);
-                let fake = Arc::new(Fake(stop));
+                let fake = Fake::new(stop);
                 let handle = Handle::new(&fake);
                 Running::spawn("fake", handle, move || {
                     let _kept = (fake, ended);
@@ -391,7 +396,7 @@ mod tests {
         let ended = after_reload(|signals| {
             let second = signals.start(
                 |(), ended| {
-                    let handle = Handle::new(&Arc::new(Fake(bounded(1).0)));
+                    let handle = Handle::new(&Fake::new(bounded(1).0));
                     Running::spawn("second", handle, move || {
                         let _kept = ended;
                         Err(no_thread())

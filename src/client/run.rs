@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -204,11 +204,6 @@ impl Half for Shared {
         self.stop.advance(Phase::Leaving);
     }
 
-    fn make_way(self: Arc<Self>) {
-        self.status.close();
-        self.stop(Duration::MAX);
-    }
-
     fn status(&self) -> Status {
         let sessions: Vec<_> = self.servers.iter().filter_map(Upstream::live).collect();
         let names = sessions.iter().map(|session| session.proto.name());
@@ -221,8 +216,8 @@ impl Half for Shared {
         status
     }
 
-    fn status_addr(&self) -> Option<SocketAddr> {
-        self.status.addr()
+    fn status_port(&self) -> &StatusPort {
+        &self.status
     }
 
     fn wait_for_session(&self, limit: Duration) -> bool {

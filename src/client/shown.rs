@@ -12,7 +12,7 @@ use crate::os::workers::Workers;
 use crate::relay::Visitor;
 use crate::service::Service;
 use crate::session::of_client::{LocalError, Session};
-use crate::status::port::{Shows, StatusPort};
+use crate::status::port::Shows;
 use crate::status::snapshot::{self, Side, Snapshot};
 use crate::stop::Phase;
 
@@ -98,10 +98,6 @@ impl Shows for Shared {
         };
         self.journal.fill(&mut snapshot);
         snapshot
-    }
-
-    fn status_port(&self) -> &StatusPort {
-        &self.status
     }
 
     fn workers(&self) -> &Workers {

@@ -19,6 +19,9 @@ use crate::stop::{Phase, Stop};
 /// waits for the next one.
 const PORT_PAUSE: Duration = Duration::from_millis(20);
 
+/// After a failed accept: short for a visitor, long for a processor.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
+
 /// What is to be known while a port is opened.
 pub enum Opening {
     /// The port is in use, and waited for, this long at the most.
@@ -120,13 +123,14 @@ impl Listener {
         })
     }
 
-    /// The next connection and its place, or why there is none at the moment. None once the listener is
-    /// taken, or closed and its queue is empty, or no place is left. Where the system can tell, `place` is
-    /// called when somebody has come, so that no port keeps a place that another one needs.
+    /// The next connection and its place. None once the listener is taken, or closed and its queue is
+    /// empty, or no place is left. Where the system can tell, `place` is called when somebody has come, so
+    /// that no port keeps a place that another one needs. `failed` is told why an accept has failed.
     pub fn accept<P>(
         &self,
         place: impl Fn() -> Option<P>,
-    ) -> Option<io::Result<(TcpStream, SocketAddr, P)>> {
+        failed: impl Fn(&io::Error),
+    ) -> Option<(TcpStream, SocketAddr, P)> {
         let socket = self.socket()?;
         let mut kept = None;
         loop {
@@ -142,11 +146,19 @@ impl Listener {
             match waited.and_then(|()| net::accept(&socket)) {
                 // Most likely it is the one that was to wake this thread.
                 Ok(_) if closed && cfg!(not(target_os = "linux")) => return None,
-                Ok((accepted, from)) => return Some(Ok((accepted, from, taken))),
+                Ok((accepted, from)) => return Some((accepted, from, taken)),
                 Err(_) if closed => return None,
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => kept = Some(taken),
-                    _ => return Some(Err(error)),
+                    // Out of descriptors or memory, or the connection was reset in the backlog. All
+                    // pass; to end, or to try again at once, would make them worse.
+                    _ => {
+                        drop(taken);
+                        if !self.stop.sleep(ACCEPT_PAUSE, self.closes_at) {
+                            return None;
+                        }
+                        failed(&error);
+                    }
                 },
             }
         }
@@ -173,11 +185,6 @@ impl Listener {
             // Without it, a visitor may be reset when the listener is closed.
             let _ = net::let_nobody_begin(&socket);
         }
-    }
-
-    /// Waits after a failed accept; false if the listener was closed meanwhile.
-    pub fn pause(&self, time: Duration) -> bool {
-        self.stop.sleep(time, self.closes_at)
     }
 
     /// Waits until there is a connection, or the listener is closed.

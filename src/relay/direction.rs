@@ -9,7 +9,7 @@ use crate::os::net;
 #[cfg(target_os = "linux")]
 use crate::os::splice::{Pipe, refused};
 use crate::relay::Aborted;
-use crate::relay::pair::{Failure, Half, Pair, Way};
+use crate::relay::pair::{Failure, Pair, TunnelHalf, Way};
 use crate::wire::conn::{Conn, Reader, Writer};
 
 /// A direction begins with the first buffer: most connections never fill it, and to touch memory for
@@ -63,28 +63,27 @@ impl Direction {
         // The other direction may take its time.
         self.reader.release();
         self.writer.release();
-        let Self {
-            reader,
-            writer,
-            room,
-            mut ending,
-        } = self;
-        drop(room);
-        ending.outcome = None;
-        let (from, _) = ending.pair.sides(ending.way);
+        self.room = None;
+        self.ending.outcome = None;
+        let Ending { pair, way, .. } = &self.ending;
+        let (from, _) = pair.sides(*way);
+        let (reader, writer) = (
+            TunnelHalf::Reader(self.reader),
+            TunnelHalf::Writer(self.writer),
+        );
         // The other half stays open until the pair has been told.
         let (half, _other) = match from.peer.is_program() {
-            true => (Half::Reader(reader), Half::Writer(writer)),
-            false => (Half::Writer(writer), Half::Reader(reader)),
+            true => (reader, writer),
+            false => (writer, reader),
         };
-        ending.pair.ended(ending.way, outcome, Some(half))
+        pair.ended(*way, outcome, Some(half))
     }
 
     fn carry(&mut self) -> Result<(), Failure> {
         let (pair, way) = (self.ending.pair.clone(), self.ending.way);
         let (from, to) = pair.sides(way);
-        let reading = |error| Failure::reading(from.reading_failed(error));
-        let writing = |error| Failure::writing(to.writing_failed(error));
+        let reading = |error| from.reading_failed(error);
+        let writing = |error| to.writing_failed(error);
         let moved = &pair.joined.moved[way as usize];
         // No memory for a buffer before there is something to put into it: a silent connection
         // costs the stacks of its threads and no more.
@@ -166,7 +165,7 @@ impl Direction {
     fn notice_pauses(&self, notice: bool) -> Result<(), Failure> {
         let limited = net::limit_pause(self.reader.socket(), notice.then_some(BULK_PAUSE));
         let (from, _) = self.ending.pair.sides(self.ending.way);
-        limited.map_err(|error| Failure::reading(from.reading_failed(error)))
+        limited.map_err(|error| from.reading_failed(error))
     }
 
     /// Lets the kernel move bulk, if both sides are plain, until it is bulk no more. Whatever ends
@@ -186,7 +185,7 @@ impl Direction {
         };
         let (from, to) = pair.sides(way);
         pair.write(way, || self.writer.write_raw())
-            .map_err(|error| Failure::writing(to.writing_failed(error)))?;
+            .map_err(|error| to.writing_failed(error))?;
         self.writer.release();
         self.room = None;
         let moved = &pair.joined.moved[way as usize];
@@ -199,18 +198,14 @@ impl Direction {
                     pipes.close();
                     return Ok(false);
                 }
-                Err(error) => {
-                    return Err(Failure::reading(from.reading_failed(error)));
-                }
+                Err(error) => return Err(from.reading_failed(error)),
             };
             while !pipe.is_empty() {
                 match pair.write(way, || pipe.drain(&*output)) {
                     Ok(drained) => _ = moved.fetch_add(drained as u64, Ordering::Relaxed),
                     // No room yet.
                     Err(error) if net::paused(&error) => {}
-                    Err(error) => {
-                        return Err(Failure::writing(to.writing_failed(error)));
-                    }
+                    Err(error) => return Err(to.writing_failed(error)),
                 }
             }
             if count < BUFFERS[0] {
@@ -224,7 +219,7 @@ impl Direction {
         Ok(false)
     }
 
-    /// Throws away what still comes, until the far side ends or the [sweep](Pairs::sweep) ends the
+    /// Throws away what still comes, until the far side ends or the [sweep](super::Pairs::sweep) ends the
     /// pair: a far side that is reset at once may lose what the other direction, which has ended, has
     /// sent it last.
     fn discard(&mut self) {

@@ -480,18 +480,13 @@ impl fmt::Display for Aborted {
     }
 }
 
-/// One of the two connections of a pair.
-pub struct End {
-    /// Who is at its other end.
-    pub peer: Peer,
-    /// The connection.
-    pub conn: Conn,
-}
+/// One of the two connections of a pair, and who is at its other end.
+pub struct End(pub Peer, pub Conn);
 
 impl End {
     /// What both directions need, and what each of them has for itself.
     fn split(self) -> (Side, Reader, Writer) {
-        let Self { peer, conn } = self;
+        let Self(peer, conn) = self;
         let side = Side {
             peer,
             socket: conn.socket().clone(),
@@ -568,7 +563,7 @@ mod tests {
 
             let conn = Conn::new(Arc::new(near));
             let ends = [(Peer::Visitor, conn), (Peer::Client, tunnel)];
-            let [from, to] = ends.map(|(peer, conn)| End { peer, conn });
+            let [from, to] = ends.map(|(peer, conn)| End(peer, conn));
             let visitor = Visitor::new(None, Service::default());
             let (up, down) = new_pairs().join(visitor, Instant::now(), from, to, LINGER);
             let down = thread::spawn(move || down.copy());
@@ -606,8 +601,7 @@ mod tests {
         let ends = [(Peer::Visitor, near), (Peer::LocalService, far)];
         let [near, far] = ends.map(|(peer, socket)| {
             net::reset_on_close(&socket, true);
-            let conn = Conn::new(Arc::new(socket));
-            End { peer, conn }
+            End(peer, Conn::new(Arc::new(socket)))
         });
         let from = Visitor::new(from, Service::default());
         let directions = pairs.join(from, Instant::now(), near, far, LINGER);

@@ -39,25 +39,20 @@ impl Failure {
         let writing = false;
         Self { why, writing }
     }
-
-    pub fn writing(why: Aborted) -> Self {
-        let writing = true;
-        Self { why, writing }
-    }
 }
 
 /// One direction's half of the tunnel.
-pub enum Half {
+pub enum TunnelHalf {
     Reader(Reader),
     Writer(Writer),
 }
 
-impl Half {
+impl TunnelHalf {
     /// The tunnel again, if both halves still come in frames: one of them may have given them up.
-    fn rejoin(self, other: Half) -> Option<Conn> {
+    fn rejoin(self, other: TunnelHalf) -> Option<Conn> {
         match (self, other) {
-            (Half::Reader(reader), Half::Writer(writer))
-            | (Half::Writer(writer), Half::Reader(reader))
+            (TunnelHalf::Reader(reader), TunnelHalf::Writer(writer))
+            | (TunnelHalf::Writer(writer), TunnelHalf::Reader(reader))
                 if reader.has_frames() && writer.has_frames() =>
             {
                 Some(Conn { reader, writer })
@@ -135,7 +130,7 @@ pub struct Progress {
     /// Why the pair was aborted.
     pub aborted: Option<Aborted>,
     /// The tunnel's half of the direction that has ended first.
-    pub half: Option<Half>,
+    pub half: Option<TunnelHalf>,
 }
 
 /// What the sweep remembers of a pair of which one direction has ended, here or at the other program.
@@ -365,7 +360,7 @@ impl Pair {
         &self,
         way: Way,
         outcome: Result<(), Failure>,
-        half: Option<Half>,
+        half: Option<TunnelHalf>,
     ) -> Option<Conn> {
         let (from, to) = self.sides(way);
         let mut progress = self.progress.lock();
@@ -443,18 +438,19 @@ impl Side {
         return None;
     }
 
-    pub fn reading_failed(&self, error: io::Error) -> Aborted {
-        match error.kind() {
+    pub fn reading_failed(&self, error: io::Error) -> Failure {
+        Failure::reading(match error.kind() {
             io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
             _ => Aborted::Reading(self.peer, Arc::new(error)),
-        }
+        })
     }
 
-    pub fn writing_failed(&self, error: io::Error) -> Aborted {
-        match error.kind() {
+    pub fn writing_failed(&self, error: io::Error) -> Failure {
+        let why = match error.kind() {
             io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
             _ => Aborted::Writing(self.peer, Arc::new(error)),
-        }
+        };
+        Failure { why, writing: true }
     }
 }
 

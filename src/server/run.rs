@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, bounded};
 use parking_lot::Mutex;
 
 use crate::address::Address;
-use crate::conn_match::{ConnList, ConnMatch};
+use crate::conn_match::ConnList;
 use crate::door::Door;
 use crate::error::Error;
 use crate::handle::Half;
@@ -29,9 +29,6 @@ use crate::server::{Shared, State};
 use crate::status::port::{self, StatusPort};
 use crate::stop::{Phase, Stop};
 use crate::wire::line::{Arrival, Line, Reason};
-
-/// After a failed accept: short for a visitor, long for a processor.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
 
 /// What the release thread can sleep: never nothing, and within what an `Instant` can hold.
 const PAIR_TIMEOUTS: (Duration, Duration) = (
@@ -279,19 +276,8 @@ impl Shared {
         listener: &Listener,
         place: impl Fn() -> Option<P>,
     ) -> Option<(TcpStream, SocketAddr, P)> {
-        loop {
-            match listener.accept(&place)? {
-                Ok(accepted) => return Some(accepted),
-                // Out of descriptors or memory, or the connection was reset in the backlog. All
-                // pass; to end, or to try again at once, would make them worse.
-                Err(error) => {
-                    if !listener.pause(ACCEPT_PAUSE) {
-                        return None;
-                    }
-                    self.journal.accept_failed(listener.option, &error);
-                }
-            }
-        }
+        let failed = |error: &_| self.journal.accept_failed(listener.option, error);
+        listener.accept(place, failed)
     }
 
     /// Runs a job on a worker. If there is no thread for it, its sockets are closed.
@@ -363,11 +349,6 @@ impl Half for Shared {
         }
     }
 
-    fn make_way(self: Arc<Self>) {
-        self.status.close();
-        self.stop(Duration::MAX);
-    }
-
     fn status(&self) -> Status {
         let state = self.state.lock();
         let list = &state.conn_list_map;
@@ -393,8 +374,8 @@ impl Half for Shared {
         status
     }
 
-    fn status_addr(&self) -> Option<SocketAddr> {
-        self.status.addr()
+    fn status_port(&self) -> &StatusPort {
+        &self.status
     }
 
     fn wait_for_session(&self, limit: Duration) -> bool {
@@ -463,19 +444,13 @@ impl Shared {
         let unjoined = list.clear();
         drop(state);
         drop(unjoined);
-        for conn_match in promised {
-            let ConnMatch {
-                accept,
-                tunnel,
-                client,
-                ..
-            } = conn_match;
+        for it in promised {
             let arrival = Arrival {
                 answer: false,
-                ..self.arrival(&accept, &client)
+                ..self.arrival(&it.accept, &it.client)
             };
-            if let Some(tunnel) = tunnel.greet(&accept, arrival) {
-                self.join_conn2(accept, tunnel, &client, client.place());
+            if let Some(tunnel) = it.tunnel.greet(&it.accept, arrival) {
+                self.join_conn2(it.accept, tunnel, &it.client, it.client.place());
             }
         }
         for session in sessions {

@@ -8,7 +8,7 @@ use crate::journal::Journal;
 use crate::os::workers::Workers;
 use crate::server::Shared;
 use crate::session::of_server::Session;
-use crate::status::port::{Shows, StatusPort};
+use crate::status::port::Shows;
 use crate::status::snapshot::{self, Service, Side, Snapshot};
 use crate::stop::Phase;
 
@@ -31,10 +31,6 @@ impl Shows for Shared {
         };
         self.journal.fill(&mut snapshot);
         snapshot
-    }
-
-    fn status_port(&self) -> &StatusPort {
-        &self.status
     }
 
     fn workers(&self) -> &Workers {

@@ -29,9 +29,6 @@ pub const MAX_HEAD: usize = 8 * 1024;
 /// The header lines of a request. Browsers send about 20.
 const MAX_LINES: usize = 64;
 
-/// After a failed accept: out of descriptors, most likely.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(75);
-
 /// Nothing may be loaded, and no page of another site may have this one in a frame.
 pub const POLICY: &str =
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -133,15 +130,8 @@ pub fn serve(
 ) {
     let slots = Slots::new(MAX_CONNECTIONS);
     let route = Arc::new(route);
-    while let Some(accepted) = listener.accept(|| Some(())) {
-        let socket = match accepted {
-            Ok((socket, ..)) => socket,
-            Err(error) => {
-                journal.accept_failed(listener.option, &error);
-                listener.pause(ACCEPT_PAUSE);
-                continue;
-            }
-        };
+    let failed = |error: &_| journal.accept_failed(listener.option, error);
+    while let Some((socket, ..)) = listener.accept(|| Some(()), failed) {
         let Some(slot) = slots.try_take() else {
             continue;
         };

@@ -12,6 +12,7 @@ use super::route;
 use super::snapshot::Snapshot;
 use crate::address::Address;
 use crate::error::Error;
+use crate::handle::Half;
 use crate::journal::Journal;
 use crate::os::listener::Listener;
 use crate::os::workers::Workers;
@@ -23,12 +24,9 @@ const OPTION: &str = "--status";
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// What a status page shows, and what it is served with.
-pub trait Shows: Send + Sync + 'static {
+pub trait Shows: Half + 'static {
     /// Returns what there is now.
     fn snapshot(&self) -> Snapshot;
-
-    /// Returns where that is served.
-    fn status_port(&self) -> &StatusPort;
 
     /// Returns whose threads answer.
     fn workers(&self) -> &Workers;

@@ -64,7 +64,12 @@ impl<R: Read> Lines<R> {
             if let Some(line) = self.take()? {
                 return Ok(line);
             }
-            self.fill()?;
+            match self.from.read(&mut self.buffer[self.filled..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
     }
 
@@ -91,20 +96,6 @@ impl<R: Read> Lines<R> {
         self.buffer.copy_within(end + 1..self.filled, 0);
         self.filled -= end + 1;
         Ok(Some(line))
-    }
-
-    fn fill(&mut self) -> io::Result<()> {
-        loop {
-            match self.from.read(&mut self.buffer[self.filled..]) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => {
-                    self.filled += count;
-                    return Ok(());
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
     }
 }
 
