@@ -94,7 +94,10 @@ download() {
 cut_in_the_middle() {
     local whole got
     whole=$(stat -c %s site/large)
-    timeout -s KILL 1 curl -sS --limit-rate 20M -o got "http://$AT/large" || [[ $? == 137 ]]
+    curl -sS --limit-rate 5M -o got "http://$AT/large" &
+    eventually test -s got
+    kill -KILL $!
+    wait $! || [[ $? == 137 ]]
     got=$(stat -c %s got)
     ((0 < got && got < whole))
     eventually awk -v whole="$whole" '$10 < whole { less = 1 } END { exit !less }' access.log

@@ -1,8 +1,11 @@
 # Needs: /usr/lib/python3/dist-packages/websockets /usr/lib/python3/dist-packages/websocket
 
-# Echoes messages; to one that is a number, also says `late` after so many seconds.
+# Echoes messages; to one that is a number, also says `late` after so many seconds. A visitor who is busy
+# with other things on a busy machine may be late with a pong, unless that is what the case is about.
 serve() {
-    exec /usr/bin/python3 - << 'END'
+    local patience=60
+    [[ $1 != silence ]] || patience=5
+    PATIENCE=$patience exec /usr/bin/python3 - << 'END'
 import asyncio, os, websockets
 
 async def serve(socket):
@@ -17,7 +20,8 @@ async def serve(socket):
 
 async def main():
     host, port = os.environ["LOCAL_HOST"], int(os.environ["LOCAL_PORT"])
-    async with websockets.serve(serve, host, port, max_size=None, ping_interval=1, ping_timeout=5):
+    pings = {"ping_interval": 1, "ping_timeout": int(os.environ["PATIENCE"])}
+    async with websockets.serve(serve, host, port, max_size=None, **pings):
         await asyncio.Future()
 
 asyncio.run(main())
