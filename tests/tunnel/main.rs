@@ -24,6 +24,7 @@ mod faulty;
 mod floods;
 mod half_close_and_abort;
 mod helpers;
+mod interleavings;
 mod key;
 mod local_service;
 mod log;
