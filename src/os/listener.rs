@@ -131,9 +131,9 @@ impl Listener {
         place: impl Fn() -> Option<P>,
         failed: impl Fn(&io::Error),
     ) -> Option<(TcpStream, SocketAddr, P)> {
-        let socket = self.socket()?;
         let mut kept = None;
         loop {
+            let socket = self.socket()?;
             let waited = self.wait(&socket);
             // Taken meanwhile?
             self.socket()?;
@@ -153,11 +153,10 @@ impl Listener {
                     // Out of descriptors or memory, or the connection was reset in the backlog. All
                     // pass; to end, or to try again at once, would make them worse.
                     _ => {
-                        drop(taken);
-                        if !self.stop.sleep(ACCEPT_PAUSE, self.closes_at) {
-                            return None;
-                        }
                         failed(&error);
+                        // Meanwhile another port may need the place, and the next program this one.
+                        drop((taken, socket));
+                        self.stop.sleep(ACCEPT_PAUSE, self.closes_at);
                     }
                 },
             }
