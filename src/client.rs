@@ -140,9 +140,7 @@ impl Shared {
         Ok(self.end_session(&session, ended))
     }
 
-    /// One tunnel: dialled, then idle until a visitor comes, joined with the local service until that
-    /// visitor has gone, and idle again. The tunnel comes first, so that a visitor finds it ready; the
-    /// local service is dialled only then, as one that speaks first speaks to its visitor.
+    /// One tunnel: dials it, so that a visitor finds it ready, and serves visitors through it.
     fn combine(self: &Arc<Self>, spare: Spare) {
         let session = spare.session.clone();
         match self.connect_remote(spare) {
@@ -151,8 +149,9 @@ impl Shared {
         }
     }
 
-    /// One visitor after another comes through a tunnel, until the tunnel ends, or the other copy thread
-    /// of a visitor goes on with it.
+    /// Serves one visitor after another: waits for one, dials the local service only then, as a service that
+    /// speaks first must speak to its own visitor, and joins both. Ends with the tunnel, or when the other
+    /// copy thread of a visitor goes on with it.
     fn serve(self: &Arc<Self>, mut tunnel: Tunnel, mut spare: Spare) {
         let session = spare.session.clone();
         loop {
@@ -212,7 +211,8 @@ impl Shared {
         );
         let (client, session, held_too) = (self.clone(), session.clone(), held.clone());
         let work = move || {
-            // Behind the visitor's first bytes.
+            // On this thread the refill does not delay the visitor's first bytes, which the other one
+            // passes on.
             client.refill_if_low(&session);
             let held = held_too;
             match down.copy() {
@@ -247,7 +247,8 @@ impl Shared {
             let reason = Failure::Loop;
             return Err(LocalError { reason, why });
         }
-        // Until it is joined and has ended well, an end would be taken for a complete visit.
+        // The connection resets on close until it is joined and has ended well: the service would take a
+        // plain end for a complete visit.
         let local = net::dial(address, true)?;
         let own_dial = self.own_dial(session, &local, address.port)?;
         self.say_whose(visitor, &local, address)?;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 pub struct ConnMatch<A, T, C> {
     /// The visitor's connection.
     pub accept: A,
-    /// When the visitor came.
+    /// Since when the visitor counts as waiting: its arrival, plus the time that it spent waiting for a
+    /// client's answer.
     pub accept_add_time: Instant,
     /// The tunnel.
     pub tunnel: T,
@@ -107,8 +108,9 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         self.clients.iter().map(|it| &it.client)
     }
 
-    /// Adds a visitor, who gets the newest idle tunnel of the client that has the fewest visitors. One
-    /// that has just failed serves only those whom no other one could.
+    /// Adds a visitor. Among the clients that serve it, one that has not just failed comes first, then one
+    /// with an idle tunnel, then the one with the fewest visitors. The visitor gets that client's newest
+    /// idle tunnel, or waits.
     pub fn add_accept(&mut self, accept: A, accept_add_time: Instant) -> Added<C> {
         let end = self.waiting.len();
         self.insert(end, accept, accept_add_time)
@@ -273,7 +275,8 @@ impl<A, T, C: Client<A>> ConnList<A, T, C> {
         taken
     }
 
-    /// Takes out everybody who waits, and all idle tunnels, as the server stops.
+    /// Empties the list as the server stops: removes all clients, and returns the visitors who wait and the
+    /// idle tunnels.
     pub fn clear(&mut self) -> (VecDeque<(A, Instant)>, Vec<T>) {
         let idle = self.clients.drain(..).flat_map(Live::into_idle);
         (std::mem::take(&mut self.waiting), idle.collect())

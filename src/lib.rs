@@ -156,8 +156,8 @@
 //! stay as long as they are needed, and one that was idle for 10 s is closed. So a steady load dials
 //! nothing.
 //!
-//! Control links and tunnels may share one port. Without a key, a frame's first byte is 0 and a line's
-//! is not. With one, the prologue below tells them apart.
+//! Control links and tunnels may share one port. Without a key, the first frame of a tunnel begins with
+//! the byte 0, and no line does. With one, the prologue below tells them apart.
 //!
 //! With a key, every control link and every tunnel is sealed from its first byte:
 //!

@@ -294,14 +294,14 @@ impl Shared {
         loop {
             let complete = self.state.lock().conn_list_map.take_match();
             if let Some(complete) = complete {
-                let (accept, came) = (complete.accept, complete.accept_add_time);
+                let (accept, added) = (complete.accept, complete.accept_add_time);
                 let (tunnel, client) = (complete.tunnel, complete.client);
                 let arrival = self.arrival(&accept, &client);
                 let asks = arrival.answer;
                 match tunnel.greet(&accept, arrival) {
-                    Some(tunnel) if asks => self.join_when_ready(accept, came, tunnel, client),
+                    Some(tunnel) if asks => self.join_when_ready(accept, added, tunnel, client),
                     Some(tunnel) => self.join_conn2(accept, tunnel, &client, client.place()),
-                    None => self.put_back(accept, came),
+                    None => self.put_back(accept, added),
                 }
                 continue;
             }
@@ -316,8 +316,9 @@ impl Shared {
         }
     }
 
-    /// Joins a visitor, who has this place among those of the client, with its tunnel, whose client has
-    /// been told: two copy threads. The one that ends last gives the tunnel to the next visitor.
+    /// Joins a visitor with a tunnel whose client knows the visitor already, and starts the two copy
+    /// threads. `place` counts the visitor among those of the client. The thread that ends last offers the
+    /// tunnel to the next visitor, if it can be used again.
     fn join_conn2(
         self: &Arc<Self>,
         accept: Accept,

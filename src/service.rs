@@ -78,11 +78,11 @@ mod tests {
         for name in ["a", "web-1_b", &"z".repeat(MAX_NAME)] {
             let service: Service = name.parse().unwrap();
             assert_eq!(service.to_string(), name);
-            assert_eq!(service.of().to_string(), format!(" of {name}"));
+            assert_eq!(service.of(), format!(" of {name}"));
         }
         for name in ["", "Web", "a b", "a=b", "ä", &"z".repeat(MAX_NAME + 1)] {
             assert!(name.parse::<Service>().is_err(), "{name}");
         }
-        assert_eq!(Service::default().of().to_string(), "");
+        assert_eq!(Service::default().of(), "");
     }
 }

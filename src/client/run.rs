@@ -59,8 +59,8 @@ pub fn check_options(options: &ClientOptions) -> Result<(), Error> {
     check_known("--proxy-protocol", headers.keys(), local)
 }
 
-/// What a stopping client gives its threads for their last words, and a server that has ended the
-/// session to close its idle tunnels, which is under way by then.
+/// A stopping client gives its threads this long to finish. After a link that broke without a bye, idle
+/// tunnels are cut after this long; after a bye, after [`SILENCE`].
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
 impl Shared {

@@ -242,8 +242,9 @@ impl Door {
         hear_session(conn, Some(live[tunnel].0), start)
     }
 
-    /// The server's half of a handshake, in time. Also returns the place of what has begun among all that
-    /// is due at this port: a link comes first, and tunnels follow in the order of their `live` sessions.
+    /// The server's half of a handshake, in time. Also returns an index into what is due at this port. At
+    /// the control port 0 is a link, and with one port for both, n is a tunnel of `live[n - 1]`. At the
+    /// tunnel port n is a tunnel of `live[n]`.
     fn handshake(
         &self,
         conn: &mut Conn,

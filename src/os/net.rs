@@ -197,7 +197,7 @@ pub fn has_unread(socket: &TcpStream) -> bool {
     peek_now(socket, &mut [0]) > 0
 }
 
-/// Copies what has come and nobody has read yet, and returns how many bytes that is. None are on
+/// Copies what has come and nobody has read yet, and returns how many bytes that is. Always 0 on
 /// systems that cannot tell without waiting.
 pub fn peek_now(socket: &TcpStream, buffer: &mut [u8]) -> usize {
     #[cfg(target_os = "linux")]

@@ -119,9 +119,10 @@ pub struct Progress {
     half_closed: Option<Way>,
     /// Set while the sweep watches whether anything moves.
     still: Option<Still>,
-    /// What went wrong first. The pair is about to be aborted.
+    /// The first failure of a direction. The abort follows once the other direction has handed on what it
+    /// has.
     pub failed: Option<Aborted>,
-    /// The last look at the pair has found that it is.
+    /// The last sweep saw a reason to abort; if the next one sees one too, it aborts.
     pub doomed: bool,
     /// The other program is being told that nothing is left of the pair.
     pub done: bool,

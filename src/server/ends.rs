@@ -136,7 +136,7 @@ pub struct Tunnel {
     pub session: Option<SessionId>,
     /// What the client was told to call the visit that this tunnel carries.
     pub visit: Option<u64>,
-    /// A visitor has come and gone.
+    /// The tunnel was given to a visitor before: it is no newly dialled one, and is not counted again.
     pub has_served: bool,
 }
 

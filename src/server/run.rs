@@ -303,16 +303,16 @@ impl Shared {
         let _ = self.conn_list_map_update.try_send(());
     }
 
-    /// The visitor of this port that was put into the list last is the last one.
+    /// Closes a port for visitors, once its last visitor has been put into the list.
     pub(super) fn take_no_more(&self, listener: &Listener) {
         listener.take();
         self.state.lock().public_open -= 1;
         self.update();
     }
 
-    /// True once nobody waits for a tunnel any more, or may wait, in a server that was told to stop.
-    /// A port for visitors that is closed already, or handed over, does not say so: the last visitor may
-    /// have been accepted, and not be in the list yet.
+    /// True once no visitor waits and none can come any more, or the time for the drain is over, or the
+    /// server is leaving. A closed port alone does not mean that none can come: its last visitor may be
+    /// accepted and not yet in the list.
     pub(super) fn is_finished(&self) -> bool {
         let state = self.state.lock();
         let nobody_is_coming = state.coming.iter().all(|it| *it == 0);
@@ -425,14 +425,15 @@ impl Shared {
         self.stop.sleep(time.min(ARRIVAL), Phase::Draining);
     }
 
-    /// Nobody waits any more, and those that are joined need no client: the ports are closed, matches
-    /// that were complete before are joined, and the session ends.
+    /// Ends the server's part in new visits: it closes the ports, joins the matches that are complete,
+    /// closes the visitors who still wait and the idle tunnels, and ends every session. Joined visitors go
+    /// on.
     pub(super) fn finish(self: &Arc<Self>) {
         self.stop.advance(Phase::Leaving);
         for listener in self.listeners() {
             listener.take();
         }
-        // It may accept from all of them now.
+        // The successor may accept from all of them now.
         *self.successor.lock() = None;
         self.slots.close();
         self.door.close();

@@ -53,7 +53,8 @@ pub struct Session {
 }
 
 struct State {
-    /// How many tunnels there are, whatever they do.
+    /// Tunnels that have a [`Held`]: from naming their session to their end, idle or in use. A tunnel that
+    /// is being dialled is in `spare` only, and an idle one in both.
     held: usize,
     /// Tunnels that are idle or being dialled, one thread each.
     spare: usize,

@@ -1,5 +1,5 @@
-//! Lines on a socket, as both sides read and write them: on the control link, and at the head of a
-//! tunnel.
+//! Lines on a socket, as both sides read and write them: on the control link, and on a tunnel
+//! while it serves no visitor.
 
 use std::borrow::BorrowMut;
 use std::io::{self, Read, Write};

@@ -33,11 +33,12 @@ pub const SILENCE: Duration = Duration::from_secs(6);
 /// lines that are to be written pile up meanwhile.
 pub const STUCK: Duration = Duration::from_secs(30);
 
-/// A client that has not said hello after this long is an original one, which never writes.
+/// With `--original`, the server takes a client that has not said hello after this long for an original
+/// one, which never writes.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The time that a new tunnel has to name its session, and with a key the time in all for the
-/// handshake and the first line behind it.
+/// A connection has this long for everything before it is trusted: the handshake if there is a key, then
+/// the hello with its offers, or the line that names a tunnel's session.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Asks the client for one more tunnel.
@@ -152,7 +153,8 @@ impl Failure {
 }
 
 /// Names the time from a control link's registration to its end: 128 random bits, 32 hex digits on
-/// the wire. A tunnel that cannot name a live session is never handed a visitor.
+/// the wire. A tunnel that cannot name a live session is never handed a visitor,
+/// but for those of an original client (`--original`).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct SessionId(u128);
 
