@@ -440,18 +440,19 @@ impl Side {
     }
 
     pub fn reading_failed(&self, error: io::Error) -> Failure {
-        Failure::reading(match error.kind() {
-            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
-            _ => Aborted::Reading(self.peer, Arc::new(error)),
-        })
+        Failure::reading(self.failed(error, Aborted::Reading))
     }
 
     pub fn writing_failed(&self, error: io::Error) -> Failure {
-        let why = match error.kind() {
-            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
-            _ => Aborted::Writing(self.peer, Arc::new(error)),
-        };
+        let why = self.failed(error, Aborted::Writing);
         Failure { why, writing: true }
+    }
+
+    fn failed(&self, error: io::Error, why: fn(Peer, Arc<io::Error>) -> Aborted) -> Aborted {
+        match error.kind() {
+            io::ErrorKind::ConnectionReset => Aborted::Reset(self.peer),
+            _ => why(self.peer, Arc::new(error)),
+        }
     }
 }
 

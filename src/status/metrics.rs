@@ -9,10 +9,7 @@ pub const TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Writes all metrics. What the system does not tell is left out.
 pub fn render(snapshot: &Snapshot) -> String {
-    let mut text = Text {
-        written: String::new(),
-        name: "",
-    };
+    let mut text = Text::default();
     of_the_program(&mut text, snapshot);
     of_services(&mut text, snapshot);
     of_sessions(&mut text, snapshot);
@@ -155,6 +152,7 @@ fn of_the_process(text: &mut Text, snapshot: &Snapshot) {
 
 /// What is written so far, and the name that the samples which follow belong to. To write into a string
 /// cannot fail.
+#[derive(Default)]
 struct Text {
     written: String,
     name: &'static str,
