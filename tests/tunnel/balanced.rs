@@ -14,7 +14,8 @@ use crate::support::load::{assert_whole, assert_whole_after, sixteen_at_a_time};
 use crate::support::programs::{Launch, Program, ports_of};
 use crate::support::proxies::Proxy;
 use crate::support::{
-    Protection, Service, assert_echo, eventually, plain_and_sealed, share_turn, try_connect,
+    Protection, Service, assert_echo, eventually, plain_and_sealed, share_turn, take_turn,
+    try_connect,
 };
 
 plain_and_sealed! {
@@ -119,7 +120,7 @@ fn a_server_that_restarts_costs_no_visit(protection: Protection) {
 }
 
 fn a_server_that_is_killed_costs_only_visits_in_flight(protection: Protection) {
-    let _turn = share_turn();
+    let _turn = take_turn();
     let mut all = Balanced::start(protection, 1);
     let (time, address) = (time(), all.balancer.address);
     let mut killed = None;
@@ -136,11 +137,10 @@ fn a_server_that_is_killed_costs_only_visits_in_flight(protection: Protection) {
         within.count() as f64 / (to - from).as_secs_f64()
     };
     let before = rate(killed - time / 4, killed);
-    // All that is left. Without the other server none would be; what else the machine does halves the rate
-    // now and then, or worse.
+    // All that is left: a busy machine lets nobody have a turn for most of a second now and then.
     let after = rate(killed + time / 3, killed + time * 2 / 3);
     assert!(
-        after > before / 10.0,
+        after > before / 3.0,
         "{before:.0}/s before, {after:.0}/s after"
     );
 }
